@@ -1,7 +1,5 @@
 """Dropout for sequences: one mask for all time steps."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ class Dropout(Stateful):
         p: probability that an element is dropped, in [0, 1).
     """
 
-    states: ClassVar[tuple[str, ...]] = ("mask",)
+    states = ("mask",)
     differentiable = False
     timeless = True
     mask: Tensor | None

@@ -96,11 +96,7 @@ class SequenceLoss(Loss):
 
 
 class _Of(SequenceLoss):
-    """A loss of what is predicted from the sequence.
-
-    Args:
-        loss: ℓ, of logits [B, C] and targets [B, ...].
-    """
+    """A loss of what is predicted from the sequence."""
 
     def __init__(self, loss: nn.Module = CrossEntropyMSE()):
         super().__init__()
@@ -157,11 +153,9 @@ class VanRossum(SequenceLoss):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Outputs and targets [T, B, C] to a scalar; raises ValueError for others."""
-        instance("logits", logits, Tensor)
         if logits.shape != instance("target", target, Tensor).shape:
-            raise ValueError(
-                f"VanRossum compares spike trains of one shape, got {list(logits.shape)} and {list(target.shape)}"
-            )
+            got = f"{list(logits.shape)} and {list(target.shape)}"
+            raise ValueError(f"VanRossum compares spike trains of one shape, got {got}")
         z, total = torch.zeros_like(logits[0]), torch.zeros((), device=logits.device)
         for difference in logits - target:
             z = (1 - 1 / self.tau) * z + difference
@@ -286,24 +280,11 @@ def prediction_of(loss: Any) -> Prediction:
 def _check_one_step(outer: Loss, loss: Any) -> Any:
     """Return the loss inside another; raise ValueError for one that has no value for one time step."""
     if isinstance(loss, SequenceLoss):
-        raise ValueError(
-            f"{type(outer).__name__} is made of the loss of one time step, and {type(loss).__name__} has none: use a "
-            "loss of one step, such as CrossEntropyMSE()"
-        )
+        inner = f"{type(loss).__name__} has none: use a loss of one step, such as CrossEntropyMSE()"
+        raise ValueError(f"{type(outer).__name__} is made of the loss of one time step, and {inner}")
     if isinstance(loss, Activity):
         raise ValueError(f"Activity sees spikes as the outermost loss alone, and it is inside {type(outer).__name__}")
     return check_loss(loss)
-
-
-# Losses of snnTorch and of SpikingJelly, and ours.
-_COUNTERPARTS = {
-    "ce_rate_loss": "nn.CrossEntropyLoss()",
-    "ce_count_loss": "sltt.losses.OfMean(nn.CrossEntropyLoss())",
-    "ce_max_membrane_loss": "sltt.losses.OfMax(nn.CrossEntropyLoss())",
-    "mse_count_loss": "sltt.losses.OfMean(sltt.losses.CrossEntropyMSE(alpha=1, one_hot=True))",
-    "mse_membrane_loss": "sltt.losses.CrossEntropyMSE(alpha=1, one_hot=True)",
-    "temporal_efficient_training_cross_entropy": "nn.CrossEntropyLoss()",
-}
 
 
 def check_loss(loss: Any) -> Any:
@@ -311,8 +292,8 @@ def check_loss(loss: Any) -> Any:
     for module in ("snntorch.functional", "spikingjelly.activation_based.functional"):
         if str(getattr(loss, "__module__", "")).startswith(module):
             name = getattr(loss, "__name__", type(loss).__name__)
-            ours = _COUNTERPARTS.get(name, "a sltt.losses.SequenceLoss that calls it, and BPTT()")
-            raise ValueError(f"{name} of {module} takes the logits of all time steps at once: use {ours}")
+            remedy = "docs/interop.md lists ours; else call it in a sltt.losses.SequenceLoss, under BPTT()"
+            raise ValueError(f"{name} of {module} takes the logits of all time steps at once: {remedy}")
     return function("loss", loss, "the logits and the target")
 
 
@@ -340,16 +321,13 @@ def _check_labels(logits: Tensor, target: Tensor) -> None:
         remedy = "end the model with nn.Flatten() and a linear layer"
         if logits.ndim == 2:
             remedy = "labels are class indices, one a sample: y.squeeze(1) of [B, 1], y.argmax(1) of one-hot labels"
-        raise ValueError(
-            f"expected logits [B, C] and labels [B], got {list(logits.shape)} and {list(target.shape)}; {remedy}"
-        )
+        got = f"{list(logits.shape)} and {list(target.shape)}"
+        raise ValueError(f"expected logits [B, C] and labels [B], got {got}; {remedy}")
     if target.dtype != torch.int64:
         raise ValueError(f"labels must be class indices in int64, got {target.dtype}; use target.long()")
     if target.device.type != "cpu" or not len(target):
         return
     least, most, classes = int(target.min()), int(target.max()), logits.shape[1]
     if not 0 <= least <= most < classes:
-        raise ValueError(
-            f"labels must be in 0 … {classes - 1} (the model has {classes} outputs), got {least} … {most}; set the "
-            "model's `classes` to the data's"
-        )
+        got = f"{least} … {most}; set the model's `classes` to the data's"
+        raise ValueError(f"labels must be in 0 … {classes - 1} (the model has {classes} outputs), got {got}")

@@ -105,8 +105,8 @@ class ConfusionMatrix:
             raise ValueError(f"expected class indices in 0 … {classes - 1}, got {target.min()} … {target.max()}")
         if prediction.isnan().any():
             raise ValueError("expected predictions that are numbers, got NaN: look for NaN in the weights")
-        pairs = (target * classes + prediction.argmax(-1)).flatten().bincount(minlength=classes**2)
-        found = pairs.view(classes, classes)
+        pairs = (target * classes + prediction.argmax(-1)).flatten()
+        found = pairs.bincount(minlength=classes**2).view(classes, classes)
         self.counts = found if self.counts is None else self.counts + found
 
     def compute(self) -> Tensor:
@@ -132,11 +132,8 @@ def _check_classes(metric: Any, target: Tensor, prediction: Tensor) -> None:
 def _check_shape(metric: Any, target: Tensor, expected: Any) -> None:
     """Raise ValueError for a target of another shape, which would be broadcast to wrong pairs."""
     if instance("target", target, Tensor).shape != expected:
-        kind = type(metric).__name__
-        raise ValueError(
-            f"{kind} compares predictions with targets {list(expected)}, got {list(target.shape)}: give such "
-            "targets, or choose another metric=…"
-        )
+        got = f"{list(target.shape)}: give such targets, or choose another metric=…"
+        raise ValueError(f"{type(metric).__name__} compares predictions with targets {list(expected)}, got {got}")
 
 
 def collects(metric: Any) -> bool:

@@ -1,7 +1,6 @@
 """Max pooling for sequences: of sums over time, where a pooling of each step would favour uneven currents."""
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ class RunningMax(Stateful):
     Source: Rueckauer et al. 2017 (doi 10.3389/fnins.2017.00682) let the position with the highest rate so far pass.
     """
 
-    states: ClassVar[tuple[str, ...]] = ("total", "largest")
+    states = ("total", "largest")
     timeless = True
     total: Tensor | None
     largest: Tensor | None

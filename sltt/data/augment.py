@@ -43,14 +43,7 @@ class EventAugmentation:
         cutout: side of the square in pixels, at most.
     """
 
-    def __init__(
-        self,
-        flip: bool = True,
-        roll: int = 5,
-        rotate: float = 15.0,
-        shear: float = 8.6,
-        cutout: int = 8,
-    ):
+    def __init__(self, flip: bool = True, roll: int = 5, rotate: float = 15.0, shear: float = 8.6, cutout: int = 8):
         self.flip = flag("flip", flip)
         self.roll = whole_number("roll", roll, least=0)
         self.rotate = number("rotate", rotate, least=0)

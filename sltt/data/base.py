@@ -110,9 +110,8 @@ def _stack(name: str, values: Sequence[Any], time_first: bool) -> Tensor:
     tensors = [torch.as_tensor(value) for value in values]
     if time_first and not tensors[0].ndim:
         raise ValueError(f"expected {name} of each time step, [T, ...], got one number: is per_step=True right?")
-    shapes = {tuple(tensor.shape) for tensor in tensors}
-    if len(shapes) > 1:
-        first, second = (list(shape) for shape in sorted(shapes)[:2])
+    if len(shapes := {tensor.shape for tensor in tensors}) > 1:
+        first, second = map(list, sorted(shapes)[:2])
         raise ValueError(f"expected {name} of one shape in a batch, got {first} and {second}: resize, cut or pad them")
     # detached: a process that loads data cannot send a graph, and the training would wait for ever
     return torch.stack(tensors, dim=1 if time_first else 0).detach()
@@ -154,9 +153,7 @@ class Data(ABC):
         Raises ValueError for a file that holds no sample.
         """
         if path.suffix != ".npy":
-            raise ValueError(
-                f"{path}: {self} reads a sample from .npy, the array of one, got {path.suffix or path.name}"
-            )
+            raise ValueError(f"{path}: {self} reads a sample from .npy, the array of one, got {path.suffix}")
         try:
             x = torch.from_numpy(np.load(path, allow_pickle=False))
         except (ValueError, TypeError, EOFError) as error:

@@ -13,9 +13,6 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-# Part of every key: a change in what the frames are makes the caches of before unused.
-VERSION = 3
-
 
 class CacheError(ValueError):
     """A damaged cache; the message says which folder to delete."""
@@ -49,12 +46,6 @@ class CachedArrays:
         return array
 
 
-def key_of(sources: Sequence[str], *settings: Any) -> str:
-    """Return a key that changes with the settings, and with the names, sizes and times of change of files."""
-    stamps = [(name, (stat := os.stat(name)).st_size, stat.st_mtime_ns) for name in sources]
-    return hashlib.sha256(repr((*settings, stamps)).encode()).hexdigest()[:16]
-
-
 def cache_frames(
     folder: Path,
     settings: dict[str, Any],
@@ -79,7 +70,8 @@ def cache_frames(
     Raises:
         CacheError: what is on disk is not what was written.
     """
-    home = folder / key_of(sources, VERSION, sorted(settings.items()), shape)
+    stamps = [(name, (stat := os.stat(name)).st_size, stat.st_mtime_ns) for name in sources]
+    home = folder / hashlib.sha256(repr((sorted(settings.items()), shape, stamps)).encode()).hexdigest()[:16]
     home.mkdir(parents=True, exist_ok=True)
     if link := next((path for path in (home, *home.iterdir()) if path.is_symlink()), None):
         raise CacheError(home, f"{link.name} is a link, through which frames would be written somewhere else")

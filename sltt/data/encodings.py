@@ -49,11 +49,10 @@ class _OfImages(Encoding):
     def share(self, x: Tensor) -> Tensor:
         """Intensities as shares of the range, in 0 … 1."""
         share = (_to_float32(x) - self.low) / (self.high - self.low)
+        # to look waits for a GPU
         if x.device.type == "cpu" and not (-1e-4 <= share.min() <= share.max() <= 1 + 1e-4):  # nor for NaN
-            raise ValueError(  # to look waits for a GPU
-                f"expected intensities in {self.low:g} … {self.high:g}, got {x.min():.4g} … {x.max():.4g}: give the "
-                "range of the images, low=… and high=…"
-            )
+            got = f"{x.min():.4g} … {x.max():.4g}"
+            raise ValueError(f"expected intensities in {self.low:g} … {self.high:g}, got {got}: give low=… and high=…")
         return share.clamp(0, 1)
 
 

@@ -4,7 +4,6 @@ Events are summed into frames once; the frames are kept in a cache on disk. A da
 recordings are there are used. Nothing is downloaded unless `download` is set.
 """
 
-import importlib.util
 import logging
 import shutil
 from abc import abstractmethod
@@ -94,9 +93,8 @@ class _Events(Data):
         if resize == "interpolate" and size is None:
             raise ValueError("resize='interpolate' changes the size of the frames, but size=None: give a size")
         self.slicing: Slicing = choice("slicing", slicing, get_args(Slicing))
-        self.augment = (
-            None if augment is None else function("augment", augment, "a sample, such as EventAugmentation(), or None")
-        )
+        of = "a sample, such as EventAugmentation(), or None"
+        self.augment = None if augment is None else function("augment", augment, of)
         self.on_error = choice("on_error", on_error, get_args(OnError))
         self.cache = self.root / ".sltt-cache" if cache is None else folder("cache", cache)
         self.download = flag("download", download)
@@ -276,10 +274,10 @@ class EventFolder(_Events):
 
 def download(root: Path, name: str, **arguments: Any) -> None:
     """Let tonic download its data set `name` beside `root/name`, and move it there when it is whole."""
-    if importlib.util.find_spec("tonic") is None:
-        raise ImportError("downloading event data needs tonic: pip install 'sltt[events]'")
-    from tonic import datasets
-
+    try:
+        from tonic import datasets
+    except ImportError as error:
+        raise ImportError("downloading event data needs tonic: pip install 'sltt[events]'") from error
     part = root / f".{name}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -114,10 +114,7 @@ class _Images(Data):
         self.margin: Literal["reflect", "constant"] = "reflect" if reflect else "constant"
         for name in self.only_augmented:
             if getattr(self, name) and not augment:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is an augmentation, but augment=False: set augment=True, or leave "
-                    "it out"
-                )
+                raise ValueError(f"{name}={getattr(self, name)} is an augmentation: set augment=True, or leave it out")
 
     def open(self, train: bool) -> Any:
         """Return the training or test images, not augmented: a dataset of torchvision, `classes` and `targets`."""
@@ -169,10 +166,8 @@ class _Images(Data):
         plain, test = self.open(True), self.open(False)
         if test.classes != plain.classes:
             differ = sorted(set(test.classes) ^ set(plain.classes))
-            raise ValueError(
-                f"the classes of the training and the test images differ: {', '.join(differ[:5])}; give both the same "
-                "folders"
-            )
+            classes = "the classes of the training and the test images"
+            raise ValueError(f"{classes} differ: {', '.join(differ[:5])}; give both the same folders")
         return self.split_images(plain, test, [*self.names(plain), *self.names(test)])
 
     def split_images(self, plain: Any, test: Any, names: Sequence[Any]) -> Splits:
@@ -261,9 +256,8 @@ class ImageFolder(_Images):
         homes = [self.root / name for name in names if (self.root / name).is_dir()]
         if not homes:
             raise FileNotFoundError(
-                f"no images found: looked in {self.root.resolve()}, expected the folders train and test (or val), "
-                "each with a folder of images for every class. Set --data.root; or --data.test 0.2, where these "
-                "folders lie in it without train and test."
+                f"no images found: looked in {self.root.resolve()}, expected train/CLASS/* and {{test,val}}/CLASS/*. "
+                "Set --data.root; or --data.test 0.2, where it holds CLASS/*, without train and test."
             )
         # a test folder without labels may lie beside val
         home = next((one for one in homes if train or _folders(one) & _folders(self.root / "train")), homes[0])

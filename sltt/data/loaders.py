@@ -30,10 +30,8 @@ def as_data(data: Any, batch_size: int) -> Data:
         return from_loaders(data, batch_size)
     if not isinstance(data, Data):
         got = data.__name__ + ", a class: call it" if isinstance(data, type) else type(data).__name__
-        raise ValueError(
-            f"data must be a Data, or loaders (train, validation), got {got}; data sets of your own: "
-            "sltt.data.from_datasets(train, validation, test, static=…)"
-        )
+        remedy = "data sets of your own: sltt.data.from_datasets(train, static=…)"
+        raise ValueError(f"data must be a Data, or loaders (train, validation), got {got}; {remedy}")
     return data
 
 
@@ -53,27 +51,19 @@ def from_loaders(loaders: Loaders, batch_size: int) -> Data:
         raise ValueError("expected a loader of training samples first, got None")
     for name, loader in given.items():
         _check_loader(name, loader, batch_size)
+    sets: dict[str, Any] = {name: loader.dataset for name, loader in given.items()}
     return _OwnData(
-        {name: _own_subset(loader.dataset) for name, loader in given.items()},
+        {name: Subset(one, range(len(one))) for name, one in sets.items()},  # two splits may read the same data set
         {"static": _is_static(given["train"]), "collates": {name: one.collate_fn for name, one in given.items()}},
     )
-
-
-def _own_subset(dataset: Any) -> Subset[Any]:
-    """Return a data set as an object of its own: two splits may read the same one."""
-    return Subset(dataset, range(len(dataset)))
 
 
 def _check_loader(name: str, loader: DataLoader[Any], batch_size: int) -> None:
     remedy = f"sltt.data.from_datasets({name}, static=…) takes the data set without a loader"
     if not isinstance(loader.sampler, RandomSampler | SequentialSampler) or loader.batch_size is None:
-        raise ValueError(
-            f"the loader of {name} has an order of its own, which a resumed run could not repeat: {remedy}"
-        )
-    if name == "train" and loader.batch_size != batch_size:
-        raise ValueError(
-            f"the loader has batch_size={(size := loader.batch_size)}, the training {batch_size}: say batch_size={size}"
-        )
+        raise ValueError(f"the loader of {name} has an order of its own, which no resumed run could repeat: {remedy}")
+    if name == "train" and (size := loader.batch_size) != batch_size:
+        raise ValueError(f"the loader has batch_size={size}, the training {batch_size}: say batch_size={size}")
 
 
 def _is_static(loader: DataLoader[Any]) -> bool:
@@ -83,17 +73,13 @@ def _is_static(loader: DataLoader[Any]) -> bool:
     two: Any = loader.collate_fn(samples[:2])
     three: Any = loader.collate_fn(samples)
     if not isinstance(two, tuple | list) or len(two) != 2 or not isinstance(two[0], Tensor):
-        raise ValueError(
-            f"expected batches (x, target) of tensors from the loader, got {type(two).__name__}; "
-            "sltt.data.from_datasets(…, columns=…) takes dictionaries"
-        )
+        remedy = "sltt.data.from_datasets(…, columns=…) takes dictionaries"
+        raise ValueError(f"expected batches (x, target) of tensors, got {type(two).__name__}; {remedy}")
     shapes = two[0].shape, three[0].shape
     changed = [i for i, sizes in enumerate(zip(*shapes, strict=False)) if sizes == (2, 3)]
     if changed[:1] == [1]:
         return False
     if changed[:1] == [0] and two[0].ndim in (2, 4):
         return True
-    raise ValueError(
-        f"the loader makes batches {list(three[0].shape)} of 3 samples, which may be images, or sequences whose time "
-        "comes second. Say which: sltt.data.from_datasets(loader.dataset, static=True or False)"
-    )
+    found = f"the loader makes batches {list(three[0].shape)} of 3 images, or sequences whose time comes second"
+    raise ValueError(f"{found}. Say which: sltt.data.from_datasets(loader.dataset, static=True or False)")

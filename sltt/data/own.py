@@ -56,10 +56,7 @@ def from_datasets(
     """
     static, pad, by_length = flag("static", static), flag("pad", pad), flag("by_length", by_length)
     if pad and static:
-        raise ValueError(
-            "pad=True adds time steps to sequences, and static=True says that there are none: set static=False, or "
-            "leave pad out"
-        )
+        raise ValueError("pad=True adds time steps to sequences: set static=False, or leave pad out")
     if by_length and not pad:
         raise ValueError("by_length=True is for sequences of several lengths, which pad=True takes: set both")
     share = 0.0
@@ -145,10 +142,8 @@ class _OwnData(Data):
             last = "" if self.classes is None else f" … {self.classes - 1}"
             raise ValueError(f"labels of train must be class indices 0{last}, got {least} … {most}")
         if least > 0 and self.classes is None:
-            raise ValueError(
-                f"labels of train are {least} … {most}, and class indices begin at 0: subtract {least}, or say "
-                f"classes={most + 1}"
-            )
+            remedy = f"subtract {least}, or say classes={most + 1}"
+            raise ValueError(f"labels of train are {least} … {most}, and class indices begin at 0: {remedy}")
         return self.classes or most + 1
 
 
@@ -173,10 +168,8 @@ class _Samples(Dataset[Any]):
             form = "images [C, H, W] or features [F]" if self.static else "sequences [T, ...], such as x.unsqueeze(-1)"
             raise ValueError(f"{self.name}[{index}]: expected {form}, got shape {list(x.shape)}")
         if self.most is not None and len(x) > self.most:
-            raise ValueError(
-                f"{self.name}[{index}] has {len(x)} time steps, more than steps={self.most}: set steps={len(x)} or "
-                "more, or cut it"
-            )
+            remedy = f"set steps={len(x)} or more, or cut it"
+            raise ValueError(f"{self.name}[{index}] has {len(x)} time steps, more than steps={self.most}: {remedy}")
         return x, _target(target)
 
 
@@ -190,9 +183,7 @@ def _pair(name: str, sample: Any, columns: tuple[str, str] | None) -> tuple[Any,
             raise ValueError(f"{name} has no {missing[0]!r} of columns; its keys are {keys}")
         return sample[columns[0]], sample[columns[1]]
     if columns is not None:
-        raise ValueError(
-            f"columns={columns} are keys of dictionaries, and {name} is a {type(sample).__name__}: leave it out"
-        )
+        raise ValueError(f"columns are keys of dictionaries, and {name} is a {type(sample).__name__}: leave them out")
     if not isinstance(sample, tuple | list) or len(sample) != 2:
         many = f" of {len(sample)}" if isinstance(sample, tuple | list) else ""
         raise ValueError(f"{name}: expected a pair (x, target), got a {type(sample).__name__}{many}")
@@ -206,9 +197,7 @@ def _tensor(name: str, x: Any) -> Tensor:
 
         image = to_tensor(x.convert("RGB") if x.mode in ("P", "PA") else x)  # colours, not indices of a palette
         if not image.is_floating_point():
-            raise ValueError(
-                f"{name} is an image of mode {x.mode}, whose range is not known: make it an array of floats"
-            )
+            raise ValueError(f"{name} is an image of mode {x.mode} and of unknown range: make it an array of floats")
         return image
     try:
         found = x if isinstance(x, Tensor) else _single(torch.as_tensor(np.asarray(x)))
@@ -229,9 +218,8 @@ def _target(target: Any) -> Any:
         found = target if isinstance(target, Tensor) else _single(torch.as_tensor(target))
         return found if found.ndim else found.unsqueeze(0)  # [B, 1] as the outputs of a network, not [B]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"expected a class index or numbers as target, got {target!r}: map names to 0 … C − 1"
-        ) from error
+        remedy = "map names to 0 … C − 1"
+        raise ValueError(f"expected a class index or numbers as target, got {target!r}: {remedy}") from error
 
 
 def _single(x: Tensor) -> Tensor:
@@ -271,9 +259,8 @@ def _check_dataset(name: str, dataset: Any, columns: Any) -> None:
         size = len(dataset)
         dataset.__getitem__  # noqa: B018
     except (TypeError, AttributeError):
-        raise ValueError(
-            f"{name} must have len({name}) and {name}[index], got a {type(dataset).__name__}; an iterable data set has "
-            "no order to resume: load its samples into a list"
-        ) from None
+        remedy = "an iterable data set has no order to resume: load its samples into a list"
+        got = type(dataset).__name__
+        raise ValueError(f"{name} must have len({name}) and {name}[index], got a {got}; {remedy}") from None
     if not size:
         raise ValueError(f"there are no samples in {name}: expected one or more")

@@ -24,15 +24,12 @@ class Recall(Data):
         x[t] = Q[b] / m                             the probe b in 0 … C − 1, in each of the m steps that remain
         y = (a + b) mod C
 
-    The patterns P and Q are normal numbers, C of each, and all pairs (a, b) are equally frequent. So the label depends
-    neither on the cue nor on the probe alone, and at the cue's step nothing says which of its directions matters: the
-    weights that have to find P in the noise learn it only from the loss of the probe's steps, through the state that
-    the neurons kept. A gradient without that path tells them nothing about P.
+    The patterns P and Q are normal numbers, C of each, and all pairs (a, b) are equally frequent. So the weights that
+    have to find P in the noise learn it only through the state that the neurons kept.
 
     With several cues, a pattern in noise stands in each of the first n steps. Each step then has one more value, the
-    mark: √channels at one random cue, 0 elsewhere. The marked cue is a. A layer that adds up its inputs loses which it
-    was. So one layer of neurons has to tell, step by step, and a second has to remember: the gradient has to cross the
-    second layer on its way back through time.
+    mark: √channels at one random cue, 0 elsewhere. The marked cue is a: one layer of neurons has to tell it, and a
+    second to remember it.
 
     Args:
         validation: share of the training samples held out to select the best epoch; 0 trains on everything.
@@ -74,10 +71,8 @@ class Recall(Data):
     def load(self, steps: int) -> Splits:
         least = self.cues + self.delay + 1
         if steps < least:
-            raise ValueError(
-                f"cues ({self.cues}), delay ({self.delay}) and a step of the probe take {least} time steps or more, "
-                f"got steps={steps}: use more steps or a shorter delay"
-            )
+            parts = f"cues ({self.cues}), delay ({self.delay}) and a step of the probe"
+            raise ValueError(f"{parts} take {least} time steps or more, got {steps}: use more steps or a shorter delay")
         generator = torch.Generator().manual_seed(self.seed)
         patterns, probes = torch.randn(2, self.classes, self.channels, generator=generator)
         count = self.samples + TEST_SAMPLES

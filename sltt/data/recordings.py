@@ -111,10 +111,8 @@ def _problem(recording: Recording, sensor: tuple[int, int], slicing: Slicing, st
     outside = np.flatnonzero((recording.x < 0) | (recording.x >= width) | (recording.y < 0) | (recording.y >= height))
     if len(outside):
         i = int(outside[0])
-        return (
-            f"{len(outside)} events outside the sensor of {height} × {width} pixels, the first, {i}, at "
-            f"x = {recording.x[i]}, y = {recording.y[i]}"
-        )
+        first = f"{i}, at x = {recording.x[i]}, y = {recording.y[i]}"
+        return f"{len(outside)} events outside the sensor of {height} × {width} pixels, the first, {first}"
     if not np.isin(recording.p, (0, 1)).all():
         return "polarities other than 0 and 1"
     return None
@@ -183,9 +181,8 @@ def _read_npy(path: Path) -> Recording:
     if events.dtype.names is not None:
         return _of_names(events)
     if events.ndim != 2 or events.shape[1] != 4 or events.dtype.kind not in "iuf":
-        raise RecordingError(
-            f"expected events [N, 4] or fields x, y, t, p, got an array {list(events.shape)} of {events.dtype}"
-        )
+        got = f"{list(events.shape)} of {events.dtype}"
+        raise RecordingError(f"expected events [N, 4] or fields x, y, t, p, got an array {got}")
     x, y, p, t = events.T
     microseconds = np.rint(t.astype(np.float64) * 1000)
     return Recording(*map(_to_integers, "xytp", (x, y, microseconds, p)))

@@ -11,6 +11,7 @@ from sltt.data.events import FrameDataset, download
 from sltt.data.recordings import RecordingError
 
 LONGEST = 100  # seconds: recordings take about one
+_REMEDY = "get it again with --data.download true"
 
 
 class SHD(Data):
@@ -48,10 +49,8 @@ class SHD(Data):
             for train in (True, False):
                 download(self.root, "SHD", train=train)
         if self.missing():
-            raise FileNotFoundError(
-                f"SHD not found: looked in {self.root.resolve()}, expected SHD/shd_train.h5 and SHD/shd_test.h5 there. "
-                "Set --data.root, or get it with --data.download true."
-            )
+            where = f"looked in {self.root.resolve()}, expected SHD/shd_train.h5 and SHD/shd_test.h5 there"
+            raise FileNotFoundError(f"SHD not found: {where}. Set --data.root, or get it with --data.download true.")
         samples, test = (self._read(name, steps) for name in ("train", "test"))
         identity = [*samples.targets, *test.targets]
         return self.split(samples, samples.targets, test, identity, static=False, classes=20)
@@ -69,17 +68,13 @@ class SHD(Data):
                 columns = (list(data[key]) for key in ("labels", "spikes/times", "spikes/units"))
                 samples = list(zip(*columns, strict=True))
         except (OSError, KeyError, ValueError) as error:
-            raise RecordingError(
-                f"{path}: not a file of SHD ({error}); get it again with --data.download true"
-            ) from error
+            raise RecordingError(f"{path}: not a file of SHD ({error}); {_REMEDY}") from error
         counts = np.zeros((len(samples), steps, 700), np.uint16)
         for i, (label, times, units) in enumerate(samples):
             fits = 0 <= label < 20 and len(times) == len(units) > 0 and 0 <= np.min(units) <= np.max(units) < 700
             if not (fits and 0 <= np.min(times) <= np.max(times) < LONGEST):  # False for NaN
-                raise RecordingError(
-                    f"{path}: sample {i} is damaged: expected a label of 0 … 19, and spikes of units 0 … 699 at times "
-                    f"of 0 … {LONGEST} s; get the file again with --data.download true"
-                )
+                expected = f"a label of 0 … 19, and spikes of units 0 … 699 at times of 0 … {LONGEST} s"
+                raise RecordingError(f"{path}: sample {i} is damaged: expected {expected}; {_REMEDY}")
             step = np.minimum(times.astype(np.float64) * steps / self.duration, steps - 1).astype(np.int64)
             np.add.at(counts[i], (step, units.astype(np.int64)), 1)
         return FrameDataset(counts, [int(label) for label, *_ in samples])

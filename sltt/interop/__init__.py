@@ -7,17 +7,15 @@ state through their calls, are wrapped in `sltt.interop.norse.KeepState`. No lib
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sltt.interop.activations import QCFS
-from sltt.interop.c import to_c
-from sltt.interop.conversion import ConversionError, convert
-from sltt.interop.onnx import to_onnx
-from sltt.interop.twin import spiking
+from sltt.interop.activations import QCFS as QCFS
+from sltt.interop.c import to_c as to_c
+from sltt.interop.conversion import ConversionError as ConversionError, convert as convert
+from sltt.interop.onnx import to_onnx as to_onnx
+from sltt.interop.twin import spiking as spiking
 
 if TYPE_CHECKING:
-    from sltt.interop.nir_export import to_nir
-    from sltt.interop.nir_import import from_nir
-
-__all__ = ["QCFS", "ConversionError", "convert", "from_nir", "spiking", "to_c", "to_nir", "to_onnx"]
+    from sltt.interop.nir_export import to_nir as to_nir
+    from sltt.interop.nir_import import from_nir as from_nir
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """C: a trained network as one file of C11 without dependencies, for microcontrollers."""
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -12,7 +13,7 @@ from sltt import checks
 from sltt.interop.c_integers import in_integers
 from sltt.interop.c_network import Active, Network, Spread
 from sltt.interop.c_reading import read
-from sltt.interop.c_writing import Program, is_name, lines_of
+from sltt.interop.c_writing import Program, lines_of
 from sltt.interop.conversion import check_finite
 from sltt.rules import unroll
 from sltt.sequence.copies import copy_model
@@ -74,9 +75,8 @@ def to_c(
     checks.instance("model", model, nn.Module)
     checks.choice("weights", weights, get_args(Arithmetic))
     sequence = time_steps(example, steps)
-    if not is_name(name):
-        expected = "a name in C, of letters, digits and _, which neither C nor make uses"
-        raise ValueError(f"name must be {expected}, got {name!r}; such as my_network")
+    if not (isinstance(name, str) and re.fullmatch("(?!Makefile$)[A-Za-z][A-Za-z0-9_]*", name)):
+        raise ValueError(f"name must be a name in C, of letters, digits and _, got {name!r}; such as my_network")
     folder = checks.folder("folder", folder)
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another folder, or remove this one")

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from sltt.interop import reading
 from sltt.interop.c_network import Active, Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights
-from sltt.interop.conversion import require
-from sltt.interop.reading import Call, describe, pair
+from sltt.interop.conversion import describe, require
+from sltt.interop.reading import Call, pair
 from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, Neuron, Recurrent
 from sltt.sequence.hooks import own_forward
 from sltt.surrogates import Above, Surrogate
@@ -34,10 +34,8 @@ def read(model: nn.Module, x: Tensor, steps: int) -> Network:
     _refuse(problems)
     output, shape = values[calls[-1]], calls[-1].shape
     if len(shape) != 2 or shape[1] < 2 or output.size != output.shape[0]:
-        raise ValueError(
-            f"expected a network that gives logits [B, classes] of 2 classes or more, got {list(shape)}: "
-            "train it with a logit for each class"
-        )
+        expected = "a network that gives logits [B, classes] of 2 classes or more"
+        raise ValueError(f"expected {expected}, got {list(shape)}: train it with a logit for each class")
     network = Network(reader.operations, values[calls[0]], output, steps)
     _fold(network)
     _add_lists(network)
@@ -51,10 +49,8 @@ def read(model: nn.Module, x: Tensor, steps: int) -> Network:
 
 def _refuse(problems: list[str]) -> None:
     if problems:
-        raise ValueError(
-            f"C has no counterpart for {'; '.join(problems)}. Train a network of the layers that "
-            "docs/to-a-microcontroller.md lists, or export one step by sltt.interop.to_onnx"
-        )
+        remedy = "the layers that docs/to-a-microcontroller.md lists, or export one step by sltt.interop.to_onnx"
+        raise ValueError(f"C has no counterpart for {'; '.join(problems)}. Train a network of {remedy}")
 
 
 class _Reader:

@@ -16,15 +16,6 @@ _TYPES = {
     "int8": {"number": "int32_t", "weight": "int8_t", "value": "int16_t", "factor": "int16_t"},
 }
 _BYTES = {"float": 4, "int32_t": 4, "int16_t": 2, "uint16_t": 2, "int8_t": 1}
-_KEYWORDS = """auto break case char const continue default do double else enum extern float for goto if inline int long
-register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while"""
-_FILES = "stdint stdio string Makefile"  # of C and make, in whose place files of the network would be read
-
-
-def is_name(name: Any) -> bool:
-    """Return whether a name can begin those of C's functions."""
-    plain = isinstance(name, str) and re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) is not None
-    return plain and name not in f"{_KEYWORDS} {_FILES}".split()
 
 
 class Program:

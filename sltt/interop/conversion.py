@@ -52,10 +52,10 @@ def _translate_all(module: nn.Module, path: str, copies: dict[int, Any], refused
     try:
         new = _translate(module)
     except ConversionError as reason:
-        refused[module] = f"{path or 'the model'} ({type(module).__name__}), which {reason}"
+        refused[module] = f"{describe(path, module)}, which {reason}"
         return
     if new is not module and has_hooks(module, backward=True):
-        refused[module] = f"{path or 'the model'} ({type(module).__name__}), which has hooks that ours would not run"
+        refused[module] = f"{describe(path, module)}, which has hooks that ours would not run"
     for name, child in new.named_children():
         _translate_all(child, f"{path}.{name}".lstrip("."), copies, refused)
     if new is not module:
@@ -84,10 +84,8 @@ def leaky(decay: float, **arguments: Any) -> nn.Module:
 def synaptic(decay: float, synaptic_decay: float, gain: float, **arguments: Any) -> nn.Module:
     """`CubaLIF` with λ = decay, α = synaptic_decay and g = gain."""
     if not (0 < decay <= 1 and 0 <= synaptic_decay < 1):
-        raise ConversionError(
-            f"keeps {decay:g} of its membrane potential and {synaptic_decay:g} of its current in a time step; "
-            "ours keep between 0 and 1, and less than 1 of a current"
-        )
+        kept = f"{decay:g} of its membrane potential and {synaptic_decay:g} of its current in a time step"
+        raise ConversionError(f"keeps {kept}; ours keep between 0 and 1, and less than 1 of a current")
     tau = None if decay == 1 else 1 / (1 - decay)
     return CubaLIF(tau, 1 / (1 - synaptic_decay), gain, **arguments)
 
@@ -102,15 +100,18 @@ def read_constant(name: str, value: Any) -> float:
     return float(value.flatten()[0])
 
 
+def describe(path: str, layer: Any) -> str:
+    """Return how messages name a layer."""
+    return f"{path or 'the model'} ({type(layer).__name__})"
+
+
 def check_names(model: nn.Module) -> None:
     """Raise ValueError for a name in a network that would leave a string or a comment of code that it is written to."""
     of_modules = [(type(m).__name__, *vars(m), *m._modules, *m._parameters, *m._buffers) for m in model.modules()]
     for name in (name for names in of_modules for name in names):
         if not name.isprintable() or re.search(r"""["'`\\]|\*/|/\*""", name):
-            raise ValueError(
-                f"the name {name!r} would enter source code: expected no quotes, backslashes, control characters or "
-                "signs of comments; rename it, such as linear_1"
-            )
+            expected = "no quotes, backslashes, control characters or signs of comments"
+            raise ValueError(f"the name {name!r} would enter source code: expected {expected}; rename it")
 
 
 def has_hooks(module: nn.Module, backward: bool = False) -> bool:

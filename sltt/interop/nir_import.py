@@ -63,9 +63,8 @@ class GraphNetwork(nn.Module):
         while ready := [name for name, reads in waiting.items() if self.reads.keys() >= {*reads}]:
             self.reads |= {name: waiting.pop(name) for name in ready}
         if waiting:
-            raise ValueError(
-                f"the graph is recurrent, around {sorted(waiting)}: expected cycles of neurons and one layer of weights"
-            )
+            expected = "cycles of neurons and one layer of weights"
+            raise ValueError(f"the graph is recurrent, around {sorted(waiting)}: expected {expected}")
         if unread := [name for name, reads in self.reads.items() if not reads and name not in kinds[nir.Input]]:
             raise ValueError(f"nothing leads to {unread}: add the edges, or remove these nodes")
         (self.input,), (self.output,) = kinds.values()

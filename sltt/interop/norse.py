@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sltt import surrogates
 from sltt.checks import instance
-from sltt.interop.conversion import ConversionError, leaky, read_constant, require, synaptic
+from sltt.interop.conversion import ConversionError, describe, leaky, read_constant, require, synaptic
 from sltt.sequence.state import Stateful, map_tensors, register
 
 
@@ -34,15 +34,11 @@ class KeepState(Stateful):
     def __init__(self, module: nn.Module):
         super().__init__()
         if not _passes_state(type(instance("module", module, nn.Module))):
-            raise ValueError(
-                f"expected a module of Norse that is called with (input, state), got {type(module).__name__}, which "
-                "needs no KeepState"
-            )
+            got = f"{type(module).__name__}, which needs no KeepState"
+            raise ValueError(f"expected a module of Norse that is called with (input, state), got {got}")
         for name, inner in module.named_modules():
             if isinstance(inner, nn.RNNBase | _WHOLE):
-                raise ValueError(
-                    f"{name or 'the module'} ({type(inner).__name__}) takes all time steps in one call: use its cell"
-                )
+                raise ValueError(f"{describe(name, inner)} takes all time steps in one call: use its cell")
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +84,7 @@ def _translate(keeper: KeepState) -> nn.Module:
         reset["v_reset"] = read_constant("v_reset", p.v_reset)
         require(rest == reset["v_reset"], "has a v_leak that is not v_reset")
     else:
-        require(p.reset_method is reset_subtract, "has a reset that our neurons do not have")
+        require(p.reset_method is reset_subtract, "has a reset that ours do not have")
         require(rest == 0, "has a v_leak that is not 0")
     rate = read_constant("tau_mem_inv", module.dt * p.tau_mem_inv)
     if type(module) is norse.LIFCell:
@@ -102,7 +98,7 @@ def _surrogate(p: Any) -> surrogates.Surrogate:
     if p.method == "triangle" and p.alpha == 1:
         return surrogates.Above(surrogates.Triangle())
     raise ConversionError(
-        f"has the surrogate {p.method} with alpha = {float(p.alpha):g}, which is not in sltt.surrogates"
+        f"has the surrogate {p.method} of alpha = {float(p.alpha):g}, which is not in sltt.surrogates"
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import folder, instance
-from sltt.interop.conversion import check_finite, check_names
+from sltt.interop.conversion import check_finite, check_names, describe
 from sltt.kernels import using
 from sltt.neurons import Neuron, Recurrent
 from sltt.pooling import RunningMax
@@ -73,14 +73,14 @@ class _Step(nn.Module):
         super().__init__()
         self.model = model
         unknown = [
-            f"{name or 'the model'} ({type(m).__name__})"
+            describe(name, m)
             for name, m in model.named_modules()
             if state_names(m) and not (isinstance(m, _KEEPERS) or getattr(m, "timeless", False))
         ]
         if unknown:
+            remedy = "of many neurons of other libraries sltt.interop.convert makes ours"
             raise ValueError(
-                f"ONNX export knows the states of every sltt.Neuron, not of {', '.join(unknown)}; of many neurons of "
-                "other libraries sltt.interop.convert makes ours"
+                f"ONNX export knows the states of every sltt.Neuron, not of {', '.join(unknown)}; {remedy}"
             )
         layers = {name: m for name, m in model.named_modules() if isinstance(m, _KEEPERS)}
         self.places = [(m, state) for m in layers.values() for state in m.states]

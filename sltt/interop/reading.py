@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sltt.dropout import Dropout
-from sltt.interop.conversion import check_names, has_hooks, require
+from sltt.interop.conversion import check_names, describe, has_hooks, require
 from sltt.neurons import OnlineRenorm
 from sltt.sequence.hooks import own_forward
 from sltt.sequence.state import Stateful, reset
@@ -64,10 +64,8 @@ def read(model: nn.Module, x: Tensor) -> list[Call]:
         if not isinstance(found, Tensor):
             raise ValueError("expected a network that gives its logits alone, got several results")
         if not torch.allclose(found, model(x), rtol=1e-3, atol=1e-5):
-            raise ValueError(
-                f"{type(model).__name__} changes a tensor in place, or draws random numbers, which its trace does not "
-                "show: write z = z + x for z += x, and nn.Dropout for F.dropout"
-            )
+            problem = f"{type(model).__name__} changes a tensor in place, or draws random numbers, unseen in its trace"
+            raise ValueError(f"{problem}: write z = z + x for z += x, and nn.Dropout for F.dropout")
     calls = [*dict.fromkeys(reader.calls.values())]
     readers = Counter(one for call in calls for one in call.inputs)
     for call in [*calls]:
@@ -150,19 +148,16 @@ def trace(model: nn.Module, tracer: type[fx.Tracer] = Tracer, remedy: str = "") 
     try:
         return tracer().trace(model)
     except Exception as error:  # of any kind, since symbols run through the network's own code
-        raise ValueError(
-            f"{type(model).__name__} cannot be traced by torch.fx: {' '.join(str(error).split())}. Write its forward "
-            f"without control flow that depends on values{remedy}"
-        ) from error
+        remedy = f"Write its forward without control flow that depends on values{remedy}"
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx: {reason}. {remedy}") from error
 
 
 def check_hooks(modules: Iterable[tuple[str, nn.Module]], what: str, backward: bool = False) -> None:
     """Raise ValueError naming those modules with hooks, which `what` would not run."""
     if hooked := [describe(path, module) for path, module in modules if has_hooks(module, backward)]:
-        raise ValueError(
-            f"{what} would not run the hooks of {', '.join(hooked)}: write what they do into the forward of a module, "
-            "or remove them by the handles that their registration gave"
-        )
+        remedy = "write what they do into a forward, or remove them by the handles that their registration gave"
+        raise ValueError(f"{what} would not run the hooks of {', '.join(hooked)}: {remedy}")
 
 
 def call_name(name: str) -> str:
@@ -178,11 +173,6 @@ def function_name(node: fx.Node) -> str:
 def calling_module(node: fx.Node) -> str:
     """Return the path of the module of which the forward makes a call."""
     return [*(path for path, _ in node.meta.get("nn_module_stack", {"": ("", None)}).values())][-1]
-
-
-def describe(path: str, layer: Any) -> str:
-    """Return how messages name a layer."""
-    return f"{path or 'the model'} ({type(layer).__name__})"
 
 
 _OF_FUNCTIONS = {call_name(kind.__name__): kind for kind in (nn.Flatten, *AVERAGES, *ADAPTIVE, *MAX_POOLS)}

@@ -32,10 +32,8 @@ def _check(module: Any, batch: int, kept: bool) -> str | None:
     if not isinstance(module, SqueezeMixin):
         return "takes [B, T, ...]: use the squeezing layer, such as LIFSqueeze(num_timesteps=1)"
     if 1 not in (module.num_timesteps, batch // module.batch_size if module.batch_size == batch else 0):
-        return (
-            f"has batch_size={module.batch_size} and num_timesteps={module.num_timesteps}, for a time step of {batch} "
-            "samples: give it num_timesteps=1"
-        )
+        has = f"has batch_size={module.batch_size} and num_timesteps={module.num_timesteps}"
+        return f"{has}, for a time step of {batch} samples: give it num_timesteps=1"
     return None
 
 
@@ -58,10 +56,7 @@ def _translate(module: Any) -> nn.Module:
         reset = {"v_reset": 0.0, "detach_reset": True}
     else:
         subtracts = isinstance(module.reset_fn, MembraneSubtract)
-        require(
-            subtracts and module.reset_fn.subtract_value in (None, threshold),
-            "has a reset that our neurons do not have",
-        )
+        require(subtracts and module.reset_fn.subtract_value in (None, threshold), "has a reset that ours do not have")
     reset |= {"v_threshold": threshold, "surrogate": _surrogate(module.surrogate_grad_fn, threshold)}
     decay = read_constant("tau_mem", module.alpha_mem_calculated.detach())
     if module.tau_syn is None:

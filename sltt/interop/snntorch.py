@@ -52,14 +52,8 @@ def _translate(module: Any) -> nn.Module:
         # the reset of a step before is that of a spike that has no gradient any more
         return leaky(decay, v_reset=0.0, detach_reset=module.reset_delay, **arguments)
     require(module.reset_mechanism == "subtract", f"has no reset that ours have ({module.reset_mechanism})")
-    require(
-        module.reset_delay,
-        "fires once more, without a spike, if it is above the threshold after its reset (reset_delay=False)",
-    )
-    require(
-        decay == 1,
-        "subtracts the threshold after the decay of the next time step, ours at once: use reset_mechanism='zero'",
-    )
+    require(module.reset_delay, "fires once more, without a spike, if still above its threshold (reset_delay=False)")
+    require(decay == 1, "subtracts the threshold after the next decay, ours at once: use reset_mechanism='zero'")
     return leaky(decay, detach_reset=True, **arguments)
 
 

@@ -103,10 +103,8 @@ class Calls:
             listed = "; ".join(f"{_list_places(places)}: {problem}" for problem, places in problems.items())
             raise ValueError(f"no spiking twin of {type(self.ann).__name__}: {listed}")
         if not found:
-            raise ValueError(
-                f"no activation was found in {type(self.ann).__name__}: use nn.ReLU() or F.relu, or name the "
-                'activation that it has, such as replace=["gelu"]'
-            )
+            remedy = 'use nn.ReLU() or F.relu, or name the activation that it has, such as replace=["gelu"]'
+            raise ValueError(f"no activation was found in {type(self.ann).__name__}: {remedy}")
         return found
 
     def module(self, node: fx.Node) -> nn.Module | None:

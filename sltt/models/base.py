@@ -14,10 +14,8 @@ NormFactory = Callable[[int], nn.Module]
 def neuron_maker(neuron: NeuronFactory) -> NeuronFactory:
     """Return the factory; raise ValueError for what is none, such as a neuron."""
     if not callable(neuron) or isinstance(neuron, nn.Module):
-        raise ValueError(
-            f"neuron must be a class or a function that makes a neuron, got {neuron!r}; "
-            "such as sltt.LIF or functools.partial(sltt.LIF, tau=2.0)"
-        )
+        remedy = "such as sltt.LIF or functools.partial(sltt.LIF, tau=2.0)"
+        raise ValueError(f"neuron must be a class or a function that makes a neuron, got {neuron!r}; {remedy}")
     return neuron
 
 
@@ -40,13 +38,6 @@ def check_frame(x: Tensor, channels: int, least: int = 1) -> None:
         raise ValueError(f"expected one time step [B, {channels}, H, W], got shape {list(x.shape)}{hint}")
     if x.shape[2] < least or x.shape[3] < least:
         raise ValueError(f"expected a height and a width of at least {least} pixels, got shape {list(x.shape)}")
-    check_floating(x)
-
-
-def check_floating(x: Tensor) -> None:
-    """Raise ValueError for an input of whole numbers."""
-    if not x.is_floating_point():
-        raise ValueError(f"expected an input of floating-point numbers, got {x.dtype}; use x.float()")
 
 
 def run_features(layers: nn.Sequential, x: Tensor) -> Tensor:

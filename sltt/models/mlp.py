@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from sltt.checks import flag, whole_numbers
 from sltt.dropout import Dropout
-from sltt.models.base import NeuronFactory, check_floating, neuron_maker
+from sltt.models.base import NeuronFactory, neuron_maker
 from sltt.neurons import LIF, Recurrent
 
 
@@ -44,13 +44,4 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, ...], flattened to [B, features[0]], to logits [B, features[-1]]."""
-        x = x.flatten(1)
-        if isinstance(x, fx.Proxy):  # the network is being traced, and has no shapes yet
-            return self.head(self.hidden(x))
-        if x.shape[1] != self.features[0]:
-            raise ValueError(
-                f"expected {self.features[0]} values for each sample of a time step, got {x.shape[1]}: give the number "
-                "of inputs first, features=(…)"
-            )
-        check_floating(x)
-        return self.head(self.hidden(x))
+        return self.head(self.hidden(x.flatten(1)))

@@ -1,26 +1,10 @@
 """Spiking neurons: a pure step function each, and thin modules that keep the states."""
 
-from sltt.neurons.adaptive import ALIF, ChannelLIF
-from sltt.neurons.base import Neuron
-from sltt.neurons.graded import IntegerLIF, TernaryLIF
-from sltt.neurons.leaky import IF, LIF, PLIF, IntegrateAndFire, lif_step
-from sltt.neurons.recurrent import Recurrent
-from sltt.neurons.stabilised import OnlineRenorm, StableLIF
-from sltt.neurons.synaptic import CubaLIF
-
-__all__ = [
-    "ALIF",
-    "IF",
-    "LIF",
-    "PLIF",
-    "ChannelLIF",
-    "CubaLIF",
-    "IntegerLIF",
-    "IntegrateAndFire",
-    "Neuron",
-    "OnlineRenorm",
-    "Recurrent",
-    "StableLIF",
-    "TernaryLIF",
-    "lif_step",
-]
+from sltt.neurons.adaptive import ALIF as ALIF, ChannelLIF as ChannelLIF
+from sltt.neurons.base import Neuron as Neuron
+from sltt.neurons.graded import IntegerLIF as IntegerLIF, TernaryLIF as TernaryLIF
+from sltt.neurons.leaky import IF as IF, LIF as LIF, PLIF as PLIF, IntegrateAndFire as IntegrateAndFire
+from sltt.neurons.leaky import lif_step as lif_step
+from sltt.neurons.recurrent import Recurrent as Recurrent
+from sltt.neurons.stabilised import OnlineRenorm as OnlineRenorm, StableLIF as StableLIF
+from sltt.neurons.synaptic import CubaLIF as CubaLIF

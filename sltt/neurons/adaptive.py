@@ -64,10 +64,6 @@ class ALIF(_Leaky):
         s = surrogate(u - v_threshold - beta * a)
         return s, u - v_threshold * s, threshold_decay * a + s
 
-    def extra_repr(self) -> str:
-        tau, rest = super().extra_repr().split(", ", 1)
-        return f"{tau}, tau_a={self.tau_a}, beta={self.beta}, {rest}"
-
 
 class ChannelLIF(Neuron):
     """LIF with a time constant and a threshold for each channel, both learned.

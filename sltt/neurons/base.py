@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sltt._torch import transforms_active
 from sltt.checks import instance
+from sltt.frozen import arguments_of
 from sltt.kernels import CustomStep, NeuronStep, custom_step, neuron_step, normed_step, without_modes
 from sltt.neurons.inspection import emits_bits
 from sltt.sequence.hooks import own_forward
@@ -18,6 +19,7 @@ from sltt.sequence.reach import variables_of
 from sltt.sequence.spikes import show
 from sltt.sequence.state import Role, Stateful, set_role
 from sltt.sequence.steps import in_backward
+from sltt.surrogates import Surrogate
 
 
 class Neuron(Stateful):
@@ -134,10 +136,8 @@ class Neuron(Stateful):
         start: dict[str, float]
         start = dict(self.start) if isinstance(self.start, Mapping) else dict.fromkeys(self.states, self.start)
         if start.keys() != {*self.states} or not all(isinstance(value, int | float) for value in start.values()):
-            names = ", ".join(self.states)
-            raise ValueError(
-                f"{type(self).__name__} has start = {self.start!r}: expected a number, or one for each state ({names})"
-            )
+            expected = f"a number, or one for each state ({', '.join(self.states)})"
+            raise ValueError(f"{type(self).__name__} has start = {self.start!r}: expected {expected}")
         return {name: start[name] for name in self.states}
 
     def arguments(self) -> dict[str, Any]:
@@ -160,10 +160,8 @@ class Neuron(Stateful):
         if value.numel() == 1:
             return value.reshape(())
         if x.ndim < 2 or value.shape != x.shape[1:2]:
-            raise ValueError(
-                f"{type(self).__name__} has {name} of shape {list(value.shape)} for an input {list(x.shape)}: expected "
-                f"one number, or one for each channel, {list(x.shape[1:2])}"
-            )
+            has = f"{type(self).__name__} has {name} of shape {list(value.shape)} for an input {list(x.shape)}"
+            raise ValueError(f"{has}: expected one number, or one for each channel, {list(x.shape[1:2])}")
         return value.view(-1, *[1] * (x.ndim - 2))
 
     def fused_steps(self, x: Tensor, steps: int, cut: bool) -> Tensor:
@@ -187,10 +185,8 @@ class Neuron(Stateful):
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
         constants = tuple((name, value) for name, value in named.items() if name not in tensors)
         if unknown := [name for name, value in constants if not isinstance(value, Hashable)]:
-            raise ValueError(
-                f"{type(self).__name__} has {unknown[0]} = {getattr(self, unknown[0])!r}: expected a number, a "
-                "surrogate or a tensor"
-            )
+            has = f"{type(self).__name__} has {unknown[0]} = {getattr(self, unknown[0])!r}"
+            raise ValueError(f"{has}: expected a number, a surrogate or a tensor")
         parameters = tuple((name, value.ndim > 0) for name, value in tensors.items())
         step = type(self).step
         reads = _numbers_read(step) if isinstance(step, FunctionType) and step.__module__[:5] != "sltt." else ()
@@ -208,6 +204,11 @@ class Neuron(Stateful):
         for name, state in zip(self.states, states, strict=True):
             setattr(self, name, state)
         return spikes[0] if steps == 1 else torch.cat(spikes)
+
+    def extra_repr(self) -> str:
+        found = {name: getattr(self, name, None) for name in arguments_of(type(self))}
+        shown = {name: value for name, value in found.items() if isinstance(value, int | float | Surrogate)}
+        return ", ".join(f"{k}={f'{v:.4g}' if isinstance(v, float) else v}" for k, v in shown.items())
 
 
 set_role(
@@ -235,10 +236,9 @@ def split_steps(x: Tensor, steps: int) -> Tensor:
 def check_forward(neuron: nn.Module) -> None:
     """Raise RuntimeError where neurons run in a backward pass."""
     if in_backward():
-        raise RuntimeError(
-            f"{type(neuron).__name__} ran inside a backward pass: torch.utils.checkpoint repeats a forward whose state "
-            "has moved on, and would give wrong gradients. Leave the neurons out of what is checkpointed."
-        )
+        reason = "torch.utils.checkpoint repeats a forward whose state has moved on, and would give wrong gradients"
+        remedy = "Leave the neurons out of what is checkpointed."
+        raise RuntimeError(f"{type(neuron).__name__} ran inside a backward pass: {reason}. {remedy}")
 
 
 def _numbers_read(step: FunctionType) -> tuple[Any, ...]:
@@ -271,15 +271,11 @@ def argument_names(kind: type[Neuron]) -> tuple[str, ...]:
         raise ValueError(f"{kind.__name__} has no states: what keeps none is an nn.Module that calls a surrogate")
     function = inspect.getattr_static(kind, "step", None)
     if not isinstance(function, staticmethod):
-        raise ValueError(
-            f"{kind.__name__} needs a function step(x, {', '.join(kind.states)}, *, …) -> (spikes, new states), a "
-            "@staticmethod: it computes from its arguments alone"
-        )
+        expected = f"step(x, {', '.join(kind.states)}, *, …) -> (spikes, new states), a @staticmethod"
+        raise ValueError(f"{kind.__name__} needs a function {expected}: it computes from its arguments alone")
     parameters = inspect.signature(function.__func__).parameters.values()
     given = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if given[1:] != list(kind.states):
-        raise ValueError(
-            f"{kind.__name__}.step takes ({', '.join(given)}), expected x and the states {', '.join(kind.states)}; "
-            "what else it needs goes behind a *, as keyword arguments"
-        )
+        expected = f"x and the states {', '.join(kind.states)}; others are keyword arguments, behind a *"
+        raise ValueError(f"{kind.__name__}.step takes ({', '.join(given)}), expected {expected}")
     return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)

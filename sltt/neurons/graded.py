@@ -4,7 +4,7 @@ from torch import Tensor
 
 from sltt.checks import whole_number
 from sltt.neurons.leaky import _Leaky
-from sltt.surrogates import Rectangle, Surrogate, Triangle
+from sltt.surrogates import Rectangle, Surrogate
 
 
 class IntegerLIF(_Leaky):
@@ -39,9 +39,6 @@ class IntegerLIF(_Leaky):
             s = s + surrogate(u / v_threshold - k + 0.5)
         return s, u - v_threshold * s
 
-    def extra_repr(self) -> str:
-        return f"{self.levels}, {super().extra_repr()}"
-
 
 class TernaryLIF(_Leaky):
     """Leaky integrate-and-fire neuron with spikes −1, 0 and 1.
@@ -57,9 +54,6 @@ class TernaryLIF(_Leaky):
 
     Source: Guo et al., AAAI 2024 (arXiv 2312.06372), there with a reset to 0.
     """
-
-    def __init__(self, tau: float = 2.0, v_threshold: float = 1.0, surrogate: Surrogate = Triangle()):
-        super().__init__(tau, v_threshold, surrogate)
 
     @staticmethod
     def step(x: Tensor, v: Tensor, *, decay: float, v_threshold: float, surrogate: Surrogate) -> tuple[Tensor, Tensor]:

@@ -49,11 +49,8 @@ def emits_bits(kind: type, step: CustomStep) -> bool:
     except Exception as error:
         cause = error
     if not same:
-        raise problem(
-            "gives a neuron another result alone than among others",
-            "compute it from its own input and states, without the shape of x; mix neurons in a layer before, and keep "
-            "what step remembers in a state",
-        ) from cause
+        remedy = "compute it without the shape of x; mix neurons in a layer before; keep what step remembers in a state"
+        raise problem("gives a neuron another result alone than among others", remedy) from cause
     return type(results[0].grad_fn) is of_surrogates
 
 
@@ -118,10 +115,8 @@ class _Watch(DispatchMode):
         if func._schema.is_mutable and storages and storages[0] in self._inputs:
             return f"changes an argument in place ({func})", "write u = v + x for v += x"
         if func is not torch.ops.aten.lift_fresh.default and not self._known.issuperset(storages):
-            return (
-                "reads a tensor that is none of its arguments",
-                "make it an attribute of the neuron and a keyword argument of step",
-            )
+            remedy = "make it an attribute of the neuron and a keyword argument of step"
+            return "reads a tensor that is none of its arguments", remedy
         return None
 
 

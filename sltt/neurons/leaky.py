@@ -58,17 +58,8 @@ def lif_step(
 
     Source: Meng et al., ICCV 2023 (arXiv 2302.14311), with v[t] = u[t] − V_th s[t].
     """
-    instance("v", v, Tensor)
-    instance("x", x, Tensor)
-    instance("surrogate", surrogate, Surrogate, "such as sltt.surrogates.Triangle()")
-    flag("decay_input", decay_input)
-    flag("detach_reset", detach_reset)
     if not isinstance(decay, Tensor):
         number("decay", decay, least=0, most=1)
-    if not isinstance(v_threshold, Tensor):
-        number("v_threshold", v_threshold)
-        if v_reset is not None:
-            number("v_reset", v_reset, below=v_threshold, remedy=BELOW)
     rest = 0.0 if v_reset is None else v_reset
     current = (1 - decay) * x if decay_input else x
     u = decay * v + current if rest == 0 else rest + decay * (v - rest) + current
@@ -168,13 +159,6 @@ class IntegrateAndFire(Neuron):
 
         return advance
 
-    def extra_repr(self) -> str:
-        start = "" if self.v_init is None else f"v_init={self.v_init}, "
-        return (
-            f"v_threshold={self.v_threshold}, v_reset={self.v_reset}, {start}decay_input={self.decay_input}, "
-            f"detach_reset={self.detach_reset}, surrogate={self.surrogate}"
-        )
-
 
 @functools.lru_cache(maxsize=1024)
 def kernel_step(kind: type[Neuron], decay: float | None, **constants: Any) -> NeuronStep:
@@ -232,9 +216,6 @@ class LIF(IntegrateAndFire):
 
     def decay(self) -> float:
         return 1 - 1 / self.tau
-
-    def extra_repr(self) -> str:
-        return f"tau={self.tau}, {super().extra_repr()}"
 
 
 class IF(IntegrateAndFire):
@@ -305,14 +286,11 @@ class PLIF(IntegrateAndFire):
     def decay(self) -> Tensor:
         return 1 - torch.sigmoid(self.w)
 
-    def extra_repr(self) -> str:
-        return f"tau={self.tau:.4g}, {super().extra_repr()}"
-
 
 class _Leaky(Neuron):
     """Base of neurons with a constant τ and a soft reset: time constant, threshold and surrogate."""
 
-    def __init__(self, tau: float, v_threshold: float, surrogate: Surrogate):
+    def __init__(self, tau: float = 2.0, v_threshold: float = 1.0, surrogate: Surrogate = Triangle()):
         super().__init__()
         self.tau = valid_tau(tau)
         self.v_threshold = number("v_threshold", v_threshold, above=0)
@@ -321,9 +299,6 @@ class _Leaky(Neuron):
     def decay(self) -> float:
         """Return λ."""
         return 1 - 1 / self.tau
-
-    def extra_repr(self) -> str:
-        return f"tau={self.tau}, v_threshold={self.v_threshold}, surrogate={self.surrogate}"
 
 
 def valid_tau(tau: float) -> float:

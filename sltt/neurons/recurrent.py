@@ -58,10 +58,8 @@ class Recurrent(Stateful):
         before = torch.zeros_like(x) if self.s is None else self.s
         back = self.layer(before)
         if back.shape != x.shape:
-            raise ValueError(
-                f"the recurrent layer {self.layer} gets spikes {list(x.shape)} and gives {list(back.shape)}: expected "
-                "a layer that keeps the shape, such as nn.Linear(n, n) or nn.Conv2d(c, c, 3, padding=1)"
-            )
+            problem = f"the recurrent layer {self.layer} gets spikes {list(x.shape)} and gives {list(back.shape)}"
+            raise ValueError(f"{problem}: expected a layer that keeps the shape, as nn.Linear(n, n)")
         self.s = spikes = self.neuron(x + back)
         return spikes
 

@@ -74,9 +74,7 @@ class OnlineRenorm(Stateful, _BatchNorm):
 
     def _train(self, x: Tensor) -> Tensor:
         if x.numel() == x.shape[1]:
-            raise ValueError(
-                f"OnlineRenorm needs more than one value for each channel, got {list(x.shape)}: use a larger batch"
-            )
+            raise ValueError(f"expected more than one value for each channel, got {list(x.shape)}: use a larger batch")
         with torch.no_grad():
             running: Any = self.running_mean, self.running_var
             mean, var = torch.ops.aten.batch_norm_update_stats(x, *running, 0.0)  # which it leaves as they are
@@ -184,9 +182,6 @@ class StableLIF(Neuron):
         with torch.no_grad():
             self.follow(x if v is None else self.decay() * v + x)
         return super().forward(x)
-
-    def extra_repr(self) -> str:
-        return f"tau={self.tau}, detach_reset={self.detach_reset}, surrogate={self.surrogate}"
 
 
 class _Threshold(Stateful):

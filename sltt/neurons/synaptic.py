@@ -102,9 +102,3 @@ class CubaLIF(Neuron):
         spikes, self.v = neuron_step(step, v, current.to(x.dtype), None, steps, cut)
         self.i = i
         return spikes
-
-    def extra_repr(self) -> str:
-        return (
-            f"tau={self.tau}, tau_syn={self.tau_syn}, gain={self.gain}, v_threshold={self.v_threshold}, "
-            f"v_reset={self.v_reset}, detach_reset={self.detach_reset}, surrogate={self.surrogate}"
-        )

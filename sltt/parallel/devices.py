@@ -90,15 +90,11 @@ def count_started() -> tuple[int, int]:
 
 def _check(device: str, devices: int, num_nodes: int, found: tuple[int, int]) -> None:
     if found != (1, 1) and found != (devices, num_nodes):
-        raise ValueError(
-            f"{found[0]} processes on {found[1]} machines were started, but {devices=} and {num_nodes=} were asked "
-            "for: leave both out, and they are taken from torchrun or Slurm"
-        )
+        started = f"{found[0]} processes on {found[1]} machines were started, but {devices=} and {num_nodes=} asked for"
+        raise ValueError(f"{started}: leave both out, and they are taken from torchrun or Slurm")
     if device == "cuda" and devices > torch.cuda.device_count():
-        raise ValueError(
-            f"{devices} processes on this machine need a GPU each, but this process sees {torch.cuda.device_count()}; "
-            "under Slurm, ask for --gpus-per-node rather than --gpus-per-task"
-        )
+        seen = f"{devices} processes on this machine need a GPU each, and this one sees {torch.cuda.device_count()}"
+        raise ValueError(f"{seen}; under Slurm, ask for --gpus-per-node rather than --gpus-per-task")
 
 
 def _strategy(name: Strategy, processes: int) -> Any:

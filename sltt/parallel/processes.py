@@ -124,9 +124,8 @@ def synchronise(model: nn.Module) -> None:
     """Replace the BatchNorms inside a model by PyTorch's SyncBatchNorm, with their weights and statistics."""
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and type(module) not in _PLAIN:
-            raise ValueError(
-                f"sync_batchnorm knows PyTorch's BatchNorm, and {name} is a {type(module).__name__}: leave it out"
-            )
+            kind = type(module).__name__
+            raise ValueError(f"sync_batchnorm knows PyTorch's BatchNorm, and {name} is a {kind}: leave it out")
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 

@@ -97,7 +97,7 @@ def test_codes_that_do_not_fit_are_named():
         Encoded(sltt.data.SequentialDigits(), Poisson()).splits(8)
     with pytest.raises(ValueError, match="Delta does not code the images of Digits: use Poisson or Latency"):
         Encoded(Digits(), Delta()).splits(4)
-    with pytest.raises(ValueError, match=r"intensities in 0 … 1, got -.* give the range of the images, low=… and high"):
+    with pytest.raises(ValueError, match=r"intensities in 0 … 1, got -.* give low=… and high"):
         Encoded(Digits(), Latency()).splits(4).train[0]
     with pytest.raises(ValueError, match=r"Delta codes a sequence of 4 time steps, got one of shape \[3, 1\]"):
         Delta()(torch.zeros(3, 1), 4)

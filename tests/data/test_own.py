@@ -303,7 +303,7 @@ def test_images_with_a_palette_have_colours():
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (Image.new("I", (4, 4), 7), "is an image of mode I, whose range is not known: make it an array of floats"),
+        (Image.new("I", (4, 4), 7), "is an image of mode I and of unknown range: make it an array of floats"),
         (np.zeros((1, 4, 4), np.uint8), r'x.astype\("float32"\) / 255'),
     ],
 )

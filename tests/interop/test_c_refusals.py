@@ -59,7 +59,7 @@ def test_bad_input_is_refused_with_the_remedy(tmp_path):
             to_c(*args, **{"folder": tmp_path / "a", **kwargs})
         assert not (tmp_path / "a").exists()
 
-    for name in ("2d", "static", "Makefile", "string", 'x"', "x\n"):
+    for name in ("2d", 3, 'x"', "x\n"):
         refused(f"name must be a name in C, .* got {re.escape(repr(name))}; such as my_network", model, x, name=name)
     refused("exists: choose another folder", model, x, folder=tmp_path)
     refused("steps must be at least 1, got 0", model, x[0], steps=0)

@@ -240,7 +240,7 @@ def test_all_that_cannot_be_translated_is_named_at_once():
     message = (
         r"no exact counterpart here for 0 \(LIFNode\), which is in multi-step mode.*; "
         r"1.0 \(KLIFNode\), which has other dynamics than LIFNode.*; "
-        r"2 \(Leaky\), which subtracts the threshold after the decay of the next time step"
+        r"2 \(Leaky\), which subtracts the threshold after the next decay"
     )
     with pytest.raises(ValueError, match=message):
         convert(model)
@@ -289,7 +289,7 @@ def refusals():
     yield "sinabs.layers", lambda s: s.IAFSqueeze(num_timesteps=1), "fire several times in a time step"
     for reset, message in (
         ("MembraneReset", "neurons that did not fire"),
-        ("MembraneSubtract", "a reset that our neurons do not have"),
+        ("MembraneSubtract", "a reset that ours do not have"),
     ):
         yield (
             "sinabs",
@@ -302,7 +302,7 @@ def refusals():
     for make, message in (
         (lambda n: n.LIFAdExCell(), "holds a LIFAdExCell, of other dynamics"),
         (lambda n: n.LIFBoxCell(n.LIFBoxParameters(v_leak=torch.tensor(0.1))), "v_leak that is not v_reset"),
-        (lambda n: n.LIFBoxCell(n.LIFBoxParameters(method="tanh")), "the surrogate tanh with alpha = 100"),
+        (lambda n: n.LIFBoxCell(n.LIFBoxParameters(method="tanh")), "the surrogate tanh of alpha = 100"),
         (lambda n: n.LIFBoxCell(dt=0.02), "keeps -1 of its membrane potential"),
         (lambda n: n.SequentialState(n.LIFBoxCell(), return_hidden=True), "return_hidden=False"),
     ):
