@@ -171,7 +171,8 @@ class Batch:
             value = self._sum_losses(steps, leaf, watching and watching.loss)
             if value.requires_grad:
                 self.backward(value)
-        self._total = self._total + value.detach() + (watching.penalty() / self.steps if watching else 0.0)
+        with torch.no_grad():
+            self._total = self._total + value.detach() + (watching.penalty() / self.steps if watching else 0.0)
         found = [leaf.grad, *(state.grad for state in states)]
         for state in states:
             state.grad = None

@@ -63,8 +63,8 @@ def _row(layer: Any, internal: set[str], held: list[Any]) -> Row:
     package = type(module).__module__.partition(".")[0]
     attributes = []
     for name, value in values.items():
-        # what neurons of a library note of a step, such as sinabs' firing rate, is no part of what they do
-        if name in internal or (package in LIBRARIES and isinstance(value, Tensor)):
+        # what neurons of a library keep or note of a step, such as sinabs' firing rate, is no part of what they do
+        if name in internal or (package in LIBRARIES and type(value) not in _ATOMS):
             continue
         if type(value) not in _ATOMS:
             while isinstance(value, Handler):  # of a run around this one

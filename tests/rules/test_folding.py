@@ -264,7 +264,7 @@ def test_what_would_not_be_the_same_folded_is_refused(kind):
     assert "forward" not in vars(model.norm1)
 
 
-def test_a_network_within_a_folded_network_is_not_folded():
+def test_a_network_within_a_network_takes_no_fold():
     class Outer(Net):
         def __init__(self):
             super().__init__()
@@ -275,7 +275,9 @@ def test_a_network_within_a_folded_network_is_not_folded():
 
     model = Outer().double()
     x, y, kwargs = data(static=True)
-    assert_same(results(model, sltt.SLTT(fold=3), x, y, kwargs), results(model, sltt.SLTT(fold=1), x, y, kwargs))
+    with pytest.raises(ValueError, match="fold=3 would change results: the network decides by the value of a tensor"):
+        results(model, sltt.SLTT(fold=3), x, y, kwargs)  # whether its input is finite
+    assert_same(results(model, sltt.SLTT(), x, y, kwargs), results(model, sltt.SLTT(fold=1), x, y, kwargs))
 
 
 def test_a_network_that_mixes_samples_is_noticed():
