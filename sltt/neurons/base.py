@@ -208,7 +208,8 @@ class Neuron(Stateful):
     def extra_repr(self) -> str:
         found = {name: getattr(self, name, None) for name in arguments_of(type(self))}
         shown = {name: value for name, value in found.items() if isinstance(value, int | float | Surrogate)}
-        return ", ".join(f"{k}={f'{v:.4g}' if isinstance(v, float) else v}" for k, v in shown.items())
+        learned = {name for name in shown if isinstance(getattr(type(self), name, None), property)}
+        return ", ".join(f"{name}={f'{v:.4g}' if name in learned else v}" for name, v in shown.items())
 
 
 set_role(
