@@ -223,6 +223,10 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int |
     fold = fold_of(fold)
     sequence = time_steps(x, steps)
     network = Run(model, sequence, hoist=True, grad=False)
+    layout = network.layout
+    # a real batch shows whether calls change weights, so that the next ones share what is made of them
+    looks = not layout.steady and not layout.looked and sequence.steps > 1 and x.device.type == "cpu"
+    before = [(p, p.clone()) for p in model.parameters()] if looks else []
     try:
         n = choose_fold(network, fold).forward
         with network:
@@ -230,6 +234,8 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int |
             network.weights = kernels.Weights(len(calls))
             logits = [network(sequence.input(call), len(call)).clone() for call in calls]
             (result,) = network.result(torch.cat(logits))
+        if looks:
+            layout.looked, layout.steady = True, all(torch.equal(p, was) for p, was in before)
     except Exception as error:
         note(error, network)
         raise

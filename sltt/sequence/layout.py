@@ -72,6 +72,7 @@ class Layout:
         keepers: those that keep a state.
         unproved: why structure does not prove that the network treats its samples alike; None if it does.
         steady: no call of the network changes its weights: structure proves it, or a real batch showed it.
+        looked: an evaluation looked for that.
         folds: time steps in a call by the kind of a batch, as chosen so far.
         chosen: the last of them.
         tried: most time steps that a trial showed to share a call, by the kind of a batch.
@@ -90,7 +91,7 @@ class Layout:
         for layer in self.keepers:
             layer.parts = [m for m in layer.module.modules() if self.layers[m].states]
         self.unproved = find_unproved(self.layers)
-        self.steady = self.unproved is None
+        self.steady, self.looked = self.unproved is None, "hooks on" in (self.unproved or "")
         self.folds: dict[Any, Any] = {}
         self.chosen: Any = None
         self.tried: dict[Any, int] = {}

@@ -205,7 +205,7 @@ class Run:
         states = [s for layer in self.layout.keepers if layer.spikes for s in state_tensors(layer.module)]
         first = [s[:1] if s.ndim else s for s in states if s.is_floating_point() and s.numel()]
         device, bounds = values[0].device, [bound for s in first for bound in s.detach().aminmax()]
-        bounds = [bound.to(device) for bound in (*bounds, *self.weights.bounds, *self.sequence.bounds)]
+        bounds = [bound.to(device) for bound in (*bounds, *self.weights.sums, *self.sequence.bounds)]
         damaged = ~torch.stack(bounds).isfinite().all() if bounds else False  # together: each look is a few launches
         if damaged is False or (device.type == "cpu" and not damaged):
             return values

@@ -20,14 +20,14 @@ class Weights:
             gradients would be.
 
     Attributes:
-        bounds: the least and the largest value of each weight that was noted; NaN where it has one.
+        sums: of each weight that was noted: not finite where a value is not, and read in a pass over memory.
     """
 
     def __init__(self, calls: int = 1) -> None:
         self.calls = calls
         self._kept: Any = WeakIdKeyDictionary()  # by the weight's memory, which autograd gives back as another tensor
         self._sparse: dict[int, Tensor] = {}
-        self.bounds: list[Tensor] = []
+        self.sums: list[Tensor] = []
 
     def forget(self) -> None:
         """Drop all forms, since weights may have changed."""
@@ -37,7 +37,7 @@ class Weights:
     def note_sparse(self, weight: Tensor) -> None:
         """Note a weight of which a layer reads the rows of active inputs only: now, since sharded ones are freed."""
         if id(weight) not in self._sparse:
-            self.bounds += weight.detach().aminmax()
+            self.sums.append(weight.detach().sum())
             if isinstance(weight, nn.Parameter):  # another was computed, and should not stay
                 self._sparse[id(weight)] = weight
 
