@@ -25,7 +25,7 @@ from sltt.neurons import LIF
 from sltt.rules import BPTT, TBPTT, Mixed, Rule
 from sltt.training.console import Console
 from sltt.training.evaluation import measure_settings, measure_split
-from sltt.training.fit import Fit, start_run
+from sltt.training.fit import Fit, train
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, Training
 
@@ -119,9 +119,7 @@ def _train(here: Session, built: Any, steps: int, epochs: int, rule: Rule, repor
     """Train what was built for some epochs with a rule, in a folder that is not kept."""
     settings = {**vars(built), "epochs": epochs, "steps": steps, "rule": rule, "phases": None, "weights": None}
     with TemporaryDirectory() as folder:
-        return start_run(
-            here, built.model, built.data, Training.of(settings), f"{folder}/run", config={}, report=report
-        )
+        return train(here, built.model, built.data, Training.of(settings), f"{folder}/run", config={}, report=report)
 
 
 def _contestants(rules: Sequence[Rule], found: Sequence[Agreement], proposal: Proposal | None) -> list[Rule]:

@@ -80,7 +80,7 @@ def evaluate(
     Raises:
         ValueError: the split is empty, or `mirror` or `shift` is given and the samples are no images.
     """
-    known, size = getattr(model, "trained", None), batch_size_of(data, batch_size)
+    given, known, size = {**locals()}, getattr(model, "trained", None), batch_size_of(data, batch_size)
     if isinstance(known, Trained):
         steps = known.steps if steps is None else steps
         if prediction_of(loss) != known.prediction:
@@ -90,18 +90,7 @@ def evaluate(
             )  # fmt: skip
     steps = 4 if steps is None else steps
     seen = {"mirror": mirror, "shift": shift}
-    execution = Execution(
-        precision=precision,
-        channels_last=channels_last,
-        workers=workers,
-        device=device,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=strategy,
-        compile=compile,
-        sparse=sparse,
-    )
-    with session(execution) as here:
+    with session(Execution.of({**given, "sync_batchnorm": False, "graph": "off"})) as here:
         return measure_split(here, model, data, split, loss=loss, metric=metric, steps=steps, batch_size=size, **seen)
 
 

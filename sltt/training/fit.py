@@ -170,56 +170,21 @@ def fit(
 
     When another process of the training fails or dies, this one ends too, with the exit code 1.
     """
-    training = Training(
-        rule=rule,
-        loss=loss,
-        metric=metric,
-        optimizer=optimizer,
-        schedule=schedule,
-        steps=steps,
-        epochs=epochs,
-        phases=phases,
-        batch_size=batch_size_of(data, batch_size),
-        clip_norm=clip_norm,
-        norm_weight_decay=norm_weight_decay,
-        norm_bias_lr=norm_bias_lr,
-        seed=seed,
-        checkpoint_minutes=checkpoint_minutes,
-        weights=weights,
-        accumulate=accumulate,
-        ema=ema,
-        quantised=quantised,
-        callbacks=callbacks,
-        loggers=loggers,
-    )
-    execution = Execution(
-        precision=precision,
-        channels_last=channels_last,
-        workers=workers,
-        device=device,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=strategy,
-        sync_batchnorm=sync_batchnorm,
-        compile=compile,
-        sparse=sparse,
-        graph=graph,
-    )
+    given = {**locals(), "batch_size": batch_size_of(data, batch_size)}
+    training, execution = Training.of(given), Execution.of(given)
     instance("model", model, nn.Module)
     flag("resume", resume)
-    if run is not None:
-        run = folder("run", run)
     if config is not None:
         instance("config", config, dict)
     data = as_data(data, training.batch_size)
+    run = run if run is None else folder("run", run)
     with keep_generators(), session(execution) as here:
         if config is None:
             untold: list[str] = []
             config = _settings(model, data, vars(training) | vars(execution), resume, untold)
             if untold:
                 here.console(report).line(f"on resume, sltt cannot tell whether these changed: {', '.join(untold)}")
-        go = resume_run if resume else start_run
-        return go(here, model, data, training, run, config=config, report=report)
+        return train(here, model, data, training, run, resume=resume, config=config, report=report)
 
 
 def _settings(model: nn.Module, data: Data, given: dict[str, Any], resume: bool, untold: list[str]) -> dict[str, Any]:
@@ -238,57 +203,39 @@ def _settings(model: nn.Module, data: Data, given: dict[str, Any], resume: bool,
     return {**made, **network, **texts, **plain}
 
 
-def start_run(
-    here: Session,
-    model: nn.Module,
-    data: Data,
-    training: Training,
-    run: str | Path | None = None,
-    *,
-    name: str = "run",
-    config: dict[str, Any],
-    report: Console | None = None,
-) -> Fit:
-    """Train in a new folder: `run`, or one under `runs` whose name begins with `name`."""
-    run = run if run is None else folder("run", run)
-    report = here.console(report)
-    here, splits = _check(here, model, data, training, report)
-    start_from(model, training.weights)
-    made = here.processes.first(lambda: new_run(run, name, config))
-    report.line(f"run {made}")
-    with here.lock_run(made):
-        loop = Loop(here, training, model, data, splits, made, config, report)
-        loop.run()
-        return _result(loop)
-
-
-def resume_run(
+def train(
     here: Session,
     model: nn.Module,
     data: Data,
     training: Training,
     run: str | Path | None,
     *,
+    name: str = "run",
+    resume: bool = False,
     config: dict[str, Any],
     report: Console | None = None,
 ) -> Fit:
-    """Continue the run in a folder; without a checkpoint, it starts from the beginning."""
-    report = here.console(report)
+    """Train in a new folder: `run`, or one under `runs` whose name begins with `name`; or go on in `run`."""
+    report, first = here.console(report), here.processes.first
     here, splits = _check(here, model, data, training, report)
-    folder = here.processes.first(lambda: old_run(run))
-    report.line(f"continuing {folder}")
-    with here.lock_run(folder):
-        checkpoint = here.processes.first(lambda: _last_checkpoint(folder, config))
-        settings = continue_settings(checkpoint["config"] if checkpoint else read_config(folder), config)
-        if checkpoint is None:
-            start_from(model, training.weights)
-        if other := find_other_neurons(settings, model):
-            raise ValueError(f"{folder} is of other neurons: {other}. Resume it with its own, or start a new run")
-        loop = Loop(here, training, model, data, splits, folder, settings, report)
-        if checkpoint is not None:
+    if not resume:
+        start_from(model, training.weights)
+    made = first(lambda: old_run(run) if resume else new_run(run, name, config))
+    report.line(f"continuing {made}" if resume else f"run {made}")
+    with here.lock_run(made):
+        checkpoint = None
+        if resume:
+            checkpoint = first(lambda: _last_checkpoint(made, config))
+            config = continue_settings(checkpoint["config"] if checkpoint else read_config(made), config)
+            if checkpoint is None:  # it stopped before the first
+                start_from(model, training.weights)
+            if other := find_other_neurons(config, model):
+                raise ValueError(f"{made} is of other neurons: {other}. Resume it with its own, or start a new run")
+        loop = Loop(here, training, model, data, splits, made, config, report)
+        if checkpoint:
             restore_state(loop, checkpoint)
-        if settings and here.processes.rank == 0:
-            write_config(folder, settings)
+        if resume and config and here.processes.rank == 0:
+            write_config(made, config)
         loop.run()
         return _result(loop)
 

@@ -1,4 +1,4 @@
-"""Arguments of `sltt.fit`, which explains them, in two parts: execution and training."""
+"""Arguments of `sltt.fit`, which has their defaults and explains them, in two parts: execution and training."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -38,8 +38,8 @@ RESUMABLE = (
 class _Settings:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Return the settings of this kind among what a recipe builds."""
-        return cls(**{name: values[name] for name in inspect.signature(cls).parameters if name in values})
+        """Return the settings of this kind among the arguments of `fit`, or what a recipe builds."""
+        return cls(**{name: values[name] for name in inspect.signature(cls).parameters})
 
     def __post_init__(self) -> None:
         vars(self).update(to_python(vars(self)))  # numbers of NumPy, say, which no file of settings takes
@@ -52,17 +52,17 @@ class Execution(_Settings):
     Raises ValueError for a value that makes no sense. Whether a device is there, `make_fabric` finds out.
     """
 
-    precision: Precision = 32
-    channels_last: bool | None = None
-    workers: int = 0
-    device: Device = "auto"
-    devices: int | None = None
-    num_nodes: int | None = None
-    strategy: Strategy = "ddp"
-    sync_batchnorm: bool = False
-    compile: Compile = "auto"
-    sparse: Sparse = "auto"
-    graph: Graph = "auto"
+    precision: Precision
+    channels_last: bool | None
+    workers: int
+    device: Device
+    devices: int | None
+    num_nodes: int | None
+    strategy: Strategy
+    sync_batchnorm: bool
+    compile: Compile
+    sparse: Sparse
+    graph: Graph
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,21 +95,21 @@ class Training(_Settings):
     metric: Metric
     optimizer: OptimizerFactory
     schedule: Schedule
-    steps: int = 4
-    epochs: int = 10
-    phases: Sequence[Phase] | None = None
+    steps: int
+    epochs: int
+    phases: Sequence[Phase] | None
     batch_size: int
-    clip_norm: float | None = None
-    norm_weight_decay: float | None = None
-    norm_bias_lr: float = 1.0
-    seed: int = 0
-    checkpoint_minutes: float = 10.0
-    weights: str | None = None
-    accumulate: int = 1
-    ema: float | None = None
-    quantised: Quantised | None = None
-    callbacks: Sequence[Callback] | None = None
-    loggers: Sequence[Logger] | None = None
+    clip_norm: float | None
+    norm_weight_decay: float | None
+    norm_bias_lr: float
+    seed: int
+    checkpoint_minutes: float
+    weights: str | None
+    accumulate: int
+    ema: float | None
+    quantised: Quantised | None
+    callbacks: Sequence[Callback] | None
+    loggers: Sequence[Logger] | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
