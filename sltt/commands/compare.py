@@ -142,10 +142,8 @@ def train_one(
 
 def _check_continues(run: Path, config: dict[str, Any]) -> None:
     """Raise ValueError where a run in the folder was trained with other settings; its data may have moved."""
-    if not (saved := read_config(run)):
-        return  # the checkpoint has a copy
-    other = list_changes(saved, config)
-    other += ["epochs"] if saved.get("epochs") != config["epochs"] else []
+    saved = read_config(run)  # empty where the checkpoint has the copy
+    other = list_changes(saved, config) + ["epochs"] * (saved.get("epochs", config["epochs"]) != config["epochs"])
     if other:
         raise ValueError(
             f"{run} was trained with other settings ({'; '.join(other)}): choose another --save, or delete the run"

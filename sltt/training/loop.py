@@ -27,7 +27,7 @@ from sltt.sequence.layout import spiking_layers
 from sltt.sequence.padding import Padded, target_of
 from sltt.sequence.spikes import observe_spikes
 from sltt.sequence.steps import check_input
-from sltt.training.average import make_average, take_average
+from sltt.training.average import Average
 from sltt.training.batches import (
     Ahead,
     EpochSampler,
@@ -98,7 +98,7 @@ class Loop:
             synchronise(model)
         self.net = session.set_up(model)
         self.spiking = spiking_layers(model)
-        self.average = None if training.ema is None else make_average(model, training.ema)
+        self.average = None if training.ema is None else Average(model, training.ema)
         groups = parameter_groups(model, training.norm_weight_decay, training.norm_bias_lr)
         self.optim: Any = session.fabric.setup_optimizers(training.optimizer(groups))
         self.averaged = session.set_up(self.average.module) if self.average else self.net
@@ -241,7 +241,7 @@ class Loop:
         self.processes.average_statistics(self.model)
         state.count(loss, score, counted, y)
         if self.average:
-            self.average.update_parameters(self.model)
+            self.average.update(self.model)
         if self.callbacks:
             self._call("on_batch", loss)
 
@@ -298,7 +298,7 @@ class Loop:
             # metrics at another T do not compare
             self.state.best, self.state.best_epoch, self.state.first = [], None, self.state.epoch
         if self.average and new and self.state.epoch == stage.start == stage.span[0]:
-            take_average(self.model, self.average)
+            self.average.copy_to(self.model)
         device, size, held_out = self.session.fabric.device, self.training.batch_size, self.splits.validation
         self.memory = BatchMemory(device)
         self.fold = None

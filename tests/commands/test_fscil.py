@@ -7,6 +7,7 @@ from torch.utils.data import Subset, TensorDataset
 
 import sltt
 from sltt.commands import compare, main
+from sltt.training import fit
 from tests.commands.tiny import TINY, run
 
 pytestmark = pytest.mark.slow
@@ -51,7 +52,9 @@ def test_the_base_training_sees_base_classes_only(folder, capsys, monkeypatch):
     assert run(capsys, "eval", folder / "BPTT-seed0", "--split", "train", "--json")[0] == 0  # the run knows its classes
     seen = []
 
-    def train(session, model, data, training, run, **settings):
+    def train(session, model, data, training, run, *, resume, **settings):
+        if resume:
+            return fit.train(session, model, data, training, run, resume=True, **settings)
         seen.append(data.splits(training.steps))
         raise RuntimeError("far enough")
 
