@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -58,6 +59,7 @@ from sltt.training.session import Session
 from sltt.training.settings import Training
 
 
+@dataclass(eq=False)
 class Loop:
     """A training in one process: what is set up for it, and how far it is.
 
@@ -79,21 +81,19 @@ class Loop:
         saved: when, on the monotonic clock.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        training: Training,
-        model: nn.Module,
-        data: Data,
-        splits: Splits,
-        folder: Path,
-        config: dict[str, Any],
-        report: Console,
-    ):
+    session: Session
+    training: Training
+    model: nn.Module
+    data: Data
+    splits: Splits
+    folder: Path
+    config: dict[str, Any]
+    report: Console
+
+    def __post_init__(self) -> None:
+        session, training, model, splits = self.session, self.training, self.model, self.splits
         seed_everything(training.seed)
-        self.session, self.processes, self.training = session, session.processes, training
-        self.model, self.data, self.splits, self.fingerprint = model, data, splits, splits.fingerprint
-        self.folder, self.config, self.report = folder, config, report
+        self.processes, self.fingerprint = session.processes, splits.fingerprint
         if session.execution.sync_batchnorm and self.processes.count > 1:
             synchronise(model)
         self.net = session.set_up(model)

@@ -174,7 +174,7 @@ def test_values_of_options_are_compared_continued_and_the_best_is_told_by_valida
     assert [config["model"]["init_args"]["neuron"]["init_args"]["tau"] for config in configs] == [1.1, 1.1, 4.0, 4.0]
     assert [config["rule"]["init_args"].get("k") for config in configs] == [1, None, 1, None]
     with monkeypatch.context() as patch:
-        patch.setattr("sltt.training.fit.new_run", None)  # trained before
+        patch.setattr("sltt.training.runs.new_run", None)  # trained before
         assert main([*WORDS, *SWEEP]) == 0
     again = json.loads((here / "a" / "compare.json").read_text())["rows"]
     assert [row["scores"] for row in again] == [row["scores"] for row in rows]

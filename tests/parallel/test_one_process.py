@@ -68,9 +68,10 @@ def test_sharded_weights_are_not_trained_in_16_mixed():
 
 @pytest.mark.parametrize("rule", [sltt.SLTT(recompute=True), sltt.BPTT(hoist=True)])
 def test_rules_that_sharded_weights_cannot_serve_are_refused(rule):
+    here = SimpleNamespace(processes=SimpleNamespace(count=2), execution=execution(strategy="fsdp"))
+    training = SimpleNamespace(stages=[SimpleNamespace(rule=rule)])
     with pytest.raises(ValueError, match="does not run under fsdp"):
-        sltt.training.fit._check_shardable(rule)
-    sltt.training.fit._check_shardable(sltt.SLTT(k=2, fold=2))
+        sltt.training.fit._check(here, torch.nn.Linear(2, 2), None, training, None)
 
 
 def test_a_batchnorm_of_ones_own_is_not_replaced():
