@@ -125,8 +125,7 @@ def _training(found: Gathered, names: dict[Path, str], colours: dict[str, str]) 
 def _costs(found: dict[str, Any], colours: dict[str, str]) -> Section:
     costs = found["costs"]
     parts = [key for key in costs[0]["memory"] if key != "total"]
-    peaks: dict[str, list[figures.Points]] = {}
-    times: dict[str, list[figures.Points]] = {}
+    peaks, times = {}, {}
     for rule in dict.fromkeys(one["rule"] for one in costs):
         own = [one for one in costs if one["rule"] == rule]
         steps = [one["steps"] for one in own]

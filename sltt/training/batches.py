@@ -329,16 +329,11 @@ class Ahead:
             self._next.set_exception(error)
 
     def __iter__(self) -> Iterator[Any]:
-        while True:
-            if self._next is None:
-                self.fetch()
-            fetched: Any = self._next
-            self._next = None
-            try:
-                batch = fetched.result()
-            except StopIteration:
-                return
-            yield batch
+        return self
+
+    def __next__(self) -> Any:
+        fetched, self._next = self._next, None
+        return next(self._batches) if fetched is None else fetched.result()
 
 
 @contextmanager

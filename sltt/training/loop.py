@@ -63,17 +63,8 @@ from sltt.training.settings import Training
 class Loop:
     """A training in one process: what is set up for it, and how far it is.
 
-    Args:
-        session: where it runs.
-        training: what is trained.
-        model: the network.
-        data: its splits may depend on T.
-        splits: of the first stage.
-        folder: of the run.
-        config: settings of the run, to keep.
-        report: where to print.
-
     Attributes:
+        splits: of the present stage; those of the data may depend on T.
         net: the network for calls under the precision of the session.
         average: of the weights, where the training has one.
         averaged: the network with these, for such calls; else `net`.
