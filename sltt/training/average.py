@@ -55,7 +55,8 @@ class Average:
 def _tensors_to_average(model: nn.Module) -> list[Tensor]:
     """List the tensors that have an average: an index or a mask in a buffer has none."""
     norms = (m for m in model.modules() if isinstance(m, _NormBase))
-    return [*model.parameters(), *(b for m in norms for b in m.buffers(recurse=False) if b.is_floating_point())]
+    found = [*model.parameters(), *(b for m in norms for b in m.buffers(recurse=False))]
+    return [one for one in found if one.is_floating_point() or one.is_complex()]
 
 
 def select_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,9 +60,8 @@ def _parts(value: Any) -> dict[str, Any]:
         return {"class": value.func, "arguments": value.args, **value.keywords}
     if isinstance(value, type) or inspect.isroutine(value):
         name = f"{value.__module__}.{value.__qualname__}"
-        owner = getattr(value, "__self__", None)
         if inspect.ismethod(value):
-            return {"class": name, "of": owner}
+            return {"class": name, "of": value.__self__}
         return {"class": name if isinstance(value, type) or "<" not in name else None}
     kind = type(value)
     name = f"{kind.__module__}.{kind.__qualname__}"

@@ -117,15 +117,8 @@ class Replay:
 class Graphs:
     """Runs the batches of a phase: three of a shape as they are, and from the fourth on as a graph.
 
-    What a rule draws has a graph of its own, after a batch that runs as it is.
-
-    Args:
-        model: the network, in the mode of the phase.
-        device: of the batches.
-        problem: why no batch can be a graph, if that is known.
-
-    Attributes:
-        problem: why batches run as they are.
+    What a rule draws has a graph of its own, after a batch that runs as it is. `problem` is why batches run as they
+    are, where they do.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, problem: str | None = None):
