@@ -160,7 +160,6 @@ def fit(
     if config is not None:
         instance("config", config, dict)
     data = as_data(data, training.batch_size)
-    run = run if run is None else folder("run", run)
     with keep_generators(), session(execution) as here:
         if config is None:
             untold: list[str] = []
@@ -199,6 +198,7 @@ def train(
     report: Console | None = None,
 ) -> Fit:
     """Train in a new folder: `run`, or one under `runs` whose name begins with `name`; or go on in `run`."""
+    run = run if run is None else folder("run", run)
     report, first = here.console(report), here.processes.first
     here, splits = _check(here, model, data, training, report)
     if not resume:
