@@ -1,41 +1,15 @@
 """Measurements of a network and a rule: memory, time, operations, energy, firing rates, agreement with exact BPTT."""
 
-from sltt.analysis.advice import Trial, advice
-from sltt.analysis.agreement import Agreement, Proposal, agreement, propose
-from sltt.analysis.budget import PeakModel, fit_peak
-from sltt.analysis.energy import Energy, LayerOperations, measure_energy, neurobench, synaptic_operations
-from sltt.analysis.firing import FiringRates, firing_rates
-from sltt.analysis.iteration import Memory, Seconds, iteration_seconds, memory_parts
-from sltt.analysis.operations import Operations, count_operations
-from sltt.analysis.paths import LayerPath, layer_paths
-from sltt.analysis.rates import RateTest, find_learning_rate
-from sltt.memory import peak_memory
-
-__all__ = [
-    "Agreement",
-    "Energy",
-    "FiringRates",
-    "LayerOperations",
-    "LayerPath",
-    "Memory",
-    "Operations",
-    "PeakModel",
-    "Proposal",
-    "RateTest",
-    "Seconds",
-    "Trial",
-    "advice",
-    "agreement",
-    "count_operations",
-    "find_learning_rate",
-    "firing_rates",
-    "fit_peak",
-    "iteration_seconds",
-    "layer_paths",
-    "measure_energy",
-    "memory_parts",
-    "neurobench",
-    "peak_memory",
-    "propose",
-    "synaptic_operations",
-]
+from sltt.analysis.advice import Trial as Trial, advice as advice
+from sltt.analysis.agreement import Agreement as Agreement, Proposal as Proposal, agreement as agreement
+from sltt.analysis.agreement import propose as propose
+from sltt.analysis.budget import PeakModel as PeakModel, fit_peak as fit_peak
+from sltt.analysis.energy import Energy as Energy, LayerOperations as LayerOperations, measure_energy as measure_energy
+from sltt.analysis.energy import neurobench as neurobench, synaptic_operations as synaptic_operations
+from sltt.analysis.firing import FiringRates as FiringRates, firing_rates as firing_rates
+from sltt.analysis.iteration import Memory as Memory, Seconds as Seconds, iteration_seconds as iteration_seconds
+from sltt.analysis.iteration import memory_parts as memory_parts
+from sltt.analysis.operations import Operations as Operations, count_operations as count_operations
+from sltt.analysis.paths import LayerPath as LayerPath, layer_paths as layer_paths
+from sltt.analysis.rates import RateTest as RateTest, find_learning_rate as find_learning_rate
+from sltt.memory import peak_memory as peak_memory

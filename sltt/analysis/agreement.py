@@ -137,14 +137,10 @@ def propose(
     the next longer one, "all" after the longest, in fewer layers. Where the network does not part in two, and in the
     last layer, windows save nothing and are not tried.
 
+    See `agreement` for the arguments. Memory is that of the model's own type.
+
     Args:
-        model: maps one time step to logits; in the mode that it is in. It is left as it was.
-        x: sequence [T, B, ...], or with `steps` a static input [B, ...].
-        target: what `loss` compares with.
-        loss: of one time step.
         found: what `agreement` found on this batch for SLTT and windows of 2, 4, 8, …, and maybe for OTTT.
-        steps: T for a static input.
-        dtype: compute gradients in this type; memory is that of the model's own.
     """
     cosines = {a.rule: a.least for a in found}
     if cosines.get(repr(OTTT()), 0.0) >= AGREES:

@@ -51,7 +51,6 @@ class LayerOperations:
 
     synaptic_operations = property(lambda self: self.macs + self.acs)
     picojoules = property(lambda self: self.macs * FLOAT32[0] + self.acs * FLOAT32[1])
-    picojoules_as_ann = property(lambda self: self.ann_macs * FLOAT32[0])
 
 
 @dataclass
@@ -177,7 +176,7 @@ def neurobench(model: nn.Module, data: Iterable[tuple[Tensor, Any]], *, steps: i
 
     Source: Yik et al., Nature Communications 2025 (neurobench.readthedocs.io).
     """
-    samples, sums, operations = 0, defaultdict(float), defaultdict(float)
+    samples, sums = 0, defaultdict(float)
     energy: Any = None
     for x, y in data:
         with evaluation_mode(model):
@@ -189,14 +188,16 @@ def neurobench(model: nn.Module, data: Iterable[tuple[Tensor, Any]], *, steps: i
         sums["MembraneUpdates"] += counter.changed
         if y.shape == (size,) and not y.is_floating_point():
             sums["ClassificationAccuracy"] += int((logits.mean(0).argmax(1) == y).sum())
-        for name, key in (("Effective_MACs", "effective_macs"), ("Effective_ACs", "effective_acs"), ("Dense", "dense")):
-            operations[name] += size * energy.total(key)
+        for name in ("Effective_MACs", "Effective_ACs", "Dense"):
+            sums[name] += size * energy.total(name.lower())
+    means = {name: total / samples for name, total in sums.items()}
+    operations = {name: means.pop(name) for name in ("Effective_MACs", "Effective_ACs", "Dense")}
     return {
         "Footprint": energy.footprint,
         "ParameterCount": sum(p.numel() for p in model.parameters()),
         "ConnectionSparsity": round(energy.zeros / max(energy.weights, 1), 4),
-        **{name: total / samples for name, total in sums.items()},
-        "SynapticOperations": {name: total / samples for name, total in operations.items()},
+        **means,
+        "SynapticOperations": operations,
     }
 
 

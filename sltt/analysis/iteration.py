@@ -97,14 +97,11 @@ def memory_parts(
     weight. Without a step of the optimizer before, the optimizer's state counts as 0. Of SLTT-K it is the most of four
     draws, always the same.
 
+    See `agreement` for the other arguments.
+
     Args:
-        model: maps one time step to logits; in the mode that it is in.
-        x: sequence [T, B, ...], or with `steps` a static input [B, ...].
-        target: what `loss` compares with.
-        loss: of one time step.
         rule: whose iteration is measured.
         optimizer: whose state is counted.
-        steps: T for a static input.
     """
     instance("rule", rule, Rule)
     if optimizer is not None:
@@ -151,13 +148,12 @@ def iteration_seconds(
 
         iteration_seconds(model, batches, loss, SLTT(), optimizer).backward
 
+    See `agreement` for the other arguments.
+
     Args:
-        model: maps one time step to logits.
         batches: (x, target) of each iteration, at least one more than `warmup`; loading them is timed too.
-        loss: of one time step.
         rule: whose iterations are timed.
         optimizer: steps after each.
-        steps: T for a static input.
         warmup: iterations at the beginning that do not count, in which kernels are compiled.
 
     Raises:

@@ -32,14 +32,11 @@ def count_operations(
     weights. All layers but the first have n·m more, for the gradient of their input. Matrix products, as in attention,
     count likewise. Neurons and other work on single elements are left out: they are of a lower order.
 
+    See `agreement` for the other arguments.
+
     Args:
-        model: maps one time step to logits.
-        x: sequence [T, B, ...], or with `steps` a static input [B, ...].
-        target: what `loss` compares with.
-        loss: of one time step.
         rule: whose passes are counted. What `recompute=True` repeats counts as backward, what `BPTT(segment=n)` repeats
             as forward.
-        steps: T for a static input.
     """
     instance("rule", rule, Rule)
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton where it is installed

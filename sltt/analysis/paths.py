@@ -47,12 +47,7 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
         [path.name for path in layer_paths(model, x) if path.sparse_forward]
 
     The decision depends on the batch size, the precision, the memory format and `kernels.using(sparse=…)`: measure
-    under those of the training.
-
-    Args:
-        model: maps one time step to logits; in the mode that it is in.
-        x: sequence [T, B, ...], or with `steps` a static input [B, ...].
-        steps: T for a static input.
+    under those of the training. See `measure_energy` for the arguments.
     """
     found: dict[str, LayerPath] = {}
     inputs = Counter[str]()

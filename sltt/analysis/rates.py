@@ -59,13 +59,12 @@ def find_learning_rate(
     optimizer are afterwards as before. A suggestion depends on the batch size and the weights: test those that are
     trained.
 
+    See `agreement` for the other arguments.
+
     Args:
-        model: maps one time step to logits; in training mode.
         batches: (x, target), at least ten; `count` of them are used.
-        loss: of one time step.
         rule: that trains.
         optimizer: of the parameters; the rates of its groups keep their ratios.
-        steps: T for a static input.
         smallest: the first rate.
         largest: the last rate.
         count: the number of batches.

@@ -7,7 +7,8 @@ The last line says which rule to take. With --trial, short trainings decide it. 
 import argparse
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -25,7 +26,7 @@ from sltt.neurons import LIF
 from sltt.rules import BPTT, TBPTT, Mixed, Rule
 from sltt.training.console import Console
 from sltt.training.evaluation import measure_settings, measure_split
-from sltt.training.fit import Fit, start_run
+from sltt.training.fit import Fit, train
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, Training
 
@@ -36,11 +37,8 @@ def options() -> CommandOptions:
     parser.add_argument("--steps", type=numbers(int), help="several T; default: the recipe's")
     epochs = "epochs of training before gradients are compared, such as 0,1,3; default: 0"
     parser.add_argument("--at-epochs", type=numbers(int), default=[0], help=epochs)
-    parser.add_argument(
-        "--trial",
-        type=count,
-        help="compare trainings of so many epochs with each rule: a quarter of the recipe's; default: none",
-    )
+    trial = "compare trainings of so many epochs with each rule: a quarter of the recipe's; default: none"
+    parser.add_argument("--trial", type=count, help=trial)
     parser.add_argument("--seeds", type=count, default=2, help="trainings with each rule in a trial; default: 2")
     parser.add_argument("--samples", type=count, default=128, help="training samples in the batch; default: 128")
     parser.add_output()
@@ -64,7 +62,8 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
     at_epochs: list[int] = asked.at_epochs
     with session(Execution.of(vars(own))) as here:
         for tau, T, epochs in itertools.product(taus, steps, at_epochs):
-            built = _build(recipe, own.data, tau)  # the data is read once
+            build = partial(_build, recipe, own.data, tau)  # the data is read once
+            built = build()
             if epochs:
                 _train(here, built, T, epochs, built.rule, report)
             ready = Prepared(here, built, T)
@@ -75,8 +74,7 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
             memory = batch_memory(*arguments, steps=ready.repeat)
             rivals = sorted(_contestants(rules, found, proposal), key=memory)
             if asked.trial and (tau, T) not in trials:
-                found_by = _run_trial(here, recipe, own.data, rivals, tau, T, asked.trial, asked.seeds, report)
-                trials[tau, T] = rivals, found_by
+                trials[tau, T] = rivals, _run_trial(here, build, rivals, T, asked.trial, asked.seeds, report)
             # after more epochs the gradients may propose others than those that were tried
             rivals, tried = trials.get((tau, T), (rivals, None))
             mixed = [r for r in rivals if isinstance(r, Mixed)]
@@ -119,9 +117,7 @@ def _train(here: Session, built: Any, steps: int, epochs: int, rule: Rule, repor
     """Train what was built for some epochs with a rule, in a folder that is not kept."""
     settings = {**vars(built), "epochs": epochs, "steps": steps, "rule": rule, "phases": None, "weights": None}
     with TemporaryDirectory() as folder:
-        return start_run(
-            here, built.model, built.data, Training.of(settings), f"{folder}/run", config={}, report=report
-        )
+        return train(here, built.model, built.data, Training.of(settings), f"{folder}/run", config={}, report=report)
 
 
 def _contestants(rules: Sequence[Rule], found: Sequence[Agreement], proposal: Proposal | None) -> list[Rule]:
@@ -133,10 +129,8 @@ def _contestants(rules: Sequence[Rule], found: Sequence[Agreement], proposal: Pr
 
 def _run_trial(
     here: Session,
-    recipe: Recipe,
-    data: Data,
+    build: Callable[..., Any],
     rules: Sequence[Rule],
-    tau: float | None,
     steps: int,
     epochs: int,
     seeds: int,
@@ -145,13 +139,13 @@ def _run_trial(
     """Train the recipe's network for some epochs with each rule and each seed from 0."""
     trial = Trial(epochs, [], {repr(rule): [] for rule in rules}, {repr(rule): [] for rule in rules})
     for seed in map(str, range(seeds)):
-        built = _build(recipe, data, tau, "--seed", seed)
+        built = build("--seed", seed)
         sizes = {**measure_settings(built), "steps": steps}
-        trial.start.append(measure_split(here, built.model, data, "train", **sizes).loss)
+        trial.start.append(measure_split(here, built.model, built.data, "train", **sizes).loss)
         for rule in rules:
             report.line(f"trial: {rule}, seed {seed}")
             try:
-                last = _train(here, _build(recipe, data, tau, "--seed", seed), steps, epochs, rule, report).history[-1]
+                last = _train(here, build("--seed", seed), steps, epochs, rule, report).history[-1]
             except Exception as error:  # the others still run
                 report.warn(f"trial: {rule}, seed {seed} died: {cause(error)}")
                 last = {"train_loss": math.inf, "train_accuracy": 0.0}

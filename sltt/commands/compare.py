@@ -28,7 +28,7 @@ from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.padding import lengths_of
 from sltt.training.console import Console, megabytes
 from sltt.training.evaluation import measure_settings, measure_split
-from sltt.training.fit import Fit, resume_run, start_run
+from sltt.training.fit import Fit, train
 from sltt.training.runs import list_changes, read_config
 from sltt.training.session import Session, session
 from sltt.training.settings import Execution, Training
@@ -134,18 +134,16 @@ def train_one(
     if classes is not None:
         data = Classes(data, classes)
         config["data"] = {"class_path": "sltt.data.Classes", "init_args": {"data": config["data"], "classes": classes}}
-    train, training = resume_run if run.exists() else start_run, Training.of(vars(built))
-    if run.exists():
+    training, resume = Training.of(vars(built)), run.exists()
+    if resume:
         _check_continues(run, config)
-    return built, train(here, built.model, data, training, run, config=config, report=report)
+    return built, train(here, built.model, data, training, run, resume=resume, config=config, report=report)
 
 
 def _check_continues(run: Path, config: dict[str, Any]) -> None:
     """Raise ValueError where a run in the folder was trained with other settings; its data may have moved."""
-    if not (saved := read_config(run)):
-        return  # the checkpoint has a copy
-    other = list_changes(saved, config)
-    other += ["epochs"] if saved.get("epochs") != config["epochs"] else []
+    saved = read_config(run)  # empty where the checkpoint has the copy
+    other = list_changes(saved, config) + ["epochs"] * (saved.get("epochs", config["epochs"]) != config["epochs"])
     if other:
         raise ValueError(
             f"{run} was trained with other settings ({'; '.join(other)}): choose another --save, or delete the run"

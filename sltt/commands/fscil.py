@@ -139,11 +139,9 @@ def score_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the scores of each rule over its seeds."""
     made: list[Row] = []
     for row in rows:
-        if row["accuracies"]:
-            cells = {heading: Cell(percent(row[name]), statistics.mean(row[name])) for name, heading in SCORES.items()}
-        else:
-            cells = {SCORES["base"]: Cell("died", "")}
-        made.append({"rule": row["rule"], **cells})
+        reached = SCORES if row["accuracies"] else {}
+        cells = {heading: Cell(percent(row[name]), statistics.mean(row[name])) for name, heading in reached.items()}
+        made.append({"rule": row["rule"], **(cells or {SCORES["base"]: Cell("died", "")})})
     return Table(made, "fscil", "accuracy in %, mean ± standard deviation over seeds")
 
 

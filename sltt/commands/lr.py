@@ -43,18 +43,10 @@ def run(words: Sequence[str]) -> None:
     built.rule = stage.rule
     with session(Execution.of(vars(built))) as here:
         ready = Prepared(here, built, stage.steps)
-        found = find_learning_rate(
-            ready.model,
-            itertools.islice(ready.batches(built.batch_size), known.batches),
-            ready.loss,
-            ready.rule,
-            ready.optimizer,
-            steps=ready.repeat,
-            smallest=known.smallest,
-            largest=known.largest,
-            count=known.batches,
-            clip_norm=built.clip_norm,
-        )
+        batches = itertools.islice(ready.batches(built.batch_size), known.batches)
+        given = ready.model, batches, ready.loss, ready.rule, ready.optimizer
+        rates = {"smallest": known.smallest, "largest": known.largest, "count": known.batches}
+        found = find_learning_rate(*given, steps=ready.repeat, clip_norm=built.clip_norm, **rates)
     about = {"recipe": recipe.name, "rule": repr(stage.rule), "steps": stage.steps}
     about |= {"optimizer": type(ready.optimizer).__name__}
     give({**about, "batch_size": built.batch_size, **asdict(found)}, known, "lr.json", lambda to: _print(found, to))

@@ -59,13 +59,8 @@ def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:
     title = f"Report: {', '.join(sorted(recipes) or [run.name for run in found.runs])}"
     environment = Environment(autoescape=True, trim_blocks=True)
     template = environment.from_string((files("sltt.commands") / "page.html").read_text(encoding="utf-8"))
-    page = template.render(
-        title=title,
-        version=__version__,
-        date=time.strftime("%Y-%m-%d %H:%M"),
-        notes=found.notes,
-        sections=parts,
-    )
+    date = time.strftime("%Y-%m-%d %H:%M")
+    page = template.render(title=title, version=__version__, date=date, notes=found.notes, sections=parts)
     write_atomically(folder / "report.html", lambda file: file.write(page.encode()))
     return folder / "report.html"
 

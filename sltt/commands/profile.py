@@ -6,15 +6,15 @@ those of sltt train.
 
 import itertools
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from sltt.analysis import (
-    LayerOperations,
     Memory,
     PeakModel,
+    Seconds,
     count_operations,
     firing_rates,
     fit_peak,
@@ -23,7 +23,7 @@ from sltt.analysis import (
     measure_energy,
     memory_parts,
 )
-from sltt.analysis.energy import show
+from sltt.analysis.energy import LayerOperations, show
 from sltt.commands.failures import cause
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers
 from sltt.commands.prepared import Prepared
@@ -206,19 +206,19 @@ def _way(sparse: int, calls: int) -> Cell:
 def _memory(ready: Prepared, size: int) -> Memory:
     """Memory of an iteration with `size` samples, after one step of the optimizer."""
     x, y = ready.batch(size)
-    iteration_seconds(
-        ready.model, [(x, y)], ready.loss, ready.rule, ready.optimizer, steps=ready.repeat, warmup=0
-    )  # makes the optimizer's state, and what is allocated once
+    _seconds(ready, [(x, y)], 0)  # makes the optimizer's state, and what is allocated once
     return memory_parts(ready.model, x, y, ready.loss, ready.rule, ready.optimizer, steps=ready.repeat)
+
+
+def _seconds(ready: Prepared, batches: Iterable[Any], warmup: int) -> Seconds:
+    given = ready.model, batches, ready.loss, ready.rule, ready.optimizer
+    return iteration_seconds(*given, steps=ready.repeat, warmup=warmup)
 
 
 def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repeats: int) -> dict[str, Any]:
     ready = Prepared(here, recipe.build(rule=rule), steps)
     memory = _memory(ready, batch)
-    timed = itertools.islice(ready.batches(batch), repeats + WARMUP)
-    seconds = iteration_seconds(
-        ready.model, timed, ready.loss, ready.rule, ready.optimizer, steps=ready.repeat, warmup=WARMUP
-    )
+    seconds = _seconds(ready, itertools.islice(ready.batches(batch), repeats + WARMUP), WARMUP)
     operations = count_operations(ready.model, *ready.batch(batch), ready.loss, ready.rule, steps=ready.repeat)
     chosen = last_fold(ready.model) if ready.rule.fold == "auto" else Fold(ready.rule.fold)
     parts = {"memory": {**vars(memory), "total": memory.total}, "seconds": {**vars(seconds), "total": seconds.total}}
@@ -233,19 +233,16 @@ def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]
     model = ready.model.train(built.weights is None)
     with firing_rates(model) as rates:
         energy = measure_energy(model, x, steps=ready.repeat, lengths=lengths_of(y))
-    operations = {one.name: vars(one) for one in energy.layers}
     paths = [vars(one) for one in layer_paths(model, x, steps=ready.repeat)]
-    spikes = {name: spikes / batch for name, (spikes, _) in rates.state_dict().items()}
-    by_layer = rates.by_layer()
+    columns: dict[str, dict[str, Any]] = {
+        "operations": {one.name: vars(one) for one in energy.layers},
+        "firing_rate": rates.by_layer(),
+        "spikes": {name: spikes / batch for name, (spikes, _) in rates.state_dict().items()},
+    }
     layers = [
-        {
-            "name": name,
-            "operations": operations.get(name),
-            "firing_rate": by_layer.get(name),
-            "spikes": spikes.get(name),
-        }
+        {"name": name, **{key: values.get(name) for key, values in columns.items()}}
         for name, _ in model.named_modules()
-        if name in operations or name in by_layer
+        if name in columns["operations"] or name in columns["firing_rate"]
     ]
     return {"layers": layers, "paths": paths, "energy": energy.tables()}
 

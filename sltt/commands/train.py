@@ -17,7 +17,7 @@ from sltt.training.card import add_test_score
 from sltt.training.checkpoints import load_checkpoint, load_selected
 from sltt.training.console import as_json
 from sltt.training.evaluation import measure_settings, measure_split
-from sltt.training.fit import resume_run, start_run
+from sltt.training.fit import train
 from sltt.training.manifest import CONFIG, LAST, write_file
 from sltt.training.session import Session, session
 from sltt.training.settings import RESUMABLE, Execution, Training
@@ -37,25 +37,19 @@ def run(words: Sequence[str]) -> None:
     command = f"sltt train {words[0] if named else '[RECIPE]'}"
     if continued:
         checkpoint = None if (continued / CONFIG).exists() else load_checkpoint(continued / LAST)
-        name, folder, (built, resolved) = "", None, build_run(command, continued, words, code, checkpoint, unread)
+        name, folder, (built, resolved) = "", continued, build_run(command, continued, words, code, checkpoint, unread)
     else:
         parser = make_parser(command)
         source = find_recipe(words[0] if named else "digits")
         config = parse(parser, source, words[named:])
         name, folder, _ = source.stem, config.pop("run"), config.pop("resume")
         built, resolved = build(parser, config), yaml.safe_load(parser.dump(config))
+    name = f"{name}-{type(built.rule).__name__.lower()}"
     with session(Execution.of(vars(built))) as here:
-        _train(here, built, continued, folder, name, resolved)
+        _train(here, built, folder, name=name, resume=continued is not None, config=resolved)
 
 
-def _train(
-    here: Session,
-    built: Namespace,
-    continued: Path | None,
-    folder: str | None,
-    name: str,
-    resolved: dict[str, Any],
-) -> None:
+def _train(here: Session, built: Namespace, folder: str | Path | None, **settings: Any) -> None:
     """`sltt train` in each of its processes."""
     splits = here.splits(built.data, built.steps)
     report = here.console(None)
@@ -65,12 +59,7 @@ def _train(
     report.line(f"{network}, {built.rule}, T = {built.steps}{several}")
     sizes = ", ".join(f"{size} {name}" for name, size in splits.sizes.items())
     report.line(f"samples: {sizes} (split {splits.fingerprint})")
-    training = Training.of(vars(built))
-    if continued:
-        result = resume_run(here, built.model, built.data, training, continued, config=resolved, report=report)
-    else:
-        name = f"{name}-{type(built.rule).__name__.lower()}"
-        result = start_run(here, built.model, built.data, training, folder, name=name, config=resolved, report=report)
+    result = train(here, built.model, built.data, Training.of(vars(built)), folder, **settings, report=report)
     if splits.test is None:
         report.line(f"written to {result.run}; there are no test samples to measure it on")
         return

@@ -174,16 +174,10 @@ def check_crop(x: Tensor, size: int) -> None:
 
 
 class Shares(Sampler[list[Any]]):
-    """The batches of a sampler's order, and of each what falls to one of the processes.
+    """The batches of a sampler's order, of all processes together, and of each what falls to the process `rank`.
 
     A batch with fewer than two samples for each process goes to all of them as a whole, and counts once (`share`): they
     cannot leave a batch out, and BatchNorm needs two.
-
-    Args:
-        sampler: yields the samples.
-        batch_size: samples in a batch of all processes.
-        rank: number of the process.
-        processes: how many there are.
     """
 
     def __init__(self, sampler: Iterable[Any], batch_size: int, rank: int = 0, processes: int = 1):
@@ -329,16 +323,11 @@ class Ahead:
             self._next.set_exception(error)
 
     def __iter__(self) -> Iterator[Any]:
-        while True:
-            if self._next is None:
-                self.fetch()
-            fetched: Any = self._next
-            self._next = None
-            try:
-                batch = fetched.result()
-            except StopIteration:
-                return
-            yield batch
+        return self
+
+    def __next__(self) -> Any:
+        fetched, self._next = self._next, None
+        return next(self._batches) if fetched is None else fetched.result()
 
 
 @contextmanager

@@ -6,11 +6,10 @@ A checkpoint is a file of `torch.save` and, behind it, MARK and the SHA-256 of w
 import copy
 import hashlib
 import logging
-import os
 import time
 from io import BufferedRandom
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -35,11 +34,6 @@ log = logging.getLogger("sltt")
 
 FORMAT = "sltt-checkpoint-1"
 MARK = b"sltt-sha256:"
-TRAILER = len(MARK) + 64
-KEYS = {
-    *("model", "averaged", "optimizer", "scaler", "rules", "callbacks", "progress"),
-    *("fingerprint", "costs", "task", "config"),
-}
 
 
 class CheckpointError(ValueError):
@@ -108,7 +102,7 @@ def restore_state(loop: "Loop", checkpoint: dict[str, Any]) -> None:
         callback.load_state_dict(state)
     loop.state = Progress(**checkpoint["progress"]).take_part(loop.processes.rank)
     if loop.average:
-        loop.average.n_averaged.fill_(1 + loop.trained_batches)
+        loop.average.step = loop.trained_batches
 
 
 def _name(callback: Callback) -> str:
@@ -149,7 +143,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"no checkpoint at {path}: name the folder of a run, or a file such as best.ckpt in one"
         )
     with file:
-        if not _is_intact(file):
+        content, _, digest = file.read().rpartition(MARK)
+        if hashlib.sha256(content).hexdigest().encode() != digest:
             raise CheckpointError(f"{path} is damaged, or no checkpoint: its checksum does not match. {REMEDY}")
         file.seek(0)
         try:
@@ -158,25 +153,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is not a checkpoint of sltt. {REMEDY}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not written by this version of sltt: expected the format {FORMAT}. {REMEDY}")
-    if missing := KEYS - content.keys():
-        raise CheckpointError(f"{path} is not whole: it lacks {', '.join(sorted(missing))}. {REMEDY}")
     return content
 
 
 REMEDY = "Restore it from a copy, or start a new run, with --weights from another checkpoint."
-
-
-def _is_intact(file: IO[bytes]) -> bool:
-    """Return whether the checksum at the end of a file is right."""
-    left = file.seek(0, os.SEEK_END) - TRAILER
-    file.seek(max(left, 0))
-    _, _, expected = file.read().partition(MARK)
-    file.seek(0)
-    digest = hashlib.sha256()
-    while left > 0:
-        digest.update(block := file.read(min(left, 2**20)))
-        left -= len(block)
-    return digest.hexdigest().encode() == expected
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any], path: Path) -> None:

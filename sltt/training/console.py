@@ -114,8 +114,7 @@ class NotebookBar:
     It is one for all epochs, in the place where the first began, so that the text below it stays in one piece.
     """
 
-    def __init__(self) -> None:
-        self._place: Any = None
+    _place: Any = None
 
     @contextmanager
     def __call__(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
@@ -137,10 +136,10 @@ class NotebookBar:
             self._show("", "")
 
     def _show(self, html: str, text: str) -> None:
+        from IPython.display import display  # pyright: ignore[reportMissingImports]  # there is one in a notebook
+
         content = {"text/html": html, "text/plain": text}
         if self._place is None:
-            from IPython.display import display  # pyright: ignore[reportMissingImports]  # there is one in a notebook
-
             self._place = display(content, raw=True, display_id=True)
         else:
             self._place.update(content, raw=True)

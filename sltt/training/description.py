@@ -38,22 +38,20 @@ def describe(value: Any, untold: list[str], place: str, within: tuple[int, ...] 
         return f"NumPy's {value.dtype} {[*value.shape]} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
     if id(value) in within:
         return "itself"
+    within = *within, id(value)
     if isinstance(value, list | tuple | Set):
         items = [*value] if len(value) <= MOST else [len(value), *[*value][:: len(value) - 1]]
-        parts: dict[str, Any] = {str(i): one for i, one in enumerate(items)}
-    else:
-        parts = {str(key): one for key, one in value.items()} if isinstance(value, Mapping) else _parts(value)
-        if parts.get("class") is None and not isinstance(value, Mapping):
-            untold.append(place)
-    found = {
-        name: describe(one, untold, f"{place}.{name}", (*within, id(value)))
+        told = [describe(one, untold, f"{place}.{i}", within) for i, one in enumerate(items)]
+        told = sorted(told, key=repr) if isinstance(value, Set) else told
+        return told if len(told) < 20 else f"{len(told)} items {hashlib.sha256(repr(told).encode()).hexdigest()[:16]}"
+    parts = {str(key): one for key, one in value.items()} if isinstance(value, Mapping) else _parts(value)
+    if parts.get("class") is None and not isinstance(value, Mapping):
+        untold.append(place)
+    return {
+        name: describe(one, untold, f"{place}.{name}", within)
         for name, one in parts.items()
         if name not in PLACES or not place.startswith("data")
     }
-    if not isinstance(value, list | tuple | Set):
-        return found
-    told = sorted(found.values(), key=repr) if isinstance(value, Set) else [*found.values()]
-    return told if len(told) < 20 else f"{len(told)} items {hashlib.sha256(repr(told).encode()).hexdigest()[:16]}"
 
 
 def _parts(value: Any) -> dict[str, Any]:

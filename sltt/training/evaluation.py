@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -80,7 +80,7 @@ def evaluate(
     Raises:
         ValueError: the split is empty, or `mirror` or `shift` is given and the samples are no images.
     """
-    known, size = getattr(model, "trained", None), batch_size_of(data, batch_size)
+    given, known, size = {**locals()}, getattr(model, "trained", None), batch_size_of(data, batch_size)
     if isinstance(known, Trained):
         steps = known.steps if steps is None else steps
         if prediction_of(loss) != known.prediction:
@@ -89,20 +89,9 @@ def evaluate(
                 "%s: give evaluate its loss", known.prediction, prediction_of(loss)
             )  # fmt: skip
     steps = 4 if steps is None else steps
-    seen = {"mirror": mirror, "shift": shift}
-    execution = Execution(
-        precision=precision,
-        channels_last=channels_last,
-        workers=workers,
-        device=device,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=strategy,
-        compile=compile,
-        sparse=sparse,
-    )
-    with session(execution) as here:
-        return measure_split(here, model, data, split, loss=loss, metric=metric, steps=steps, batch_size=size, **seen)
+    asked = {"loss": loss, "metric": metric, "steps": steps, "batch_size": size, "mirror": mirror, "shift": shift}
+    with session(Execution.of({**given, "sync_batchnorm": False, "graph": "off"})) as here:
+        return measure_split(here, model, data, split, **asked)
 
 
 def measure_split(
@@ -146,9 +135,9 @@ def measure_split(
     net, loss = here.set_up(model), here.set_up_loss(loss)
     memory = BatchMemory(here.fabric.device)
     before = [*plain_tensors(model)]
+    look = partial(views, static=splits.static, mirror=mirror, shift=shift)
     with finish_loaders(loader):
-        seen = {"mirror": mirror, "shift": shift}
-        found = measure(here, net, loader, splits, loss, metrics, steps, selects=False, memory=memory, **seen)
+        found = measure(here, net, loader, splits, loss, metrics, steps, look, selects=False, memory=memory)
     warn_of_leftovers(model, before, (splits.sizes[split] - 1) % batch_size + 1)
     return found
 
@@ -166,16 +155,15 @@ def measure(
     loss: nn.Module,
     metrics: Sequence[Any],
     steps: int,
+    look: Callable[[Tensor], list[tuple[float, Tensor]]] = lambda x: [(1.0, x)],
     *,
     selects: bool = True,
-    mirror: bool = False,
-    shift: int = 0,
     memory: BatchMemory | None = None,
 ) -> Metrics:
     """Run a network over the batches of a split, in evaluation mode and without a graph.
 
-    Logits are the mean over the `views` of a batch, with their weights. With `memory`, the first batch is measured. An
-    epoch that `selects` has scores that are numbers.
+    Logits are the mean over what `look` makes of a batch, such as `views`, with their weights. With `memory`, the first
+    batch is measured. An epoch that `selects` has scores that are numbers.
     """
     processes = here.processes
     batches: Any = loader.batch_sampler
@@ -188,8 +176,7 @@ def measure(
             x, y = here.batch(x, y, splits.per_step)
             size = min(batches.batch_size, len(batches.sampler) - state.batch * batches.batch_size)
             _, count = share(size, processes.rank, processes.count)
-            seen = views(x, splits.static, mirror, shift)
-            run = partial(_logits, net, seen, steps if splits.static else None)
+            run = partial(_logits, net, look(x), steps if splits.static else None)
             with count_samples(firing, count):
                 logits = memory.measure(run) if memory and memory.is_due(len(x)) else run()
             pair, counted = to_score(loss, logits, y), count_scored(loss, y, count)

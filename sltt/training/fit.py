@@ -19,6 +19,7 @@ from sltt.metrics import Accuracy, Metric
 from sltt.parallel.devices import Device, Graph, Precision, Strategy
 from sltt.rules import SLTT, Rule
 from sltt.schedules import Cosine, Schedule
+from sltt.training import runs, safeguards
 from sltt.training.batches import keep_generators
 from sltt.training.card import write_card
 from sltt.training.check import check
@@ -31,24 +32,6 @@ from sltt.training.loop import Loop
 from sltt.training.manifest import LAST, was_written
 from sltt.training.phases import Phase
 from sltt.training.quantised import Quantised
-from sltt.training.runs import (
-    MADE_IN,
-    check_config,
-    continue_settings,
-    describe_neurons,
-    find_other_neurons,
-    new_run,
-    old_run,
-    read_config,
-    write_config,
-)
-from sltt.training.safeguards import (
-    check_last_batch,
-    check_mean,
-    check_stages,
-    check_static,
-    first_samples,
-)
 from sltt.training.sample import write_sample
 from sltt.training.session import Session, session
 from sltt.training.settings import OF_TRAINING, RESUMABLE, Execution, OptimizerFactory, Training
@@ -170,45 +153,10 @@ def fit(
 
     When another process of the training fails or dies, this one ends too, with the exit code 1.
     """
-    training = Training(
-        rule=rule,
-        loss=loss,
-        metric=metric,
-        optimizer=optimizer,
-        schedule=schedule,
-        steps=steps,
-        epochs=epochs,
-        phases=phases,
-        batch_size=batch_size_of(data, batch_size),
-        clip_norm=clip_norm,
-        norm_weight_decay=norm_weight_decay,
-        norm_bias_lr=norm_bias_lr,
-        seed=seed,
-        checkpoint_minutes=checkpoint_minutes,
-        weights=weights,
-        accumulate=accumulate,
-        ema=ema,
-        quantised=quantised,
-        callbacks=callbacks,
-        loggers=loggers,
-    )
-    execution = Execution(
-        precision=precision,
-        channels_last=channels_last,
-        workers=workers,
-        device=device,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=strategy,
-        sync_batchnorm=sync_batchnorm,
-        compile=compile,
-        sparse=sparse,
-        graph=graph,
-    )
+    given = {**locals(), "batch_size": batch_size_of(data, batch_size)}
+    training, execution = Training.of(given), Execution.of(given)
     instance("model", model, nn.Module)
     flag("resume", resume)
-    if run is not None:
-        run = folder("run", run)
     if config is not None:
         instance("config", config, dict)
     data = as_data(data, training.batch_size)
@@ -218,8 +166,7 @@ def fit(
             config = _settings(model, data, vars(training) | vars(execution), resume, untold)
             if untold:
                 here.console(report).line(f"on resume, sltt cannot tell whether these changed: {', '.join(untold)}")
-        go = resume_run if resume else start_run
-        return go(here, model, data, training, run, config=config, report=report)
+        return train(here, model, data, training, run, resume=resume, config=config, report=report)
 
 
 def _settings(model: nn.Module, data: Data, given: dict[str, Any], resume: bool, untold: list[str]) -> dict[str, Any]:
@@ -230,65 +177,49 @@ def _settings(model: nn.Module, data: Data, given: dict[str, Any], resume: bool,
     plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str | None)}
     objects = {"data": data} | {name: value for name, value in given.items() if name not in plain}
     told = {name: describe(value, untold, name) for name, value in objects.items() if name not in OF_TRAINING}
-    made = {MADE_IN: "Python, by sltt.fit", "arguments": told}
+    made = {runs.MADE_IN: "Python, by sltt.fit", "arguments": told}
     if resume:
         return made | {name: value for name, value in plain.items() if value is not None or name not in RESUMABLE}
     texts = {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in objects.items()}
-    network = {"model": type(model).__name__, "neurons": describe_neurons(model)}
+    network = {"model": type(model).__name__, "neurons": runs.describe_neurons(model)}
     return {**made, **network, **texts, **plain}
 
 
-def start_run(
-    here: Session,
-    model: nn.Module,
-    data: Data,
-    training: Training,
-    run: str | Path | None = None,
-    *,
-    name: str = "run",
-    config: dict[str, Any],
-    report: Console | None = None,
-) -> Fit:
-    """Train in a new folder: `run`, or one under `runs` whose name begins with `name`."""
-    run = run if run is None else folder("run", run)
-    report = here.console(report)
-    here, splits = _check(here, model, data, training, report)
-    start_from(model, training.weights)
-    made = here.processes.first(lambda: new_run(run, name, config))
-    report.line(f"run {made}")
-    with here.lock_run(made):
-        loop = Loop(here, training, model, data, splits, made, config, report)
-        loop.run()
-        return _result(loop)
-
-
-def resume_run(
+def train(
     here: Session,
     model: nn.Module,
     data: Data,
     training: Training,
     run: str | Path | None,
     *,
+    name: str = "run",
+    resume: bool = False,
     config: dict[str, Any],
     report: Console | None = None,
 ) -> Fit:
-    """Continue the run in a folder; without a checkpoint, it starts from the beginning."""
-    report = here.console(report)
+    """Train in a new folder: `run`, or one under `runs` whose name begins with `name`; or go on in `run`."""
+    run = run if run is None else folder("run", run)
+    report, first = here.console(report), here.processes.first
     here, splits = _check(here, model, data, training, report)
-    folder = here.processes.first(lambda: old_run(run))
-    report.line(f"continuing {folder}")
-    with here.lock_run(folder):
-        checkpoint = here.processes.first(lambda: _last_checkpoint(folder, config))
-        settings = continue_settings(checkpoint["config"] if checkpoint else read_config(folder), config)
-        if checkpoint is None:
-            start_from(model, training.weights)
-        if other := find_other_neurons(settings, model):
-            raise ValueError(f"{folder} is of other neurons: {other}. Resume it with its own, or start a new run")
-        loop = Loop(here, training, model, data, splits, folder, settings, report)
-        if checkpoint is not None:
+    if not resume:
+        start_from(model, training.weights)
+    made = first(lambda: runs.old_run(run) if resume else runs.new_run(run, name, config))
+    report.line(f"continuing {made}" if resume else f"run {made}")
+    with here.lock_run(made):
+        checkpoint = None
+        if resume:
+            checkpoint = first(lambda: _last_checkpoint(made, config))
+            saved = checkpoint["config"] if checkpoint else runs.read_config(made)
+            config = saved | {name: config[name] for name in RESUMABLE if name in config} if saved else config
+            if checkpoint is None:  # it stopped before the first
+                start_from(model, training.weights)
+            if other := runs.find_other_neurons(config, model):
+                raise ValueError(f"{made} is of other neurons: {other}. Resume it with its own, or start a new run")
+        loop = Loop(here, training, model, data, splits, made, config, report)
+        if checkpoint:
             restore_state(loop, checkpoint)
-        if settings and here.processes.rank == 0:
-            write_config(folder, settings)
+        if resume and config and here.processes.rank == 0:
+            runs.write_config(made, config)
         loop.run()
         return _result(loop)
 
@@ -312,8 +243,11 @@ def _check(here: Session, model: nn.Module, data: Data, training: Training, repo
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no parameter to train: give it a layer with weights, or requires_grad_(True)")
     if count > 1 and here.execution.strategy == "fsdp":
-        for stage in stages:
-            _check_shardable(stage.rule)
+        if rule := next((s.rule for s in stages if s.rule.recompute or s.rule.hoist), None):  # weights come and go
+            raise ValueError(
+                f"{rule} does not run under fsdp, since recompute=True and hoist=True run layers in an order of their "
+                "own: use ddp"
+            )
         if whole := next((name for name in ("ema", "quantised") if getattr(training, name) is not None), None):
             raise ValueError(f"{whole} needs whole weights, which fsdp does not keep: use ddp")
     check_graph(here)
@@ -325,11 +259,11 @@ def _check(here: Session, model: nn.Module, data: Data, training: Training, repo
             "use a rule without online"
         )
     if training.accumulate > 1 or count > 1:
-        check_mean(training.loss)
+        safeguards.check_mean(training.loss)
     if count > 1:
         here.processes.check_same("; ".join(f"{k} {[*v.shape]}" for k, v in model.state_dict().items()), "the network")
     splits = here.splits(data, stages[0].steps)
-    samples = first_samples(splits, stages[0].steps)
+    samples = safeguards.first_samples(splits, stages[0].steps)
     if splits.per_step != is_per_step(training.loss):
         raise ValueError(
             "the data has a target for each time step: wrap the loss, sltt.losses.PerStep(loss)"
@@ -340,9 +274,9 @@ def _check(here: Session, model: nn.Module, data: Data, training: Training, repo
     for callback in training.callbacks or ():
         if callback.needs_validation and splits.validation is None:
             raise ValueError(f"{type(callback).__name__} needs validation samples: hold some out, as by validation=0.1")
-    check_stages(model, samples, stages)
-    check_static(model, splits, samples, training.loss, stages[0].steps)
-    check_last_batch(model, splits, samples, training.batch_size, stages)
+    safeguards.check_stages(model, samples, stages)
+    safeguards.check_static(model, splits, samples, training.loss, stages[0].steps)
+    safeguards.check_last_batch(model, splits, samples, training.batch_size, stages)
     x = splits.collate(samples)[0].to(next((p.device for p in model.parameters()), "cpu"))
     check(model, x, rule=stages[0].rule, steps=stages[0].steps if splits.static else None)
     chosen = here.choose_format(model, lambda: x, splits.static)
@@ -354,18 +288,7 @@ def _check(here: Session, model: nn.Module, data: Data, training: Training, repo
 def _last_checkpoint(run: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """Return the last checkpoint of a run, of the same settings; None if it stopped before the first."""
     checkpoint = load_checkpoint(run / LAST) if was_written(run / LAST) else None
-    saved = read_config(run, checkpoint)
-    if MADE_IN in saved or MADE_IN not in config:  # arguments in Python do not repeat a recipe
-        check_config(run, saved, {name: value for name, value in config.items() if name in saved})
+    saved = runs.read_config(run, checkpoint)
+    if runs.MADE_IN in saved or runs.MADE_IN not in config:  # arguments in Python do not repeat a recipe
+        runs.check_config(run, saved, {name: value for name, value in config.items() if name in saved})
     return checkpoint
-
-
-def _check_shardable(rule: Rule) -> None:
-    """Raise ValueError for a rule that fsdp cannot run: weights are there only while their layer runs."""
-    problems = {
-        "recompute=True runs layers again in the backward of others": rule.recompute,
-        "hoist=True runs the backward of the first layers after the others": rule.hoist,
-    }
-    for why, found in problems.items():
-        if found:
-            raise ValueError(f"{rule} does not run under fsdp, since {why}: use ddp")

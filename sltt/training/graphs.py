@@ -117,15 +117,8 @@ class Replay:
 class Graphs:
     """Runs the batches of a phase: three of a shape as they are, and from the fourth on as a graph.
 
-    What a rule draws has a graph of its own, after a batch that runs as it is.
-
-    Args:
-        model: the network, in the mode of the phase.
-        device: of the batches.
-        problem: why no batch can be a graph, if that is known.
-
-    Attributes:
-        problem: why batches run as they are.
+    What a rule draws has a graph of its own, after a batch that runs as it is. `problem` is why batches run as they
+    are, where they do.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, problem: str | None = None):
@@ -196,7 +189,7 @@ def graphed(
         problem = f"{rule} draws its steps anew for each batch"
     if problem:
         raise ValueError(f"a CUDA graph does not repeat a batch, since {problem}: call the rule itself")
-    graph, parameters = CudaGraph(x.device), list(model.parameters())
+    batches, parameters = Graphs(model, x.device), list(model.parameters())
 
     def iteration(x: Tensor, y: Tensor) -> Output:
         torch.clear_autocast_cache()  # casts of weights are made anew in each replay
@@ -208,17 +201,16 @@ def graphed(
     gradients = [p.grad for p in parameters]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
-        for number in range(1, EAGER + 1):
+        for _ in range(EAGER):
             for p in parameters:
                 p.grad = None
-            run = partial(graph.warm, partial(iteration, x, y))
-            _, problem = watch(model, run) if number == _WATCHED else (run(), None)
-            if problem:
+            batches(iteration, x, y)
+            if problem := batches.problem:
                 raise ValueError(f"a CUDA graph does not repeat a batch, since {problem}: call the rule itself")
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
-    replay = Replay(graph, iteration, parameters, x, y)
+    replay = Replay(batches._graph, iteration, parameters, x, y)
     for p, gradient in zip(parameters, gradients, strict=True):
         p.grad = gradient
 

@@ -30,14 +30,7 @@ class Logger(Protocol):
 def logs(
     run: Path, loggers: Sequence[Logger], config: dict[str, Any], first: bool
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield what logs the metrics of an epoch of a run; its first process writes.
-
-    Args:
-        run: folder of the run; TensorBoard's files are in it.
-        loggers: each gets the metrics of every epoch.
-        config: settings of the run.
-        first: this process is the first.
-    """
+    """Yield what logs the metrics of an epoch in the folder of a run; its `first` process writes."""
     if not first:
         yield lambda row: None
         return

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -26,7 +27,7 @@ from sltt.sequence.layout import last_fold, spiking_layers
 from sltt.sequence.padding import Padded, target_of
 from sltt.sequence.spikes import observe_spikes
 from sltt.sequence.steps import check_input
-from sltt.training.average import make_average, take_average
+from sltt.training.average import Average
 from sltt.training.batches import (
     Ahead,
     EpochSampler,
@@ -57,20 +58,12 @@ from sltt.training.session import Session
 from sltt.training.settings import Training
 
 
+@dataclass(eq=False)
 class Loop:
     """A training in one process: what is set up for it, and how far it is.
 
-    Args:
-        session: where it runs.
-        training: what is trained.
-        model: the network.
-        data: its splits may depend on T.
-        splits: of the first stage.
-        folder: of the run.
-        config: settings of the run, to keep.
-        report: where to print.
-
     Attributes:
+        splits: of the present stage; those of the data may depend on T.
         net: the network for calls under the precision of the session.
         average: of the weights, where the training has one.
         averaged: the network with these, for such calls; else `net`.
@@ -78,26 +71,24 @@ class Loop:
         saved: when, on the monotonic clock.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        training: Training,
-        model: nn.Module,
-        data: Data,
-        splits: Splits,
-        folder: Path,
-        config: dict[str, Any],
-        report: Console,
-    ):
+    session: Session
+    training: Training
+    model: nn.Module
+    data: Data
+    splits: Splits
+    folder: Path
+    config: dict[str, Any]
+    report: Console
+
+    def __post_init__(self) -> None:
+        session, training, model, splits = self.session, self.training, self.model, self.splits
         seed_everything(training.seed)
-        self.session, self.processes, self.training = session, session.processes, training
-        self.model, self.data, self.splits, self.fingerprint = model, data, splits, splits.fingerprint
-        self.folder, self.config, self.report = folder, config, report
+        self.processes, self.fingerprint = session.processes, splits.fingerprint
         if session.execution.sync_batchnorm and self.processes.count > 1:
             synchronise(model)
         self.net = session.set_up(model)
         self.spiking = spiking_layers(model)
-        self.average = None if training.ema is None else make_average(model, training.ema)
+        self.average = None if training.ema is None else Average(model, training.ema)
         groups = parameter_groups(model, training.norm_weight_decay, training.norm_bias_lr)
         self.optim: Any = session.fabric.setup_optimizers(training.optimizer(groups))
         self.averaged = session.set_up(self.average.module) if self.average else self.net
@@ -240,7 +231,7 @@ class Loop:
         self.processes.average_statistics(self.model)
         state.count(loss, score, counted, y)
         if self.average:
-            self.average.update_parameters(self.model)
+            self.average.update(self.model)
         if self.callbacks:
             self._call("on_batch", loss)
 
@@ -297,7 +288,7 @@ class Loop:
             # metrics at another T do not compare
             self.state.best, self.state.best_epoch, self.state.first = [], None, self.state.epoch
         if self.average and new and self.state.epoch == stage.start == stage.span[0]:
-            take_average(self.model, self.average)
+            self.average.copy_to(self.model)
         device, size, held_out = self.session.fabric.device, self.training.batch_size, self.splits.validation
         self.memory = BatchMemory(device)
         self.fold = None

@@ -60,19 +60,14 @@ class Phase:
         flag("freeze_norm of a phase", self.freeze_norm)
 
 
-@dataclass(frozen=True)
-class Stage:
+@dataclass(frozen=True, kw_only=True)
+class Stage(Phase):
     """A phase with its place in the training: epochs `start` to `stop`, and the span of epochs of the schedule."""
 
+    steps: int  # pyright: ignore[reportGeneralTypeIssues]
+    rule: Rule  # pyright: ignore[reportGeneralTypeIssues]
     start: int
     stop: int
-    steps: int
-    rule: Rule
-    lr: float | None
-    weight_decay: float | None
-    freeze_norm: bool
-    crop: int | None
-    batches: int | None
     span: tuple[int, int]
 
     def count_batches(self, whole: int) -> int:
@@ -90,18 +85,9 @@ def plan(phases: Sequence[Phase] | None, epochs: int, steps: int, rule: Rule) ->
     for i, phase in enumerate(phases):
         first = max(j for j in new if j <= i)
         last = min((j for j in new if j > i), default=len(phases))
-        stage = Stage(
-            start=bounds[i],
-            stop=bounds[i + 1],
-            steps=phase.steps or steps,
-            rule=phase.rule or rule,
-            lr=phases[first].lr,
-            weight_decay=phase.weight_decay,
-            freeze_norm=phase.freeze_norm,
-            crop=phase.crop,
-            batches=phase.batches,
-            span=(bounds[first], bounds[last]),
-        )
+        filled = {"steps": phase.steps or steps, "rule": phase.rule or rule, "lr": phases[first].lr}
+        bound = {"start": bounds[i], "stop": bounds[i + 1], "span": (bounds[first], bounds[last])}
+        stage = Stage(**vars(phase) | filled | bound)
         if stage.start < stage.stop:
             stages.append(stage)
     return stages

@@ -130,11 +130,7 @@ class Progress:
 class BatchMemory:
     """Measures the peak memory of the first full batch, and of longer ones, as `sltt.analysis.peak_memory` does.
 
-    Args:
-        device: of the batch.
-
-    Attributes:
-        peak: bytes above those before the batch; None until one was measured.
+    `peak` is in bytes above those before the batch; None until one was measured.
     """
 
     def __init__(self, device: torch.device):

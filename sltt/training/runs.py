@@ -19,20 +19,9 @@ import yaml
 from torch import nn
 
 from sltt.sequence.layout import spiking_layers
+from sltt.training import manifest
 from sltt.training.description import describe
 from sltt.training.files import part_of
-from sltt.training.manifest import (
-    BEST,
-    CONFIG,
-    LAST,
-    MANIFEST,
-    METRICS,
-    REMEDY,
-    open_file,
-    read_manifest,
-    was_written,
-    write_file,
-)
 from sltt.training.settings import RESUMABLE
 
 LOCK = ".lock"
@@ -66,7 +55,7 @@ def old_run(folder: str | Path | None) -> Path:
     if folder is None:
         raise ValueError("resume=True needs the folder of the run to continue: run=...")
     run = Path(folder)
-    if not (run / MANIFEST).exists():
+    if not (run / manifest.MANIFEST).exists():
         raise ValueError(f"resume=True continues a run, and {run} is not the folder of one: leave it out for a new run")
     return run
 
@@ -77,7 +66,7 @@ def lock_run(run: Path) -> Iterator[None]:
 
     The system releases what a killed process held. Parts of files that such a process left are removed.
     """
-    read_manifest(run)  # which refuses a link, before the lock is written through one
+    manifest.read_manifest(run)  # which refuses a link, before the lock is written through one
     with _locked(run):
         for part in run.glob(".*.part"):
             part.unlink()
@@ -130,9 +119,9 @@ def find_checkpoint(run: Path, which: str | None = None) -> Path:
 
     Raises FileNotFoundError where there is none yet.
     """
-    read_manifest(run)  # there, or no file of the run is known
-    names = [BEST, LAST] if which is None else [f"{which}.ckpt"]
-    found = next((run / name for name in names if was_written(run / name)), None)
+    manifest.read_manifest(run)  # there, or no file of the run is known
+    names = [manifest.BEST, manifest.LAST] if which is None else [f"{which}.ckpt"]
+    found = next((run / name for name in names if manifest.was_written(run / name)), None)
     if found is None:
         raise FileNotFoundError(f"no checkpoint in {run}: looked for {' and '.join(names)}; has it trained an epoch?")
     return found
@@ -149,14 +138,14 @@ def read_config(run: Path, checkpoint: dict[str, Any] | None = None) -> dict[str
     Raises ValueError for a damaged file, and where the checkpoint was trained with other settings.
     """
     saved = checkpoint["config"] if checkpoint else {}
-    if not (run / CONFIG).exists():
+    if not (run / manifest.CONFIG).exists():
         return saved
-    with open_file(run / CONFIG) as file:
+    with manifest.open_file(run / manifest.CONFIG) as file:
         try:
             config = yaml.safe_load(file)
         except yaml.YAMLError as error:
             why = getattr(error, "problem", None) or error
-            raise ValueError(f"{run / CONFIG} is damaged: {why}. {REMEDY}") from error
+            raise ValueError(f"{run / manifest.CONFIG} is damaged: {why}. {manifest.REMEDY}") from error
     if checkpoint:
         check_config(run, saved, config)
     return saved | config  # a default would replace what the file leaves out
@@ -168,7 +157,7 @@ def write_config(run: Path, config: dict[str, Any]) -> None:
         text = yaml.safe_dump(config, sort_keys=False)
     except yaml.YAMLError as error:
         raise ValueError(f"config must hold numbers, texts, lists and dictionaries of these alone: {error}") from error
-    write_file(run / CONFIG, lambda file: file.write(text.encode()))
+    manifest.write_file(run / manifest.CONFIG, lambda file: file.write(text.encode()))
 
 
 def write_table(run: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -177,7 +166,7 @@ def write_table(run: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    write_file(run / METRICS, lambda file: file.write(text.getvalue().encode()))
+    manifest.write_file(run / manifest.METRICS, lambda file: file.write(text.getvalue().encode()))
 
 
 def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
@@ -207,11 +196,6 @@ def find_other_neurons(config: dict[str, Any], model: nn.Module) -> str | None:
     found, trained = describe_neurons(model), config.get("neurons", [])
     pairs = zip(trained, found, strict=False)
     return next((f"{old} in the training, {new} now" for old, new in pairs if old != new), None)
-
-
-def continue_settings(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run that goes on with those given."""
-    return saved | {name: given[name] for name in RESUMABLE if name in given} if saved else given
 
 
 def _reread(config: dict[str, Any]) -> dict[str, Any]:

@@ -48,10 +48,7 @@ class Session:
     def choose_format(self, model: nn.Module, read: Callable[[], Tensor], static: bool) -> "Session":
         """Return this session with `channels_last` decided, where the settings leave it open.
 
-        Args:
-            model: the network.
-            read: gives images [B, C, H, W], or sequences of them, time first, if they are not `static`.
-            static: see `read`.
+        `read` gives images [B, C, H, W], or sequences of them, time first, if they are not `static`.
         """
         if self.execution.channels_last is not None:
             return self

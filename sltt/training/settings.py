@@ -1,15 +1,13 @@
-"""Arguments of `sltt.fit`, which explains them, in two parts: execution and training."""
+"""Arguments of `sltt.fit`, which has their defaults and explains them, in two parts: execution and training."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import ParamsT
 
 from sltt.callbacks import Callback
@@ -38,8 +36,8 @@ RESUMABLE = (
 class _Settings:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Return the settings of this kind among what a recipe builds."""
-        return cls(**{name: values[name] for name in inspect.signature(cls).parameters if name in values})
+        """Return the settings of this kind among the arguments of `fit`, or what a recipe builds."""
+        return cls(**{name: values[name] for name in inspect.signature(cls).parameters})
 
     def __post_init__(self) -> None:
         vars(self).update(to_python(vars(self)))  # numbers of NumPy, say, which no file of settings takes
@@ -52,26 +50,23 @@ class Execution(_Settings):
     Raises ValueError for a value that makes no sense. Whether a device is there, `make_fabric` finds out.
     """
 
-    precision: Precision = 32
-    channels_last: bool | None = None
-    workers: int = 0
-    device: Device = "auto"
-    devices: int | None = None
-    num_nodes: int | None = None
-    strategy: Strategy = "ddp"
-    sync_batchnorm: bool = False
-    compile: Compile = "auto"
-    sparse: Sparse = "auto"
-    graph: Graph = "auto"
+    precision: Precision
+    channels_last: bool | None
+    workers: int
+    device: Device
+    devices: int | None
+    num_nodes: int | None
+    strategy: Strategy
+    sync_batchnorm: bool
+    compile: Compile
+    sparse: Sparse
+    graph: Graph
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choice("precision", self.precision, get_args(Precision))
-        choice("device", self.device, get_args(Device))
-        choice("strategy", self.strategy, get_args(Strategy))
-        choice("compile", self.compile, get_args(Compile))
-        choice("sparse", self.sparse, get_args(Sparse))
-        choice("graph", self.graph, get_args(Graph))
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal:
+                choice(name, getattr(self, name), get_args(kind))
         whole_number("workers", self.workers, least=0, most=1000)
         for name in ("devices", "num_nodes"):
             if getattr(self, name) is not None:
@@ -95,21 +90,21 @@ class Training(_Settings):
     metric: Metric
     optimizer: OptimizerFactory
     schedule: Schedule
-    steps: int = 4
-    epochs: int = 10
-    phases: Sequence[Phase] | None = None
+    steps: int
+    epochs: int
+    phases: Sequence[Phase] | None
     batch_size: int
-    clip_norm: float | None = None
-    norm_weight_decay: float | None = None
-    norm_bias_lr: float = 1.0
-    seed: int = 0
-    checkpoint_minutes: float = 10.0
-    weights: str | None = None
-    accumulate: int = 1
-    ema: float | None = None
-    quantised: Quantised | None = None
-    callbacks: Sequence[Callback] | None = None
-    loggers: Sequence[Logger] | None = None
+    clip_norm: float | None
+    norm_weight_decay: float | None
+    norm_bias_lr: float
+    seed: int
+    checkpoint_minutes: float
+    weights: str | None
+    accumulate: int
+    ema: float | None
+    quantised: Quantised | None
+    callbacks: Sequence[Callback] | None
+    loggers: Sequence[Logger] | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,21 +112,23 @@ class Training(_Settings):
         check_loss(self.loss)
         check_metric(self.metric)
         check_optimizer(self.optimizer)
-        _check_schedule(self.schedule)
-        instance("schedule", self.schedule, Schedule)
+        own = "take Cosine, Linear, Step or Constant of sltt.schedules, or derive from Schedule and define decay"
+        instance("schedule", self.schedule, Schedule, own)
         for name in ("steps", "epochs", "batch_size", "accumulate"):
             whole_number(name, getattr(self, name), least=1)
         whole_number("seed", self.seed, least=0, most=2**32 - 1)
         number("checkpoint_minutes", self.checkpoint_minutes, least=0)
-        if self.clip_norm is not None:
-            number("clip_norm", self.clip_norm, above=0)
-        if self.norm_weight_decay is not None:
-            number("norm_weight_decay", self.norm_weight_decay, least=0)
+        bounds: dict[str, Any] = {
+            "clip_norm": {"above": 0},
+            "norm_weight_decay": {"least": 0},
+            "ema": {"above": 0, "below": 1},
+        }
+        for name, bound in bounds.items():
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name), **bound)
         number("norm_bias_lr", self.norm_bias_lr, above=0)
         if self.weights is not None:
             folder("weights", self.weights, "a run or a checkpoint")
-        if self.ema is not None:
-            number("ema", self.ema, above=0, below=1)
         if self.quantised is not None:
             self._check_quantised()
         such_as = "such as lightning_fabric.loggers.CSVLogger('logs')"
@@ -187,14 +184,3 @@ def check_optimizer(given: Any) -> None:
         raise ValueError(f"optimizer must make an Optimizer of the parameters that it is called with, got {made!r:.80}")
     if isinstance(made, torch.optim.LBFGS):
         raise ValueError("LBFGS computes the loss several times a step, and a rule once a batch: use SGD or AdamW")
-
-
-def _check_schedule(given: Any) -> None:
-    """Raise ValueError, with what to take instead, for a scheduler of PyTorch."""
-    kind = given.func if isinstance(given, partial) else given if isinstance(given, type) else type(given)
-    if isinstance(kind, type) and issubclass(kind, LRScheduler):
-        raise ValueError(
-            f"schedule must be a Schedule, got PyTorch's {kind.__name__}, whose count a resumed run would have to "
-            "keep: take Cosine, Linear, Step or Constant of sltt.schedules, or derive from Schedule and define "
-            "decay(epoch, epochs), the factor on the learning rate"
-        )

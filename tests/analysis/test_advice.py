@@ -73,12 +73,11 @@ def test_a_training_that_dies_leaves_the_others_in_the_trial(monkeypatch, capsys
             raise FloatingPointError("the loss is inf")
         return types.SimpleNamespace(history=[{"train_loss": 0.5, "train_accuracy": 0.9}])
 
-    monkeypatch.setattr(agreement, "_build", lambda *args: types.SimpleNamespace(model=None))
     monkeypatch.setattr(agreement, "measure_settings", lambda built: {})
     monkeypatch.setattr(agreement, "measure_split", lambda *args, **kwargs: types.SimpleNamespace(loss=2.0))
     monkeypatch.setattr(agreement, "_train", train)
-    rules, settings = [sltt.SLTT(), sltt.BPTT()], {"tau": None, "steps": 2, "epochs": 1, "seeds": 2}
-    found = agreement._run_trial(None, None, None, rules, **settings, report=Console())
+    rules, built = [sltt.SLTT(), sltt.BPTT()], types.SimpleNamespace(model=None, data=None)
+    found = agreement._run_trial(None, lambda *words: built, rules, 2, 1, 2, Console())
     assert found.losses == {"SLTT()": [0.5, 0.5], "BPTT()": [float("inf")] * 2}
     assert "trial: BPTT(), seed 1 died: the loss is inf" in " ".join("".join(capsys.readouterr()).split())
 

@@ -84,7 +84,7 @@ def test_a_layer_counts_at_each_of_its_sizes_and_for_each_token():
     reached = 10 * 10 + 4 * 4  # pixels of 3 × 3 windows over 4 × 4 and 2 × 2 images, without the padding
     assert conv.dense == 3 * reached * 2 * 2
     assert tokens.dense == 3 * 4 * 2 * 3
-    assert conv.picojoules_as_ann == pytest.approx(4.6 * conv.dense / 3)
+    assert conv.ann_macs == pytest.approx(conv.dense / 3)
 
 
 def test_a_transposed_convolution_multiplies_each_input_with_its_kernel():

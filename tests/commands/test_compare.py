@@ -17,9 +17,9 @@ from sltt.commands import compare, main, vary
 from sltt.commands.parsing import Recipe
 from sltt.commands.rule_texts import rule_options, rules
 from sltt.training.console import Console, as_json
-from sltt.training.settings import Execution
 from tests.conftest import LOSS
 from tests.data.recordings import nmnist
+from tests.training.blobs import execution
 
 
 @pytest.mark.parametrize(("steps", "k"), [(4, None), (1, 1), (6, 3)])
@@ -93,7 +93,7 @@ def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, her
 def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(capsys, here, monkeypatch):
     seen, dtypes = [], set()
 
-    def start_run(session, model, data, training, run, **settings):
+    def train(session, model, data, training, run, **settings):
         seen.append([str(phase.rule or training.rule) for phase in training.phases])
         return types.SimpleNamespace(history=[{"seconds": 1.0, "validation_accuracy": 0.5}], epoch=1, run=run)
 
@@ -104,13 +104,13 @@ def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(cap
         )
         return types.SimpleNamespace(score=1.0)
 
-    monkeypatch.setattr(compare, "start_run", start_run)
+    monkeypatch.setattr(compare, "train", train)
     monkeypatch.setattr(compare, "measure_split", measure_split)
     phases = "[{epochs: 1, rule: {class_path: sltt.RateBased}}, {epochs: 1}]"
     words = [*WORDS, "--phases", phases, "--precision", "bf16-mixed", "--channels_last", "true", "--compile", "off"]
     assert main([*words, "--rules", "SLTT:k=1", "--json"]) == 0
     assert seen[0] == ["SLTT(k=1)", "SLTT(k=1)"]
-    assert seen[1] == Execution(device="cpu", channels_last=True, precision="bf16-mixed", compile="off")
+    assert seen[1] == execution(device="cpu", channels_last=True, precision="bf16-mixed", compile="off")
     assert dtypes == {(torch.bfloat16, True)}
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert 0 < row["cosine"] < 1
@@ -174,7 +174,7 @@ def test_values_of_options_are_compared_continued_and_the_best_is_told_by_valida
     assert [config["model"]["init_args"]["neuron"]["init_args"]["tau"] for config in configs] == [1.1, 1.1, 4.0, 4.0]
     assert [config["rule"]["init_args"].get("k") for config in configs] == [1, None, 1, None]
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "start_run", None)  # trained before
+        patch.setattr("sltt.training.runs.new_run", None)  # trained before
         assert main([*WORDS, *SWEEP]) == 0
     again = json.loads((here / "a" / "compare.json").read_text())["rows"]
     assert [row["scores"] for row in again] == [row["scores"] for row in rows]

@@ -7,6 +7,7 @@ from torch.utils.data import Subset, TensorDataset
 
 import sltt
 from sltt.commands import compare, main
+from sltt.training import fit
 from tests.commands.tiny import TINY, run
 
 pytestmark = pytest.mark.slow
@@ -51,11 +52,13 @@ def test_the_base_training_sees_base_classes_only(folder, capsys, monkeypatch):
     assert run(capsys, "eval", folder / "BPTT-seed0", "--split", "train", "--json")[0] == 0  # the run knows its classes
     seen = []
 
-    def start_run(session, model, data, training, run, **settings):
+    def train(session, model, data, training, run, *, resume, **settings):
+        if resume:
+            return fit.train(session, model, data, training, run, resume=True, **settings)
         seen.append(data.splits(training.steps))
         raise RuntimeError("far enough")
 
-    monkeypatch.setattr(compare, "start_run", start_run)
+    monkeypatch.setattr(compare, "train", train)
     code, out, err = run(capsys, *WORDS, "--json", "--rules", "BPTT,SLTT", "--save", folder)
     assert code == 1
     assert "2 runs died; the same command tries them again: SLTT, seed 0: far enough" in err

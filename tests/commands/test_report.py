@@ -167,12 +167,10 @@ def test_a_damaged_result_is_named_and_the_others_are_shown(name, measured, tmp_
     folder = shutil.copytree(measured, tmp_path / "all", ignore=shutil.ignore_patterns("*-seed*", "report"))
     path = folder / f"{name}.json"
     text = path.read_text()
-    for damaged in ("{", "[]", "7", "null", 2000 * "[", '{"recipe": "digits"}'):
+    for damaged in ("{", "[]", "7", "null", 2000 * "["):
         write(path, damaged)
-        found_there = gather([folder])
-        assert len(sections(found_there)) > 1
-        lacks = f"A result of sltt {name} is left out, since it cannot be shown: KeyError"
-        assert found_there.notes[0].startswith((f"{path} is left out: ", lacks))
+        assert len(sections(found_there := gather([folder]))) > 1
+        assert found_there.notes[0].startswith(f"{path} is left out: ")
     number = re.search(r"\d\.\d+", text)
     path.write_text(text[: number.start()] + "7" + text[number.start() + 1 :])
     assert gather([folder]).notes == [

@@ -20,8 +20,7 @@ from sltt.parallel.signals import Interrupt
 from sltt.sequence.state import Stateful
 from sltt.training.batches import EpochSampler, Shares, eval_loader, share, train_loader
 from sltt.training.session import session
-from sltt.training.settings import Execution
-from tests.training.blobs import equal
+from tests.training.blobs import equal, execution
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -29,7 +28,7 @@ def test_convolutions_are_timed_in_a_session_unless_results_are_to_be_the_same_a
     cudnn = torch.backends.cudnn
     monkeypatch.setattr(cudnn, "deterministic", deterministic)
     assert not cudnn.benchmark
-    with session(Execution(device="cpu")) as here:
+    with session(execution(device="cpu")) as here:
         assert cudnn.benchmark is not deterministic
         splits = sltt.data.Digits().splits(2)
         assert not here.eval_loader(splits.test, splits, 8).pin_memory
@@ -64,14 +63,15 @@ def test_shares_are_every_sample_once(samples, processes):
 
 def test_sharded_weights_are_not_trained_in_16_mixed():
     with pytest.raises(ValueError, match="use 'bf16-mixed'"):
-        Execution(device="cpu", devices=2, strategy="fsdp", precision="16-mixed")
+        execution(device="cpu", devices=2, strategy="fsdp", precision="16-mixed")
 
 
 @pytest.mark.parametrize("rule", [sltt.SLTT(recompute=True), sltt.BPTT(hoist=True)])
 def test_rules_that_sharded_weights_cannot_serve_are_refused(rule):
+    here = SimpleNamespace(processes=SimpleNamespace(count=2), execution=execution(strategy="fsdp"))
+    training = SimpleNamespace(stages=[SimpleNamespace(rule=rule)])
     with pytest.raises(ValueError, match="does not run under fsdp"):
-        sltt.training.fit._check_shardable(rule)
-    sltt.training.fit._check_shardable(sltt.SLTT(k=2, fold=2))
+        sltt.training.fit._check(here, torch.nn.Linear(2, 2), None, training, None)
 
 
 def test_a_batchnorm_of_ones_own_is_not_replaced():
@@ -118,7 +118,7 @@ def test_synchronised_statistics_need_gpus(monkeypatch):
     monkeypatch.setattr("sltt.training.session.make_fabric", lambda *args: two)
     with (
         pytest.raises(ValueError, match="sync_batchnorm=True for 2 processes on cpu"),
-        session(Execution(device="cpu", devices=2, sync_batchnorm=True)),
+        session(execution(device="cpu", devices=2, sync_batchnorm=True)),
     ):
         pass
 
