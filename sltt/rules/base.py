@@ -44,6 +44,7 @@ class Rule(Frozen, ABC):
         online: the rule updates the weights itself, at every time step.
         sequence_losses: losses of a whole sequence that the rule can train.
         pads: the rule leaves out the steps behind a sample's length, see `sltt.Padded`.
+        reads_logits: the rule reads the logits of steps that ran before.
     """
 
     hoist: bool = False
@@ -52,6 +53,7 @@ class Rule(Frozen, ABC):
     online: bool = False
     sequence_losses: tuple[type[SequenceLoss], ...] = ()
     pads: bool = True
+    reads_logits: bool = False
 
     def __call__(
         self,
@@ -64,6 +66,7 @@ class Rule(Frozen, ABC):
         backward: Backward | None = None,
         update: Callable[[], Any] | None = None,
         seed: int | None = None,
+        mean_logits: bool = False,
     ) -> Output:
         """Run one batch.
 
@@ -82,6 +85,8 @@ class Rule(Frozen, ABC):
             update: step and zero the optimizer; called by a rule that is `online`, after every time step.
             seed: random seed for this batch, such as for the steps that SLTT-K trains. None draws from PyTorch's
                 global generator. Give the same seed in all processes of a data-parallel training.
+            mean_logits: return the mean of the logits over time, [1, B, C], in place of those of all steps: for dense
+                outputs, these take memory that grows with T.
 
         Raises:
             ValueError: gradients switched off, no time step, too few dimensions, NaN or infinite input, a target of
@@ -107,12 +112,14 @@ class Rule(Frozen, ABC):
         if x.device.type != "cpu":  # where a launch takes longer than the sum
             explained = add_together(explained, model)
         try:
-            batch = Batch(network, target, loss, explained, update, seed, self.choose_fold(network, loss))
+            fold, mean = self.choose_fold(network, loss), mean_logits and not self.reads_logits
+            batch = Batch(network, target, loss, explained, update, seed, fold, mean)
             with network:
                 batch.loss = bind_loss(loss, network)
                 out = self.run(batch)
                 network.results.finish(explained)
                 total, logits = network.result(out.loss, out.logits)
+                logits = logits.mean(0, keepdim=True) if mean_logits and len(logits) > 1 else logits
             if backward is None and update is None:
                 check_reached(model)
         except Exception as error:

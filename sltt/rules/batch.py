@@ -25,7 +25,7 @@ Backward = Callable[[Tensor], Any]
 
 
 class Output(NamedTuple):
-    """Result of a rule, without a graph: the loss of the sequence, a scalar, and the logits [T, B, C]."""
+    """Result of a rule, without a graph: the loss of the sequence, a scalar, and the logits [T, B, C] or their mean."""
 
     loss: Tensor
     logits: Tensor
@@ -57,6 +57,7 @@ class Batch:
         update: steps and zeroes the optimizer, for a rule that is `online`.
         seed: of what the rule draws in this batch; None draws from the global generator.
         fold: time steps that share a call of the network.
+        mean: only the mean of the logits over time is kept.
         sequence: the input.
         steps: T.
         whole: the loss is one of the whole sequence.
@@ -69,7 +70,8 @@ class Batch:
     update: Callable[[], Any] | None = None
     seed: int | None = None
     fold: Fold = field(default_factory=Fold)
-    _logits: Tensor | None = None  # [T, B, C], of the steps that ran
+    mean: bool = False
+    _logits: Tensor | None = None  # [T, B, C], of the steps that ran; or the sum of these over T, [1, B, C]
     _ran: set[int] = field(default_factory=set)
     _total: Tensor | float = 0.0
     _largest: int = 0  # elements of the largest state; 0 before the first time step
@@ -100,10 +102,15 @@ class Batch:
             logits = self.network(self.sequence.input(steps), len(steps), cut, recompute)
         self.network.results.in_graph = True
         self._largest = self._largest or max(map(Tensor.numel, self.network.layout.state_tensors()), default=0)
-        if self._logits is None:
-            self._logits = logits.detach().new_empty(self.steps, *logits.shape[1:])
-        # a copy, since a model may go on to change what it gave, such as a sum over time
-        self._logits[steps.start : steps.stop] = logits.detach()
+        given = logits.detach()
+        if self.mean:
+            part = given.sum(0, keepdim=True, dtype=torch.promote_types(given.dtype, torch.float32)) / self.steps
+            self._logits = part if self._logits is None else self._logits + part
+        else:
+            if self._logits is None:
+                self._logits = given.new_empty(self.steps, *given.shape[1:])
+            # a copy, since a model may go on to change what it gave, such as a sum over time
+            self._logits[steps.start : steps.stop] = given
         self._ran.update(steps)
         if not graph:
             # Casts of weights that autocast caches without a graph would cut the weights off in later steps.
@@ -220,6 +227,7 @@ class Batch:
 
     def logits(self, step: int) -> Tensor:
         """Return the logits [B, C] of a time step that has run, without a graph."""
+        assert not self.mean, "the mean alone was kept"
         assert self._logits is not None, "no step has run"
         return self._logits[step]
 

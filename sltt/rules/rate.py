@@ -66,6 +66,7 @@ class RateBased(Rule):
 
     sequence_losses = (OfMean,)
     pads = False
+    reads_logits = True
 
     def __init__(self, steady: bool = False, fold: int | Literal["auto"] = "auto"):
         self.steady, self.fold = flag("steady", steady), fold_of(fold)

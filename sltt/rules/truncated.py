@@ -151,6 +151,11 @@ class BPTT(Truncated):
         if segment is not None and (self.recompute or self.hoist):
             raise ValueError("segment runs all layers again, recompute and hoist some of them: choose one")
 
+    @property
+    def reads_logits(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """A replayed segment is compared with what it gave."""
+        return self.segment is not None
+
     def no_graph(self, steps: int) -> str | None:
         return None if self.segment is None else "saves and restores random generators"
 

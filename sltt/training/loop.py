@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from sltt.analysis import FiringRates
 from sltt.callbacks import Moment
 from sltt.data import Data, Splits
-from sltt.losses import is_per_step, to_score
+from sltt.losses import is_per_step, prediction_of, to_score
 from sltt.metrics import higher_is_better, improves, name_of
 from sltt.parallel.processes import synchronise
 from sltt.parallel.signals import Interrupt
@@ -205,6 +205,7 @@ class Loop:
                         backward=partial(self._backward, weight * part.weight),
                         update=self._reduce_and_update if rule.online else None,
                         seed=drawn,
+                        mean_logits=prediction_of(self.loss) == "mean" and not isinstance(y, Padded),
                     )
                     outs.append(out)
                 seen.settle()
