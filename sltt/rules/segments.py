@@ -30,7 +30,7 @@ def run_in_segments(batch: Batch, length: int, fold: Fold) -> Output:
     changed = run.layout.changes() if weights else {}  # of lists and tensors that it keeps, the logits tell
     changes += [name for name, value in changed.items() if not isinstance(value, tuple) or value[0] is dict]
     if changes:
-        raise ValueError(
+        raise RuntimeError(
             f"segment runs time steps again for their backward, and the forward changes {changes[0]} in each: use BPTT "
             "without segment"
         )
