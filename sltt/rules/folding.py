@@ -67,6 +67,8 @@ def choose_fold(
         return Fold()
     if fold != "auto":
         run.require_folds()
+        if is_sharded(run.model):  # no copy can be made, and the user asks for it
+            return Fold(fold, fold)
     x, layout, problem = run.sequence.input(range(1)), run.layout, find_modes()
     kind = rule, x.shape, x.dtype, x.device
     key = fold, run.sequence.steps, kernels.current_options().fold_memory, kind
