@@ -1,6 +1,6 @@
 """Small networks and long sequences beside other libraries: docs/results/sequences.json, and the table made of it.
 
-    python benchmarks/open_neuromorphic.py [--works linear-512 mlp] [--cases SLTT "JAX SLTT"] [--rounds 3]
+    python benchmarks/open_neuromorphic.py [--works linear-512 mlp] [--cases SLTT "JAX SLTT, by hand"] [--rounds 3]
                                            [--device cuda]
 
 docs/performance.md says what the works are. Each case runs in a process of its own, and the processes take turns.
@@ -64,7 +64,7 @@ Made = tuple[Callable[[], Any], Callable[[], Tensor]]  # an iteration and, after
 
 
 def weights_of(work: Work) -> dict[str, Tensor]:
-    """The weights that all cases share, in the order of the layers, so that some 5 to 20% of the neurons fire."""
+    """The weights that all cases share, in the order of the layers, so that 2 to 12% of the neurons fire."""
     generator = torch.Generator().manual_seed(0)
     found, density = {}, work.density or 1.0
     for i, (fan_in, width) in enumerate(itertools.pairwise(work.widths)):
@@ -123,13 +123,22 @@ def made(model: nn.Module, backward: Callable[[], object]) -> Made:
     return run, lambda: torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def by_rule(rule: sltt.Rule, dtype: torch.dtype = torch.float32) -> Callable[[Work], Made]:
-    def neuron(feedback: nn.Linear | None = None) -> nn.Module:
-        lif = sltt.LIF(tau=1 / (1 - LAMBDA))
-        return sltt.Recurrent(lif, feedback) if feedback else lif
+def ours(feedback: nn.Linear | None = None) -> nn.Module:
+    lif = sltt.LIF(tau=1 / (1 - LAMBDA))
+    return sltt.Recurrent(lif, feedback) if feedback else lif
 
+
+def firing(work: Work) -> list[float]:
+    """Return the share of neurons of each layer that fire in a time step."""
+    model, (x, y) = network(work, ours), batch_of(work)
+    with sltt.analysis.firing_rates(model) as rates:
+        sltt.SLTT()(model, x, y, loss_of(work))
+    return [round(rate, 4) for rate in rates.by_layer().values()]
+
+
+def by_rule(rule: sltt.Rule, dtype: torch.dtype = torch.float32) -> Callable[[Work], Made]:
     def make(work: Work) -> Made:
-        model, (x, y), loss = network(work, neuron).to(dtype), batch_of(work), loss_of(work)
+        model, (x, y), loss = network(work, ours).to(dtype), batch_of(work), loss_of(work)
         x, steps = (x[0], work.steps) if work.static else (x, None)
         x = x.to(dtype)
         return made(model, lambda: rule(model, x, y, loss, steps=steps))
@@ -201,45 +210,86 @@ def sinabs() -> nn.Module:
     return Layer(tau_mem=-1 / torch.tensor(LAMBDA).log(), norm_input=False)
 
 
-def jax_case(cut: bool) -> Callable[[Work], Made]:
-    """A jitted scan over the neurons; products with inputs stand in front of it, for all steps at once."""
+def jax_logits(cut: bool, work: Work, weights: Any, x: Any, by_hand=True, inside=False, unroll=1) -> Any:
+    """Scan over each layer's neurons, products in front or inside; by hand, the backward pass keeps u alone."""
+    import jax
+    import jax.numpy as jnp
+
+    spike: Any = jax.custom_jvp(lambda u: (u >= 0).astype(u.dtype))
+    spike.defjvps(lambda du, s, u: jnp.maximum(0, 1 - jnp.abs(u)) * du)
+    stop = jax.lax.stop_gradient if cut else lambda one: one
+    flat = lambda one: one.reshape(-1, one.shape[-1])  # noqa: E731
+
+    def forward(x: Any, w: Any, b: Any, r: Any) -> Any:
+        def step(carry: Any, x: Any) -> Any:
+            v, s = (stop(one) for one in carry)
+            u = LAMBDA * v + (x @ w + b if inside else x) + (0 if r is None else s @ r)
+            s = spike(u - 1)
+            return (u - s, s), u
+
+        shape = work.steps, work.batch, w.shape[1]
+        inputs = x if inside else jnp.broadcast_to((flat(x) @ w + b).reshape(-1, *shape[1:]), shape)
+        u = jax.lax.scan(step, (jnp.zeros(shape[1:]),) * 2, inputs, unroll=unroll)[1]
+        return spike(u - 1), (x, u, w, r)
+
+    def backward(kept: Any, ds: Any) -> Any:
+        x, u, w, r = kept
+
+        def step(later: Any, now: Any) -> Any:
+            u, ds = now
+            dv = LAMBDA * later
+            ds = ds - dv + (0 if r is None else later @ r.T)
+            du = dv + ds * jnp.maximum(0, 1 - jnp.abs(u - 1))
+            return du, du
+
+        if cut:
+            du = ds * jnp.maximum(0, 1 - jnp.abs(u - 1))
+        else:
+            du = jax.lax.scan(step, jnp.zeros_like(u[0]), (u, ds), reverse=True, unroll=unroll)[1]
+        dr = None if r is None else flat(spike(u[:-1] - 1)).T @ flat(du[1:])
+        du = flat(du if len(x) == work.steps else du.sum(0))
+        return (du @ w.T).reshape(x.shape), flat(x).T @ du, du.sum(0), dr
+
+    layer: Any = lambda *inputs: forward(*inputs)[0]  # noqa: E731
+    if by_hand:
+        layer = jax.custom_vjp(layer)
+        layer.defvjp(forward, backward)
+    x = x[:1] if work.static and not inside else x  # the products of one step serve all
+    for i in range(len(work.widths) - 1):
+        x = layer(x, weights[f"w{i}"], weights[f"b{i}"], weights.get("r"))
+    return (flat(x) @ weights["w"] + weights["b"]).reshape(*x.shape[:2], -1) if work.classes else x
+
+
+JAX_FORMS = {
+    "automatic": {"by_hand": False},
+    "by hand": {},
+    "by hand, unroll=4": {"unroll": 4},
+    "by hand, inside": {"inside": True},
+}
+
+
+def jax_case(cut: bool, **form: Any) -> Callable[[Work], Made]:
+    """Make a case of a jitted gradient; weights are [in, out]."""
 
     def make(work: Work) -> Made:
         import jax
         import jax.numpy as jnp
 
-        spike: Any = jax.custom_jvp(lambda u: (u >= 0).astype(u.dtype))
-        spike.defjvps(lambda du, s, u: jnp.maximum(0, 1 - jnp.abs(u)) * du)
-        stop = jax.lax.stop_gradient if cut else lambda one: one
-
-        def layer(currents: Any, feedback: Any = None) -> Any:
-            def step(carry: Any, x: Any) -> Any:
-                v, s = (stop(one) for one in carry)
-                u = LAMBDA * v + x + (0 if feedback is None else s @ feedback.T)
-                s = spike(u - 1)
-                return (u - s, s), s
-
-            zero = jnp.zeros_like(currents[0])
-            return jax.lax.scan(step, (zero, zero), currents)[1]
-
         def loss(weights: Any, x: Any, y: Any) -> Any:
-            s = x
-            for i in range(len(work.widths) - 1):
-                s = layer(s @ weights[f"w{i}"].T + weights[f"b{i}"], weights.get("r"))
+            logits = jax_logits(cut, work, weights, x, **form)
             if not work.classes:
-                return s.sum()
-            logits = jax.nn.log_softmax(s @ weights["w"].T + weights["b"])
+                return logits.sum()
+            logits = jax.nn.log_softmax(logits)
             return -jnp.take_along_axis(logits, jnp.broadcast_to(y, logits.shape[:2])[..., None], -1).mean()
 
-        weights = {name: jnp.asarray(value.numpy()) for name, value in weights_of(work).items()}
+        weights = {name: jnp.asarray(value.numpy()).T for name, value in weights_of(work).items()}
         x, y = (jnp.asarray(one.numpy()) for one in batch_of(work))
-        step = jax.jit(jax.value_and_grad(loss))
-        found: list[Any] = []
+        step, found = jax.jit(jax.grad(loss)), {}
 
         def run() -> None:
-            found[:] = jax.block_until_ready(step(weights, x, y))
+            found.update(jax.block_until_ready(step(weights, x, y)))
 
-        return run, lambda: torch.cat([torch.from_numpy(jax.device_get(found[1][n]).copy()).flatten() for n in weights])
+        return run, lambda: torch.cat([torch.from_numpy(jax.device_get(found[n]).T.flatten()) for n in weights])
 
     return make
 
@@ -257,8 +307,8 @@ CASES = {
     "BPTT": Case(by_rule(sltt.BPTT()), "BPTT"),
     "OTTT": Case(by_rule(sltt.OTTT()), None),
     "SLTT, fold = 1": Case(by_rule(sltt.SLTT(fold=1)), "SLTT"),
-    "JAX SLTT": Case(jax_case(cut=True), "SLTT"),
-    "JAX BPTT": Case(jax_case(cut=False), "BPTT"),
+    **{f"JAX SLTT, {name}": Case(jax_case(True, **form), "SLTT") for name, form in JAX_FORMS.items()},
+    **{f"JAX BPTT, {name}": Case(jax_case(False, **form), "BPTT") for name, form in JAX_FORMS.items()},
     "SpikingJelly BPTT": Case(by_sequence(spikingjelly), "BPTT"),
     "snnTorch BPTT": Case(by_sequence(snntorch), None, recurrent=False),
     "Norse BPTT": Case(by_sequence(norse), None, recurrent=False),
@@ -327,7 +377,8 @@ def main() -> None:
             seconds = statistics.median(row["seconds"])
             print(f"{work:16}{row['case']:22}{seconds:9.4f} s  {row['peak_MB']:8.1f} MB", flush=True)
             rows.append(row)
-    write(given.out, {"hardware": hardware(1, given.device), "rows": rows})
+    rates = {work: firing(WORKS[work]) for work in given.works}
+    write(given.out, {"hardware": hardware(1, given.device), "rates": rates, "rows": rows})
     fill()
     return None
 

@@ -103,17 +103,25 @@ def other_networks(results: Path) -> str:
 
 
 def sequences(results: Path, name: str = "sequences") -> str:
-    """Small networks and long sequences, as open_neuromorphic.py measured them beside other libraries."""
+    """Small networks and long sequences, as open_neuromorphic.py measured them beside libraries' fastest forms."""
     found, libraries = load(results, name), ("JAX", "SpikingJelly", "snnTorch", "Norse", "sinabs")
     pairs = [("SLTT", "JAX SLTT"), ("SLTT", "SLTT, fold = 1"), *(("BPTT", f"{library} BPTT") for library in libraries)]
     lines = []
     for work, of in grouped(found["rows"], "work").items():
         one = {row["case"]: row["seconds"] for row in of}
-        seconds = (f"{statistics.median(one[case]):.3g} s" for case in ("SLTT", "BPTT"))
-        ratios = (spread(quotient(one[case], one[other])) if other in one else "" for case, other in pairs)
-        lines.append([f"`{work}`", *seconds, *ratios])
+        seconds = [f"{statistics.median(one[case]):.3g} s" for case in ("SLTT", "BPTT")]
+        rates = ", ".join(f"{100 * rate:.1f}%" for rate in found["rates"][work])
+        lines.append([f"`{work}`", rates, *seconds, *(over_fastest(one, *pair) for pair in pairs)])
     headings = "SLTT ÷ JAX's SLTT", "SLTT ÷ `SLTT(fold=1)`", *(f"BPTT ÷ {library}'s" for library in libraries)
-    return measured(found, markdown(["", "SLTT", "BPTT", *headings], lines), "processor time")
+    return measured(found, markdown(["", "firing rates", "SLTT", "BPTT", *headings], lines), "processor time")
+
+
+def over_fastest(times: dict[str, list[float]], case: str, other: str) -> str:
+    """Divide a case's times by those of the fastest form of another, and name the form where there are several."""
+    forms = sorted((name for name in times if name.startswith(other)), key=lambda name: statistics.median(times[name]))
+    if not forms:
+        return ""
+    return spread(quotient(times[case], times[forms[0]])) + forms[0].removeprefix(other)
 
 
 # the paper's GB of BPTT and of SLTT, and hours of trainings: CIFAR-10, DVS-CIFAR10, ImageNet (not DVS-Gesture)

@@ -65,9 +65,16 @@ def test_a_case_on_sequences_has_the_gradient_of_its_rule(case):
 @pytest.mark.parametrize("work", ["tiny", "tiny-linear", "tiny-recurrent", "tiny-static"])
 def test_jax_has_the_gradient_of_its_rule(work):
     """Each case compares itself in a process of its own: no other may fork once JAX is imported."""
-    rows = load("open_neuromorphic").measure(work, ["JAX SLTT", "JAX BPTT"], 1, "cpu")
-    assert [row["case"] for row in rows] == ["JAX SLTT", "JAX BPTT"]
+    sequences = load("open_neuromorphic")
+    forms = [f"JAX {rule}, {form}" for form in sequences.JAX_FORMS for rule in ("SLTT", "BPTT")]
+    rows = sequences.measure(work, forms, 1, "cpu")
+    assert [row["case"] for row in rows] == forms
     assert all(row["seconds"][0] > 0 for row in rows)
+
+
+def test_a_table_of_sequences_has_the_fastest_form():
+    times = {"SLTT": [1.0, 1.0], "JAX SLTT, a": [4.0, 5.0], "JAX SLTT, b": [2.0, 2.5]}
+    assert load("tables").over_fastest(times, "SLTT", "JAX SLTT") == "0.45 (0.40 – 0.50), b"
 
 
 def test_floors_and_peers_are_cases():
