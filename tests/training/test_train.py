@@ -19,6 +19,7 @@ import sltt
 from sltt.parallel.devices import make_fabric
 from sltt.training.console import Console
 from sltt.training.progress import Metrics, Progress
+from sltt.training.sample import read_sample
 from tests.conftest import KINDS, RULES
 from tests.test_waits import Waits
 from tests.training.blobs import Blobs, Ends, equal, network, train, weights
@@ -240,3 +241,4 @@ def test_the_log_says_how_many_steps_of_a_full_batch_share_a_call(batch_size, sa
     data = sltt.data.from_datasets(TensorDataset(torch.rand(1160, 8), torch.arange(1160) % 2), static=True)
     sltt.fit(model, data, run=tmp_path / "run", steps=4, epochs=1, batch_size=batch_size, device="cpu")
     assert ("4 of 4 time steps share a call of the network" in capsys.readouterr().out) is said
+    assert [len(spikes) for spikes in read_sample(tmp_path / "run").spikes.values()] == [4]  # a row for each step
