@@ -55,7 +55,7 @@ class LayerOperations:
 
 @dataclass
 class Energy:
-    """What the inference of one sample takes, as the mean over a batch.
+    """Cost of the inference of one sample, as the mean over a batch.
 
     T without padding is `steps`; an ANN makes 1 of `passes` for a static input, else T. Neurons have `updates`,
     `active` outputs, and `spikes`: k for one of size k. `zeros` of the `weights` are zero. `footprint` has parameters

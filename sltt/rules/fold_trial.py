@@ -2,7 +2,7 @@
 
 The copies are in float64, where rounding hides no difference above 1e-9 of the largest value; a network that does not
 run so is compared in its own types, down to 2e-5. Logits, the gradients of all parameters as the rule cuts them, the
-states, and the buffers are compared. The loss is a sum of the logits with random weights, so that nothing of the user's
+states, and the buffers are compared. The loss is a sum of the logits with fixed weights, so that nothing of the user's
 but the network runs again.
 
 Then once more with other weights, and neurons that pass on asinh of their input: what the batch has behind silent
@@ -55,9 +55,8 @@ class ProbeLoss:
 
 def _spread(like: Tensor, shift: Any = 0.0) -> Tensor:
     """Return numbers between -1 and 1 in the shape of a tensor."""
-    return (
-        (1.7 * torch.arange(like.numel(), device=like.device, dtype=torch.float64) + shift).sin().view_as(like).to(like)
-    )
+    places = torch.arange(like.numel(), device=like.device, dtype=torch.float64)
+    return (1.7 * places + shift).sin().view_as(like).to(like)
 
 
 class _Watch(DispatchMode):

@@ -1,4 +1,4 @@
-"""What a network's forward depends on, as far as it shows: compared before each batch with what it was.
+"""Compare what a network's forward depends on, as far as it shows, with what it was: before each batch.
 
 Of each module: its class, the modules, parameters and hooks in it, its attributes, also in lists, dictionaries and
 plain objects; and the buffers of a module whose forward is not known. Out of reach are global variables, what lies in
@@ -26,7 +26,7 @@ Row = tuple[Any, ...]
 
 
 class Fingerprint:
-    """What the forwards of layers depend on."""
+    """Record of what the forwards of layers depend on."""
 
     def __init__(self, layers: Iterable[Any]):
         self._layers = [(layer, _INTERNAL.union(layer.states)) for layer in layers]

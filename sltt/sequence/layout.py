@@ -78,6 +78,7 @@ class Layout:
         tried: most time steps that a trial showed to share a call, by the kind of a batch.
         refused: why no steps share a call, as a trial found.
         in_use: a run has it.
+        reused: a second batch had it, since nothing had changed.
     """
 
     def __init__(self, model: nn.Module):
@@ -96,7 +97,7 @@ class Layout:
         self.chosen: Any = None
         self.tried: dict[Any, int] = {}
         self.refused: str | None = None
-        self.in_use = False
+        self.in_use = self.reused = False
         self._fingerprint = Fingerprint(self.layers.values())
         self._changes = 0
 
@@ -107,7 +108,7 @@ class Layout:
     def follow(self, before: "Layout", changes: Iterable[str]) -> None:
         """Take over from the layout before a change: no trial is repeated in vain."""
         if [*before.layers] == [*self.layers]:
-            self.refused, self._changes = before.refused, 0 if before.folds else before._changes + 1
+            self.refused, self._changes = before.refused, 0 if before.reused else before._changes + 1
             if self._changes > _CHANGES:
                 self.refused = f"changes {next(iter(changes))} from batch to batch"
 
@@ -188,7 +189,9 @@ def layout_of(model: nn.Module) -> Layout:
     if before is not None and before.in_use:
         return Layout(model)
     changes = {} if before is None else before.changes()
-    if before is None or changes:
+    if before is not None and not changes:
+        before.reused = True
+    else:
         layouts[model.training] = Layout(model)
         if before is not None:
             layouts[model.training].follow(before, changes)

@@ -1,4 +1,4 @@
-"""What a function or an object reaches: its closure, its global variables, what it holds."""
+"""Find what a function or an object reaches: its closure, its global variables, what it holds."""
 
 import dis
 import functools

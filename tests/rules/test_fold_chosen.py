@@ -127,3 +127,16 @@ def test_another_thread_that_seeds_the_generator_changes_no_choice(monkeypatch):
     plain, seeds = torch.manual_seed, iter(range(10**6))
     monkeypatch.setattr(torch, "manual_seed", lambda seed: plain(next(seeds)))  # as if it came between two lines
     assert called(sltt.SLTT(), Net(), torch.randn(100, 64, 6)) == [25 * 64] * 4
+
+
+@pytest.mark.parametrize(("every", "trials", "calls"), [(1, 4, 5), (3, 4, 1)], ids=["each batch", "each third"])
+def test_a_network_that_changes_before_every_batch_is_not_tried_for_ever(every, trials, calls, monkeypatch):
+    model, x, y, tried = Net(), torch.randn(5, 4, 6), torch.zeros(4, dtype=torch.long), []
+    find = folding.find_difference
+    monkeypatch.setattr(folding, "find_difference", lambda *given: (tried.append(1), find(*given))[1])
+    for batch in range(12):
+        model.epoch = batch // every
+        CALLS.clear()
+        sltt.SLTT()(model, x, y, LOSS)
+    assert len(tried) == trials
+    assert len(CALLS) == calls
