@@ -41,13 +41,15 @@ class Adapter:
         if now != self._seen:
             try:
                 self.ours = self.translate(self.module)
-                self.ours = self.ours if isinstance(self.ours, IntegrateAndFire) else None
+                if not isinstance(self.ours, IntegrateAndFire) or (self.before_reset and self.ours.v_reset is not None):
+                    self.ours = None
             except ConversionError:
                 self.ours = None
             self._seen, self._given = now, None
             if self.ours is not None:
                 self.ours.half_state = True  # theirs have the type of the input
                 self._run = self.ours.prepare()
+                self._amount = self.ours.v_threshold if self.ours.subtract is None else self.ours.subtract
         return self.ours is not None
 
     def __call__(self, x: Tensor, steps: int, cut: bool, *_: Any) -> Tensor | None:
@@ -67,7 +69,7 @@ class Adapter:
         spikes = self._run(x, steps, cut)
         given = ours.v
         if self.before_reset:
-            given = self._given = torch.add(given, spikes.detach()[-len(given) :], alpha=ours.amount)
+            given = self._given = torch.add(given, spikes.detach()[-len(given) :], alpha=self._amount)
         else:
             ours.v = None
         setattr(self.module, self.state, given)
@@ -77,8 +79,11 @@ class Adapter:
         """Return v = u − r s of the state u; that of the step before is at hand, unless the state was changed."""
         ours, given = self.ours, self._given
         if given is not None and state.data_ptr() == given.data_ptr() and state._version == given._version:
-            return ours.v.detach() if not state.requires_grad else ours.v
-        return state - ours.amount * ours.surrogate.fires(state.detach() - ours.v_threshold).to(state.dtype)
+            if state is given:
+                return ours.v
+            if not state.requires_grad:
+                return ours.v.detach()
+        return state - self._amount * ours.surrogate.fires(state.detach() - ours.v_threshold).to(state.dtype)
 
 
 def adapter_of(state: str, translate: Callable[[Any], Any], read: Read, before_reset: bool = False) -> Any:
