@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sltt.analysis.iteration import memory_parts
 from sltt.checks import instance, sequence
-from sltt.memory import peak_memory
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Rule
 from sltt.rules.batch import StepLoss
 from sltt.rules.mixed import Window, layer_order
@@ -106,7 +106,7 @@ class Proposal:
     Attributes:
         windows: of the layers of neurons by name, for `Mixed(windows)`; the other layers have SLTT.
         agreement: of its gradient with that of exact BPTT.
-        memory: bytes of the batch at the peak, above those before it.
+        memory: bytes that a batch needs, see `needed_memory`.
         others: the same of that rule, of BPTT and of SLTT.
     """
 
@@ -156,7 +156,7 @@ def propose(
     if not candidates:
         return None
 
-    memory = batch_memory(model, x, target, loss, steps=steps)
+    memory = needed_memory(model, x, target, loss, steps=steps)
     best = min(candidates, key=memory)
     if memory(best) > SAVES * memory(advised):
         return None
@@ -164,20 +164,20 @@ def propose(
     return Proposal(dict(best.windows), candidates[best], memory(best), others)
 
 
-def batch_memory(
+def needed_memory(
     model: nn.Module, x: Tensor, target: Any, loss: StepLoss, *, steps: int | None = None
 ) -> Callable[[Rule], int]:
-    """Return a function to the peak bytes of a batch with a rule, above those before; arguments as of `agreement`."""
+    """Return a function to the bytes that a batch needs with a rule: those of one time step in a call.
+
+    By these, rules are ranked: the further steps of a call take a few MB at most, whatever the rule.
+    """
     twin = copy_model(model)
 
     @functools.cache
     def memory(rule: Rule) -> int:
         with _fork(x):
-            one = step_by_step(rule)  # what shares a call depends on the batch, and is little
-            return peak_memory(lambda: one(twin, x, target, loss, steps=steps, update=lambda: None), x.device)
+            return memory_parts(twin, x, target, loss, step_by_step(rule), steps=steps).batch
 
-    with _fork(x):
-        SLTT(fold=1)(twin, x, target, loss, steps=steps)  # makes the gradients, which all rules have
     return memory
 
 

@@ -21,7 +21,6 @@ from sltt.analysis import (
     iteration_seconds,
     layer_paths,
     measure_energy,
-    memory_parts,
 )
 from sltt.analysis.energy import LayerOperations, show
 from sltt.commands.failures import cause
@@ -122,9 +121,9 @@ def cost_tables(found: Mapping[str, Any]) -> list[Table]:
     memory, seconds = [], []
     for one in found["costs"]:
         parts = one["memory"]
-        shares = {"memory": batch_memory(parts), **{name: parts[name] for name in ("states", "saved", "rest")}}
-        shares |= {"weights": parts["parameters"], "grads": parts["gradients"], "optim": parts["optimizer"]}
-        shares |= {"input": parts["input"], "all": parts["total"]}
+        shares = {"memory": batch_memory(parts), "grads": parts["gradients"]}
+        shares |= {name: parts[name] for name in ("states", "saved", "rest")} | {"weights": parts["parameters"]}
+        shares |= {"optim": parts["optimizer"], "input": parts["input"], "all": parts["total"]}
         name: Row = {"rule": one["rule"], "T": number(one["steps"])}
         memory.append({**name, **{part: Cell(f"{share / 1e6:.2f}", share) for part, share in shares.items()}})
         phases = {phase: number(one["seconds"][phase], ".3f") for phase in PHASES}
@@ -132,7 +131,7 @@ def cost_tables(found: Mapping[str, Any]) -> list[Table]:
         fold = number(one["fold"]["trained"])
         seconds.append({**name, **phases, "mult. fwd": forward, "mult. bwd": backward, "fold": fold})
     tables = [
-        Table(memory, "memory", "memory of a batch: states + saved + rest, and all at the peak; in MB"),
+        Table(memory, "memory", "memory of a batch: grads + states + saved + rest; all at the peak; in MB"),
         Table(seconds, "costs", "seconds and multiplications of a batch; fold: steps in a call"),
     ]
     return [*tables, fits_table(found["fits"])] if found["fits"] else tables
@@ -204,10 +203,9 @@ def _way(sparse: int, calls: int) -> Cell:
 
 
 def _memory(ready: Prepared, size: int) -> Memory:
-    """Memory of an iteration with `size` samples, after one step of the optimizer."""
-    x, y = ready.batch(size)
-    _seconds(ready, [(x, y)], 0)  # makes the optimizer's state, and what is allocated once
-    return memory_parts(ready.model, x, y, ready.loss, ready.rule, ready.optimizer, steps=ready.repeat)
+    """Memory of an iteration with `size` samples, after one step of the optimizer, which makes its state."""
+    _seconds(ready, [ready.batch(size)], 0)
+    return ready.memory(size)
 
 
 def _seconds(ready: Prepared, batches: Iterable[Any], warmup: int) -> Seconds:

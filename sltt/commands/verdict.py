@@ -2,16 +2,18 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sltt.analysis.advice import ONE_STEP, count_of, name_rules
 from sltt.commands.results import Gathered
 from sltt.commands.vary import best_of
 from sltt.metrics import finite_scores, is_share, score_text
 
 MARGIN = 0.01  # of accuracy: a smaller loss is called none
 OF_AN_ERROR = 0.05  # the same of other metrics, as a part of the reference's
+SAFE, UNSAFE, UNSURE = "Safe", "Not safe", "Not sure"
 
 
 @dataclass
@@ -23,8 +25,10 @@ class Verdict:
     metric: str = "accuracy"
     sign: int = 1  # where more is better, −1 for an error
     samples: int | None = None  # for the test
+    epochs: int | None = None
     seconds: tuple[float, float, float] | None = None  # of an epoch, or else of a batch: median, least and most
     memory: dict[int | None, int] = field(default_factory=dict)  # bytes of a training batch, for each T
+    needed: float = math.inf  # the same with one time step in a call: by these, rules are ranked
     cosine: float | None = None  # of its gradient with that of BPTT
     died: int = 0  # seeds without a score
 
@@ -32,6 +36,12 @@ class Verdict:
     def score(self) -> float | None:
         """Return the mean over the seeds."""
         return statistics.mean(self.scores) if self.scores else None
+
+    def rests_on(self) -> str:
+        """Name the seeds, the epochs and the test samples."""
+        length = f" of {count_of(self.epochs, 'epoch')}" if self.epochs else ""
+        samples = f" and {count_of(self.samples, 'test sample')}" if self.samples else ""
+        return f"{count_of(len(self.scores), 'seed')}{length}{samples}"
 
 
 def verdicts(found: Gathered) -> list[Verdict]:
@@ -48,8 +58,10 @@ def verdicts(found: Gathered) -> list[Verdict]:
                     one["metric"],
                     1 if one["higher_is_better"] else -1,
                     one.get("samples"),
+                    one.get("epochs"),
                     _seconds_of_seeds(row),
                     {row.get("steps") or one.get("steps"): row["peak_memory"]} if row["peak_memory"] else {},
+                    row.get("needed_memory") or row["peak_memory"] or math.inf,
                     row["cosine"],
                     died,
                 )
@@ -86,14 +98,15 @@ def _same_recipe(found: Gathered, kind: list[dict[str, Any]]) -> list[dict[str, 
 
 
 def batch_memory(parts: dict[str, int]) -> int:
-    """Return what a training batch allocates above weights, gradients, optimizer and input."""
-    return parts["states"] + parts["saved"] + parts["rest"]
+    """Return what a training batch allocates above weights, optimizer and input."""
+    return sum(parts[name] for name in ("gradients", "states", "saved", "rest"))
 
 
 def answers(found: Gathered) -> list[str]:
-    """Return a sentence for each rule beside BPTT, or beside the first one; without these the advice on gradients.
+    """Return a sentence for each rule beside BPTT, or beside the first one, and the rule to take, from full trainings.
 
-    Where options vary, return the best values instead, by the validation samples.
+    Without these it is the advice on short trainings or on gradients. Where options vary, return the best values
+    instead, by the validation samples.
     """
     for one in found.comparisons[:1]:
         if any(row.get("varied") for row in one["rows"]):
@@ -101,26 +114,59 @@ def answers(found: Gathered) -> list[str]:
     rules = verdicts(found)
     reference = next((one for one in rules if one.rule == "BPTT"), rules[0] if rules else None)
     said = [_sentence(one, reference) for one in rules if reference is not None and one is not reference]
+    if reference is not None and reference.score is not None and said:
+        said.append(_take(rules, reference))
     return [text for text in said if text] or [row["advice"] for one in found.agreements for row in one["rows"]]
 
 
+def advice_on(row: Mapping[str, Any], recipe: str, found: Gathered) -> str:
+    """Return which rule to take at the τ and T of an agreement: by full trainings where there are any."""
+    trained = was_compared(found, recipe) and row["tau"] is None and row["steps"] == found.comparisons[0]["steps"]
+    said = answers(found)[-1] if trained else ""
+    return said if said.startswith("Take ") else row["advice"]
+
+
+def _take(rules: Sequence[Verdict], reference: Verdict) -> str:
+    """Name the rule that needs least memory of those within the margin; say how sure this is, and on what it rests."""
+    exact, basis = reference.rule, reference.rests_on()
+    apart = f"{basis} do not separate it from {exact}."
+    cheaper = sorted((one for one in rules if one.needed < reference.needed), key=lambda one: one.needed)
+    place = next((i for i, one in enumerate(cheaper) if _is_enough(one, reference)), len(cheaper))
+    doubtful = [one.rule for one in cheaper[:place] if _judge(one, reference) == UNSURE]
+    doubts = f" {UNSURE} of {name_rules(doubtful)}, which needs less memory" if doubtful else ""
+    if place == len(cheaper):
+        bad = f" {name_rules(one.rule for one in cheaper)}: not safe here, by {basis}." if cheaper else ""
+        return f"Take {exact}.{f'{doubts}: {apart}' if doubts else bad or ' No other rule here needs less memory.'}"
+    one = cheaper[place]
+    sure = f"{SAFE} here, by {basis}." if _judge(one, reference) == SAFE else f"{UNSURE}: {apart}"
+    fold = "" if all(ratio > 1 for _, ratio in _saved(one, reference)) else ONE_STEP
+    return f"Take {one.rule}{fold}. {sure}{doubts}{'.' * bool(doubts)}"
+
+
 def _sentence(one: Verdict, reference: Verdict) -> str:
-    reached, safe = _compare_scores(one, reference)
+    reached, noise = _compare_scores(one, reference)
     parts = [reached] if reached else []
-    both = sorted((steps for steps in one.memory if steps in reference.memory), key=lambda steps: steps or 0)
-    saved = [(steps, reference.memory[steps] / one.memory[steps]) for steps in both[-2:] if one.memory[steps]]
-    if saved:
+    if saved := _saved(one, reference):
         parts.append(" and ".join(f"{_times(ratio)} memory{f' at T = {t}' if t else ''}" for t, ratio in saved))
+        if saved[-1][1] <= 1 < (least := reference.needed / one.needed):
+            parts[-1] += f" ({_times(least)}{ONE_STEP})"
     if one.seconds and reference.seconds:
         parts.append(f"{_ratio(one.seconds, reference.seconds)} × the time")
     if one.cosine is not None and not math.isnan(one.cosine):
         parts.append(f"gradient agreement {one.cosine:.2f}")
+    unsure = f" {UNSURE}: measured to {noise} only, which does not separate it from {reference.rule}." if noise else ""
+    word = _judge(one, reference)
+    safe = unsure if word in (UNSURE, "") else f" {word} here."
     seeds = " One seed: repeat with --seeds 3." if min(len(one.scores), len(reference.scores)) == 1 else ""
-    if one.died:
-        safe = " Not safe here."
     died = [rule for rule in (one, reference) if rule.died]
     parts += [f"{rule.died} of {rule.died + len(rule.scores)} seeds of {rule.rule} died" for rule in died]
     return f"{one.rule}: {', '.join(parts)}.{safe}{seeds}" if parts else ""
+
+
+def _saved(one: Verdict, reference: Verdict) -> list[tuple[int | None, float]]:
+    """Return the reference's memory over that of a rule, for the two largest T at which both are known."""
+    both = sorted((steps for steps in one.memory if steps in reference.memory), key=lambda steps: steps or 0)
+    return [(steps, reference.memory[steps] / one.memory[steps]) for steps in both[-2:] if one.memory[steps]]
 
 
 def _ratio(seconds: tuple[float, float, float], others: tuple[float, float, float]) -> str:
@@ -131,27 +177,42 @@ def _ratio(seconds: tuple[float, float, float], others: tuple[float, float, floa
 
 
 def _compare_scores(one: Verdict, reference: Verdict) -> tuple[str, str]:
-    """Say what a rule reaches beside another, and whether it is safe; nothing where the two were not trained."""
+    """Say what a rule reaches beside another, and to what this is measured; nothing where the two were not trained."""
     if one.score is None or reference.score is None:
         return "", ""
     name, other = one.metric.replace("_", " "), reference.rule
-    lost, noise = one.sign * (reference.score - one.score), noise_of(one, reference)
+    lost, noise = _lost(one, reference), noise_of(one, reference)
     if not is_share(one.metric):
         text = f"{name} {score_text(one.metric, one.score)}, {other} {score_text(one.metric, reference.score)}"
-        told = min(len(one.scores), len(reference.scores)) > 1
-        measured, margin = f"±{score_text(one.metric, noise)}", OF_AN_ERROR * abs(reference.score)
-        return text, _judge(lost, noise, margin, measured) if told else ""
+        return text, "" if math.isinf(noise) else f"±{score_text(one.metric, noise)}"
     points = f"{100 * lost:.1f} points"
     text = f"{name} within {points} of {other}" if lost > 0 else f"{name} not below that of {other}"
     text = f"{name} {points} below {other}" if lost > MARGIN else text
-    return text, _judge(lost, noise, MARGIN, f"±{100 * noise:.0f} points")
+    return text, f"±{100 * noise:.0f} points"
 
 
-def _judge(lost: float, noise: float, margin: float, measured: str) -> str:
-    """Say whether a rule that loses so much, `measured` to so much, is safe."""
-    if lost > margin and lost > noise:
-        return " Not safe here."
-    return " Safe here." if lost <= margin and noise <= 2 * margin else f" Not sure: measured to {measured} only."
+def _lost(one: Verdict, reference: Verdict) -> float:
+    return one.sign * ((reference.score or 0.0) - (one.score or 0.0))
+
+
+def _margin(reference: Verdict) -> float:
+    return MARGIN if is_share(reference.metric) else OF_AN_ERROR * abs(reference.score or 0.0)
+
+
+def _is_enough(one: Verdict, reference: Verdict) -> bool:
+    return one.score is not None and not one.died and _lost(one, reference) <= _margin(reference)
+
+
+def _judge(one: Verdict, reference: Verdict) -> str:
+    """Say whether a rule is safe; nothing where the two were not trained."""
+    if one.died:
+        return UNSAFE
+    if one.score is None or reference.score is None:
+        return ""
+    lost, noise, margin = _lost(one, reference), noise_of(one, reference), _margin(reference)
+    if lost > max(margin, noise):
+        return UNSAFE
+    return SAFE if lost <= margin and noise <= 2 * margin else UNSURE
 
 
 def _times(ratio: float) -> str:
@@ -159,11 +220,15 @@ def _times(ratio: float) -> str:
 
 
 def noise_of(one: Verdict, other: Verdict) -> float:
-    """Twice the standard error of a difference of scores: over the seeds, or of shares of the drawn test samples."""
-    pairs = [rule.scores for rule in (one, other)]
-    if all(len(several) > 1 for several in pairs):
-        return 2 * math.sqrt(sum(statistics.variance(several) / len(several) for several in pairs))
-    if one.samples is None:
-        return 0.0
-    means = [statistics.mean(several) for several in pairs]
-    return 2 * math.sqrt(sum(max(0.0, mean * (1 - mean)) / one.samples for mean in means))
+    """Twice the standard error of a difference of scores: over the seeds, and of shares of the drawn test samples.
+
+    The samples are the same for all seeds, so that more seeds do not help there. Their part is that of two samples of a
+    binomial distribution, by Agresti and Coull: 40 right of 40 is not all. One seed of an error tells no noise.
+    """
+    squares = 0.0 if is_share(one.metric) or min(len(one.scores), len(other.scores)) > 1 else math.inf
+    for rule in (one, other):
+        squares += statistics.variance(rule.scores) / len(rule.scores) if len(rule.scores) > 1 else 0.0
+        if rule.samples is not None and is_share(rule.metric):
+            share = (statistics.mean(rule.scores) * rule.samples + 2) / (rule.samples + 4)
+            squares += max(0.0, share * (1 - share)) / rule.samples
+    return 2 * math.sqrt(squares)
