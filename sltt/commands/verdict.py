@@ -4,9 +4,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from sltt.analysis.advice import ONE_STEP, count_of, name_rules
+from sltt.analysis.advice import ONE_STEP, count_of, doubt, name_rules
 from sltt.commands.results import Gathered
 from sltt.commands.vary import best_of
 from sltt.metrics import finite_scores, is_share, score_text
@@ -131,21 +131,21 @@ def _take(rules: Sequence[Verdict], reference: Verdict) -> str:
     exact, basis = reference.rule, reference.rests_on()
     apart = f"{basis} do not separate it from {exact}."
     cheaper = sorted((one for one in rules if one.needed < reference.needed), key=lambda one: one.needed)
-    place = next((i for i, one in enumerate(cheaper) if _is_enough(one, reference)), len(cheaper))
-    doubtful = [one.rule for one in cheaper[:place] if _judge(one, reference) == UNSURE]
-    doubts = f" {UNSURE} of {name_rules(doubtful)}, which needs less memory" if doubtful else ""
+    judged = [_judge(one, reference) for one in cheaper]
+    place = next((i for i, found in enumerate(judged) if found.enough), len(cheaper))
+    doubtful = [one.rule for one, found in zip(cheaper[:place], judged, strict=False) if found.word == UNSURE]
+    doubts = f" {UNSURE}{doubt(doubtful)}" if doubtful else ""
     if place == len(cheaper):
         bad = f" {name_rules(one.rule for one in cheaper)}: not safe here, by {basis}." if cheaper else ""
         return f"Take {exact}.{f'{doubts}: {apart}' if doubts else bad or ' No other rule here needs less memory.'}"
-    one = cheaper[place]
-    sure = f"{SAFE} here, by {basis}." if _judge(one, reference) == SAFE else f"{UNSURE}: {apart}"
-    fold = "" if all(ratio > 1 for _, ratio in _saved(one, reference)) else ONE_STEP
-    return f"Take {one.rule}{fold}. {sure}{doubts}{'.' * bool(doubts)}"
+    sure = f"{SAFE} here, by {basis}." if judged[place].word == SAFE else f"{UNSURE}: {apart}"
+    fold = "" if all(ratio > 1 for _, ratio in _saved(cheaper[place], reference)) else ONE_STEP
+    return f"Take {cheaper[place].rule}{fold}. {sure}{doubts}{'.' * bool(doubts)}"
 
 
 def _sentence(one: Verdict, reference: Verdict) -> str:
-    reached, noise = _compare_scores(one, reference)
-    parts = [reached] if reached else []
+    found = _judge(one, reference)
+    parts = [found.reached] if found.reached else []
     if saved := _saved(one, reference):
         parts.append(" and ".join(f"{_times(ratio)} memory{f' at T = {t}' if t else ''}" for t, ratio in saved))
         if saved[-1][1] <= 1 < (least := reference.needed / one.needed):
@@ -154,9 +154,9 @@ def _sentence(one: Verdict, reference: Verdict) -> str:
         parts.append(f"{_ratio(one.seconds, reference.seconds)} × the time")
     if one.cosine is not None and not math.isnan(one.cosine):
         parts.append(f"gradient agreement {one.cosine:.2f}")
-    unsure = f" {UNSURE}: measured to {noise} only, which does not separate it from {reference.rule}." if noise else ""
-    word = _judge(one, reference)
-    safe = unsure if word in (UNSURE, "") else f" {word} here."
+    safe = f" {found.word} here." if found.word in (SAFE, UNSAFE) else ""
+    if found.word == UNSURE and found.noise:
+        safe = f" {UNSURE}: measured to {found.noise} only, which does not separate it from {reference.rule}."
     seeds = " One seed: repeat with --seeds 3." if min(len(one.scores), len(reference.scores)) == 1 else ""
     died = [rule for rule in (one, reference) if rule.died]
     parts += [f"{rule.died} of {rule.died + len(rule.scores)} seeds of {rule.rule} died" for rule in died]
@@ -176,43 +176,31 @@ def _ratio(seconds: tuple[float, float, float], others: tuple[float, float, floa
     return f"{middle / other:.2f}{bounds}"
 
 
-def _compare_scores(one: Verdict, reference: Verdict) -> tuple[str, str]:
-    """Say what a rule reaches beside another, and to what this is measured; nothing where the two were not trained."""
+class _Judgement(NamedTuple):
+    """What a rule reaches beside another, in words; to what this is measured; whether it is safe, and enough."""
+
+    reached: str
+    noise: str
+    word: str
+    enough: bool
+
+
+def _judge(one: Verdict, reference: Verdict) -> _Judgement:
+    """Compare the scores of two rules; there is nothing to say where the two were not trained."""
     if one.score is None or reference.score is None:
-        return "", ""
+        return _Judgement("", "", UNSAFE if one.died else "", False)
     name, other = one.metric.replace("_", " "), reference.rule
-    lost, noise = _lost(one, reference), noise_of(one, reference)
-    if not is_share(one.metric):
+    lost, noise, margin = one.sign * (reference.score - one.score), noise_of(one, reference), MARGIN
+    if is_share(one.metric):
+        points, measured = f"{100 * lost:.1f} points", f"±{100 * noise:.0f} points"
+        text = f"{name} within {points} of {other}" if lost > 0 else f"{name} not below that of {other}"
+        text = f"{name} {points} below {other}" if lost > MARGIN else text
+    else:
+        margin, measured = OF_AN_ERROR * abs(reference.score), f"±{score_text(one.metric, noise)}"
         text = f"{name} {score_text(one.metric, one.score)}, {other} {score_text(one.metric, reference.score)}"
-        return text, "" if math.isinf(noise) else f"±{score_text(one.metric, noise)}"
-    points = f"{100 * lost:.1f} points"
-    text = f"{name} within {points} of {other}" if lost > 0 else f"{name} not below that of {other}"
-    text = f"{name} {points} below {other}" if lost > MARGIN else text
-    return text, f"±{100 * noise:.0f} points"
-
-
-def _lost(one: Verdict, reference: Verdict) -> float:
-    return one.sign * ((reference.score or 0.0) - (one.score or 0.0))
-
-
-def _margin(reference: Verdict) -> float:
-    return MARGIN if is_share(reference.metric) else OF_AN_ERROR * abs(reference.score or 0.0)
-
-
-def _is_enough(one: Verdict, reference: Verdict) -> bool:
-    return one.score is not None and not one.died and _lost(one, reference) <= _margin(reference)
-
-
-def _judge(one: Verdict, reference: Verdict) -> str:
-    """Say whether a rule is safe; nothing where the two were not trained."""
-    if one.died:
-        return UNSAFE
-    if one.score is None or reference.score is None:
-        return ""
-    lost, noise, margin = _lost(one, reference), noise_of(one, reference), _margin(reference)
-    if lost > max(margin, noise):
-        return UNSAFE
-    return SAFE if lost <= margin and noise <= 2 * margin else UNSURE
+    safe = SAFE if lost <= margin and noise <= 2 * margin else UNSURE
+    word = UNSAFE if one.died or lost > max(margin, noise) else safe
+    return _Judgement(text, "" if math.isinf(noise) else measured, word, not one.died and lost <= margin)
 
 
 def _times(ratio: float) -> str:
