@@ -107,13 +107,11 @@ class Proposal:
         windows: of the layers of neurons by name, for `Mixed(windows)`; the other layers have SLTT.
         agreement: of its gradient with that of exact BPTT.
         memory: bytes that a batch needs, see `needed_memory`.
-        others: the same of that rule, of BPTT and of SLTT.
     """
 
     windows: dict[str, Window]
     agreement: Agreement
     memory: int
-    others: dict[str, int]
 
 
 def propose(
@@ -147,8 +145,7 @@ def propose(
         return None
     lengths = windows(time_steps(x, steps).steps)
     agreeing = [rule for rule in lengths if cosines.get(repr(rule), 0.0) >= AGREES]
-    bptt = BPTT()
-    advised = agreeing[0] if agreeing else bptt
+    advised = agreeing[0] if agreeing else BPTT()
     if isinstance(advised, SLTT):
         return None
     tried: list[Window] = [*(rule.window for rule in agreeing if isinstance(rule, TBPTT)), "all"]
@@ -160,8 +157,7 @@ def propose(
     best = min(candidates, key=memory)
     if memory(best) > SAVES * memory(advised):
         return None
-    others = {repr(rule): memory(rule) for rule in (advised, bptt, SLTT())}
-    return Proposal(dict(best.windows), candidates[best], memory(best), others)
+    return Proposal(dict(best.windows), candidates[best], memory(best))
 
 
 def needed_memory(

@@ -74,7 +74,8 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
             rules = cheaper_rules(ready.model, T)
             found = agreement(*arguments, rules, steps=ready.repeat)
             proposal = propose(*arguments, found, steps=ready.repeat)
-            needed = needed_memory(*arguments, steps=ready.repeat)
+            size = own.batch_size
+            needed = needed_memory(ready.model, *ready.batch(size), ready.loss, steps=ready.repeat)
             rivals = sorted(_contestants(rules, found, proposal), key=needed)
             if asked.trial and (tau, T) not in trials:
                 trials[tau, T] = rivals, _run_trial(here, build, rivals, T, asked.trial, asked.seeds, report)
@@ -85,7 +86,7 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
             compared = {a.rule: a for a in found}
             ranked = [compared[repr(r)] for r in rivals if repr(r) in compared]
             rule = choose_rule(ranked, tried)
-            size, shown = own.batch_size, [r for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")]
+            shown = [r for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")]
             costs = {repr(r): ready.memory(size, r).batch for r in shown}
             least = {repr(r): needed(r) for r in shown}
             said = advice(ranked, tried, costs, least, epochs=epochs, samples=size, training=own.epochs)

@@ -28,7 +28,6 @@ from sltt.commands.parsing import CommandOptions, Recipe, count, numbers
 from sltt.commands.prepared import Prepared
 from sltt.commands.results import give
 from sltt.commands.tables import Cell, Row, Table, bytes_cell, number
-from sltt.commands.verdict import batch_memory
 from sltt.memory import available_memory, parse_bytes
 from sltt.rules import Mixed, Rule
 from sltt.rules.batch import Fold
@@ -121,7 +120,7 @@ def cost_tables(found: Mapping[str, Any]) -> list[Table]:
     memory, seconds = [], []
     for one in found["costs"]:
         parts = one["memory"]
-        shares = {"memory": batch_memory(parts), "grads": parts["gradients"]}
+        shares = {"memory": parts["batch"], "grads": parts["gradients"]}
         shares |= {name: parts[name] for name in ("states", "saved", "rest")} | {"weights": parts["parameters"]}
         shares |= {"optim": parts["optimizer"], "input": parts["input"], "all": parts["total"]}
         name: Row = {"rule": one["rule"], "T": number(one["steps"])}
@@ -219,9 +218,9 @@ def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repe
     seconds = _seconds(ready, itertools.islice(ready.batches(batch), repeats + WARMUP), WARMUP)
     operations = count_operations(ready.model, *ready.batch(batch), ready.loss, ready.rule, steps=ready.repeat)
     chosen = last_fold(ready.model) if ready.rule.fold == "auto" else Fold(ready.rule.fold)
-    parts = {"memory": {**vars(memory), "total": memory.total}, "seconds": {**vars(seconds), "total": seconds.total}}
-    fold = (chosen or Fold())._asdict()
-    return {"rule": rule, "steps": steps, "fold": fold, **parts, "operations": operations._asdict()}
+    parts = {**vars(memory), "batch": memory.batch, "total": memory.total}
+    taken = {"memory": parts, "seconds": {**vars(seconds), "total": seconds.total}, "operations": operations._asdict()}
+    return {"rule": rule, "steps": steps, "fold": (chosen or Fold())._asdict(), **taken}
 
 
 def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sltt.commands.page import Chart, Section
 from sltt.commands.profile import cost_tables, energy_tables, layer_table
 from sltt.commands.results import KINDS, Gathered, run_names, scores_text
 from sltt.commands.tables import Cell, Table, bytes_cell, number
-from sltt.commands.verdict import answers, batch_memory, shared_steps, verdicts, was_compared
+from sltt.commands.verdict import answers, shared_steps, verdicts, was_compared
 from sltt.metrics import is_share, score_text
 from sltt.training.console import metric_of
 from sltt.training.sample import read_sample
@@ -138,12 +138,12 @@ def _training(found: Gathered, names: dict[Path, str], colours: dict[str, str]) 
 
 def _costs(found: dict[str, Any], colours: dict[str, str]) -> Section:
     costs = found["costs"]
-    parts = [key for key in costs[0]["memory"] if key != "total"]
+    parts = [key for key in costs[0]["memory"] if key not in ("batch", "total")]
     peaks, times = {}, {}
     for rule in dict.fromkeys(one["rule"] for one in costs):
         own = [one for one in costs if one["rule"] == rule]
         steps = [one["steps"] for one in own]
-        peaks[rule] = [(steps, [batch_memory(one["memory"]) / 1e6 for one in own])]
+        peaks[rule] = [(steps, [one["memory"]["batch"] / 1e6 for one in own])]
         times[rule] = [(steps, [one["seconds"]["total"] for one in own])]
     most = max(one["steps"] for one in costs)
     last = [one for one in costs if one["steps"] == most]

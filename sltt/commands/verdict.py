@@ -26,7 +26,7 @@ class Verdict:
     sign: int = 1  # where more is better, −1 for an error
     samples: int | None = None  # for the test
     epochs: int | None = None
-    seconds: tuple[float, float, float] | None = None  # of an epoch, or else of a batch: median, least and most
+    seconds: tuple[float, float, float] | None = None  # of an epoch, or a batch: median, and least and most of seeds
     memory: dict[int | None, int] = field(default_factory=dict)  # bytes of a training batch, for each T
     needed: float = math.inf  # the same with one time step in a call: by these, rules are ranked
     cosine: float | None = None  # of its gradient with that of BPTT
@@ -49,7 +49,7 @@ def verdicts(found: Gathered) -> list[Verdict]:
     rules: dict[str, Verdict] = {}
     for one in _same_recipe(found, found.comparisons):
         for row in one["rows"]:
-            scores = finite_scores(row["scores"])
+            scores, each = finite_scores(row["scores"]), finite_scores(row["seconds_of_seeds"])
             died = len(row["scores"]) - len(scores) + len(row.get("errors", ()))
             if scores or died:
                 rules[row["rule"]] = Verdict(
@@ -59,7 +59,7 @@ def verdicts(found: Gathered) -> list[Verdict]:
                     1 if one["higher_is_better"] else -1,
                     one.get("samples"),
                     one.get("epochs"),
-                    _seconds_of_seeds(row),
+                    (row["seconds"], min(each), max(each)) if each else None,
                     {row.get("steps") or one.get("steps"): row["peak_memory"]} if row["peak_memory"] else {},
                     row.get("needed_memory") or row["peak_memory"] or math.inf,
                     row["cosine"],
@@ -68,16 +68,10 @@ def verdicts(found: Gathered) -> list[Verdict]:
     for one in _same_recipe(found, found.profiles):
         for row in one["costs"]:
             rule = rules.setdefault(row["rule"], Verdict(row["rule"]))
-            rule.memory.setdefault(row["steps"], batch_memory(row["memory"]))
+            rule.memory.setdefault(row["steps"], row["memory"]["batch"])
             if not found.comparisons:  # whose seconds are those of an epoch
                 rule.seconds = tuple(row["seconds"][key] for key in ("total", "least", "most"))
     return list(rules.values())
-
-
-def _seconds_of_seeds(row: dict[str, Any]) -> tuple[float, float, float] | None:
-    """Return the median of an epoch's seconds, and the least and the most of the medians of single seeds."""
-    each = finite_scores(row["seconds_of_seeds"])
-    return (row["seconds"], min(each), max(each)) if each else None
 
 
 def was_compared(found: Gathered, recipe: str) -> bool:
@@ -95,11 +89,6 @@ def _same_recipe(found: Gathered, kind: list[dict[str, Any]]) -> list[dict[str, 
     """Return the first result of a kind that is of the same recipe as the first of all."""
     first = next(iter([*found.comparisons, *found.profiles, *found.agreements]), {})
     return [one for one in kind if one.get("recipe") == first.get("recipe")][:1]
-
-
-def batch_memory(parts: dict[str, int]) -> int:
-    """Return what a training batch allocates above weights, optimizer and input."""
-    return sum(parts[name] for name in ("gradients", "states", "saved", "rest"))
 
 
 def answers(found: Gathered) -> list[str]:
