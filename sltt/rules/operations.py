@@ -8,6 +8,7 @@ list, nothing is known.
 
 import random
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -181,25 +182,35 @@ class _Watched(Step):
 def leave_samples_apart(run: Run, model: nn.Module, steps: int) -> bool:
     """Return whether a network's operations leave samples apart, in one time step of a batch and in so many in a call.
 
-    `model` is a copy of the run's.
+    `model` is a copy of the run's. Notes in the run's layout whether it takes images with their channels last.
     """
-    called, drawn = [], (random.getstate(), np.random.get_state()[1:])
+    drawn = random.getstate(), np.random.get_state()[1:]
     try:
-        for n in (1, steps):
-            x = run.sequence.input(range(n)).clone()
-            operations, layout = Operations(x, [*model.parameters(), *model.buffers()]), layout_of(model)
-            inner = Run(model, Sequence(x, 1, True), _Watched(operations))
-            with kernels.using(bits=False), without_marked_hooks(model.modules()), inner:
-                with torch.enable_grad(), _Hooks(), operations:
-                    y = model(x)
-                _check_gradient(y, operations)
-            called.append(operations.called)
-            if layout.changes():
-                return False
+        called = [_watch(model, run.sequence.input(range(n))) for n in (1, steps)]
+        # the same of more samples, and when it runs again
+        if called[0] != called[1] or repr(drawn) != repr((random.getstate(), np.random.get_state()[1:])):
+            return False
     except Exception:  # of any kind: it is the user's code
         return False
-    # the same of more samples, and when it runs again
-    return called[0] == called[1] and repr(drawn) == repr((random.getstate(), np.random.get_state()[1:]))
+    if run.layout.has_images:
+        with suppress(Exception):  # such as a view that another order of channels does not have
+            _watch(model, run.sequence.channels_last().input(range(1)))
+            run.layout.channels_last = True
+    return True
+
+
+def _watch(model: nn.Module, x: Tensor) -> list[Any]:
+    """Run a network; return what it calls. Raises UnknownError if it may mix samples."""
+    x = x.clone()
+    operations, layout = Operations(x, [*model.parameters(), *model.buffers()]), layout_of(model)
+    inner = Run(model, Sequence(x, 1, True), _Watched(operations))
+    with kernels.using(bits=False), without_marked_hooks(model.modules()), inner:
+        with torch.enable_grad(), _Hooks(), operations:
+            y = model(x)
+        _check_gradient(y, operations)
+    if changes := layout.changes():
+        raise UnknownError(f"changes {next(iter(changes))}")
+    return operations.called
 
 
 def _check_gradient(y: Any, operations: Operations) -> None:
