@@ -91,7 +91,7 @@ def advice(
     """
     rule = choose_rule(found, trial)
     passed = [a.rule for a in found][: next((i for i, a in enumerate(found) if a.rule == rule), len(found))]
-    doubts = doubt(passed) if rule != "BPTT()" else ""
+    doubts = f" of {name_rules(passed)}, which would save memory" if passed and rule != "BPTT()" else ""
     rests = _rest_on_trial(trial, training) if trial else _rest_on_gradients(found, epochs)
     take = f"Take {name_rules([rule])}"
     if memory is None or rule not in memory:
@@ -103,14 +103,8 @@ def advice(
 
 
 def name_rules(rules: Iterable[str]) -> str:
-    """Write rules as the command line does: SLTT and OTTT."""
-    *most, last = (rule.removesuffix("()") for rule in rules)
-    return f"{', '.join(most)} and {last}" if most else last
-
-
-def doubt(cheaper: Sequence[str]) -> str:
-    """Name the rules of less memory than the one to take, of which nobody is sure."""
-    return f" of {name_rules(cheaper)}, which need{'s' * (len(cheaper) == 1)} less memory" if cheaper else ""
+    """Write rules as the command line does: SLTT, OTTT."""
+    return ", ".join(rule.removesuffix("()") for rule in rules)
 
 
 def count_of(number: int, noun: str) -> str:

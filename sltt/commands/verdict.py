@@ -4,9 +4,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from sltt.analysis.advice import ONE_STEP, count_of, doubt, name_rules
+from sltt.analysis.advice import ONE_STEP, count_of, name_rules
 from sltt.commands.results import Gathered
 from sltt.commands.vary import best_of
 from sltt.metrics import finite_scores, is_share, score_text
@@ -74,11 +74,6 @@ def verdicts(found: Gathered) -> list[Verdict]:
     return list(rules.values())
 
 
-def was_compared(found: Gathered, recipe: str) -> bool:
-    """Return whether trainings decide which rules are safe on a recipe; gradients and trials then say less."""
-    return any(one["recipe"] == recipe for one in found.comparisons) and len(verdicts(found)) > 1
-
-
 def shared_steps(rules: Sequence[Verdict]) -> int | None:
     """Return the T at which the memory of most rules is known; of several the first, at which they were trained."""
     known = [steps for rule in rules for steps in rule.memory]
@@ -109,9 +104,9 @@ def answers(found: Gathered) -> list[str]:
 
 
 def advice_on(row: Mapping[str, Any], recipe: str, found: Gathered) -> str:
-    """Return which rule to take at the τ and T of an agreement: by full trainings where there are any."""
-    trained = was_compared(found, recipe) and row["tau"] is None and row["steps"] == found.comparisons[0]["steps"]
-    said = answers(found)[-1] if trained else ""
+    """Return which rule to take at the τ and T of an agreement: by full trainings of the recipe where there are any."""
+    trained = [(None, one["steps"]) for one in found.comparisons if one["recipe"] == recipe]
+    said = answers(found)[-1] if (row["tau"], row["steps"]) in trained else ""
     return said if said.startswith("Take ") else row["advice"]
 
 
@@ -120,21 +115,21 @@ def _take(rules: Sequence[Verdict], reference: Verdict) -> str:
     exact, basis = reference.rule, reference.rests_on()
     apart = f"{basis} do not separate it from {exact}."
     cheaper = sorted((one for one in rules if one.needed < reference.needed), key=lambda one: one.needed)
-    judged = [_judge(one, reference) for one in cheaper]
-    place = next((i for i, found in enumerate(judged) if found.enough), len(cheaper))
-    doubtful = [one.rule for one, found in zip(cheaper[:place], judged, strict=False) if found.word == UNSURE]
-    doubts = f" {UNSURE}{doubt(doubtful)}" if doubtful else ""
+    *_, words, enough = zip(*(_judge(one, reference) for one in cheaper), strict=True) if cheaper else ((), ())
+    place = enough.index(True) if True in enough else len(cheaper)
+    doubtful = [one.rule for one, word in zip(cheaper[:place], words, strict=False) if word == UNSURE]
+    doubts = f" {UNSURE} of {name_rules(doubtful)}, which would save memory" if doubtful else ""
     if place == len(cheaper):
         bad = f" {name_rules(one.rule for one in cheaper)}: not safe here, by {basis}." if cheaper else ""
         return f"Take {exact}.{f'{doubts}: {apart}' if doubts else bad or ' No other rule here needs less memory.'}"
-    sure = f"{SAFE} here, by {basis}." if judged[place].word == SAFE else f"{UNSURE}: {apart}"
+    sure = f"{SAFE} here, by {basis}." if words[place] == SAFE else f"{UNSURE}: {apart}"
     fold = "" if all(ratio > 1 for _, ratio in _saved(cheaper[place], reference)) else ONE_STEP
     return f"Take {cheaper[place].rule}{fold}. {sure}{doubts}{'.' * bool(doubts)}"
 
 
 def _sentence(one: Verdict, reference: Verdict) -> str:
-    found = _judge(one, reference)
-    parts = [found.reached] if found.reached else []
+    reached, noise, word, _ = _judge(one, reference)
+    parts = [reached] if reached else []
     if saved := _saved(one, reference):
         parts.append(" and ".join(f"{_times(ratio)} memory{f' at T = {t}' if t else ''}" for t, ratio in saved))
         if saved[-1][1] <= 1 < (least := reference.needed / one.needed):
@@ -143,9 +138,8 @@ def _sentence(one: Verdict, reference: Verdict) -> str:
         parts.append(f"{_ratio(one.seconds, reference.seconds)} × the time")
     if one.cosine is not None and not math.isnan(one.cosine):
         parts.append(f"gradient agreement {one.cosine:.2f}")
-    safe = f" {found.word} here." if found.word in (SAFE, UNSAFE) else ""
-    if found.word == UNSURE and found.noise:
-        safe = f" {UNSURE}: measured to {found.noise} only, which does not separate it from {reference.rule}."
+    unsure = f" {UNSURE}: measured to {noise} only, which does not separate it from {reference.rule}." if noise else ""
+    safe = f" {word} here." if word in (SAFE, UNSAFE) else unsure
     seeds = " One seed: repeat with --seeds 3." if min(len(one.scores), len(reference.scores)) == 1 else ""
     died = [rule for rule in (one, reference) if rule.died]
     parts += [f"{rule.died} of {rule.died + len(rule.scores)} seeds of {rule.rule} died" for rule in died]
@@ -165,19 +159,10 @@ def _ratio(seconds: tuple[float, float, float], others: tuple[float, float, floa
     return f"{middle / other:.2f}{bounds}"
 
 
-class _Judgement(NamedTuple):
-    """What a rule reaches beside another, in words; to what this is measured; whether it is safe, and enough."""
-
-    reached: str
-    noise: str
-    word: str
-    enough: bool
-
-
-def _judge(one: Verdict, reference: Verdict) -> _Judgement:
-    """Compare the scores of two rules; there is nothing to say where the two were not trained."""
+def _judge(one: Verdict, reference: Verdict) -> tuple[str, str, str, bool]:
+    """Return what a rule reaches beside another, to what this is measured, if it is safe, and if within the margin."""
     if one.score is None or reference.score is None:
-        return _Judgement("", "", UNSAFE if one.died else "", False)
+        return "", "", UNSAFE if one.died else "", False
     name, other = one.metric.replace("_", " "), reference.rule
     lost, noise, margin = one.sign * (reference.score - one.score), noise_of(one, reference), MARGIN
     if is_share(one.metric):
@@ -189,7 +174,7 @@ def _judge(one: Verdict, reference: Verdict) -> _Judgement:
         text = f"{name} {score_text(one.metric, one.score)}, {other} {score_text(one.metric, reference.score)}"
     safe = SAFE if lost <= margin and noise <= 2 * margin else UNSURE
     word = UNSAFE if one.died or lost > max(margin, noise) else safe
-    return _Judgement(text, "" if math.isinf(noise) else measured, word, not one.died and lost <= margin)
+    return text, "" if math.isinf(noise) else measured, word, not one.died and lost <= margin
 
 
 def _times(ratio: float) -> str:

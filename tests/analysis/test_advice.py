@@ -19,7 +19,7 @@ def measured(**least):
     ("cosines", "rule"),
     [
         ({"SLTT": 0.97, "OTTT": 0.99}, "SLTT. Not sure"),
-        ({"SLTT": 0.80, "OTTT": 0.96}, "OTTT. Not sure of SLTT, which needs less memory"),
+        ({"SLTT": 0.80, "OTTT": 0.96}, "OTTT. Not sure of SLTT, which would save memory"),
         ({"SLTT": 0.30, "OTTT": 0.60}, "BPTT. Not sure"),
         ({"SLTT": float("nan"), "OTTT": 0.60}, "BPTT. Not sure"),
     ],

@@ -226,7 +226,7 @@ def test_the_command_proposes_it_and_the_report_reads_it(capsys, tmp_path):
     assert mixed == proposal["agreement"]
     assert mixed["least"] >= AGREES
     assert row["rule"] == mixed["rule"] == "Mixed(windows={'net.1': 'all'})"
-    assert row["advice"].startswith(f"Take {mixed['rule']}. Not sure of SLTT, which needs less memory: this rests on ")
+    assert row["advice"].startswith(f"Take {mixed['rule']}. Not sure of SLTT, which would save memory: this rests on ")
     assert row["advice"].endswith(f" On the command line: {proposal['options']}")
     assert proposal["memory"] < row["needed_memory"]["BPTT()"]
     made = pytest.importorskip("sltt.commands.sections", reason="the report needs matplotlib")
