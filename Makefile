@@ -7,7 +7,7 @@
 # make notebooks   run the notebooks of docs/notebooks and store their outputs
 # make paper  measure the paper's claims at small scale: make paper DATA=DIR; run again to continue
 # make gpu    test and measure on a GPU, and fill docs/gpu.md: make gpu DATA=DIR; run again to continue
-# make figures   tables and figures of docs, from the logs in docs/results
+# make figures   tables and figures of docs, from the logs in docs/results; fails where a log is of older code
 # make gallery   run the demo and the examples for docs/examples.md, and list the names of docs/api.md
 # make package   build and check the source archive and the wheels, two with kernels; needs g++-aarch64-linux-gnu
 PYTHON ?= python3
@@ -68,6 +68,7 @@ figures: .venv/installed
 	$(BIN)/python docs/draw_rules.py
 	$(BIN)/python benchmarks/recall_figure.py --steps 16 --rules SLTT
 	$(BIN)/python docs/draw_map.py
+	$(BIN)/python benchmarks/logs.py
 
 gallery: .venv/installed-dev demo
 	$(BIN)/python docs/draw_examples.py

@@ -8,6 +8,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from logs import mark
+
 Row = dict[str, Any]
 Cells = Sequence[Sequence[str]]
 SERIES = "japanese-vowels", "basic-motions"  # tasks with a table of their own: the advice was not calibrated on them
@@ -24,7 +26,8 @@ def recorded(path: Path) -> list[Row]:
 
 
 def write(path: Path, found: Any) -> None:
-    """Write results as JSON, a value in a line."""
+    """Write results as JSON, a value in a line; enter a log of docs with its sources and its machine."""
+    mark(path)
     path.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n")
 
 

@@ -44,8 +44,9 @@ def compare(task: str, asked: argparse.Namespace) -> list[Row]:
     taken = [rule for rule in asked.rules.split(",") if rule != "RateBased" or "japanese-vowels" not in task]  # padded
     rules = ",".join(taken).replace("Mixed", f"Mixed:windows={{{TASKS[task][0]}: all}}")
     rows = run("compare", task, asked, "--rules", rules, "--seeds", str(asked.seeds))
-    kept = "rule", "accuracies", "seconds", "peak_memory", "cosine"
-    return [{"task": task, **{key: row[key] for key in kept}} for row in rows]
+    kept = {key: key for key in ("rule", "accuracies", "seconds", "peak_memory", "cosine")}
+    kept["peak_memory"] = "needed_memory"  # with one time step in a call
+    return [{"task": task, **{key: row[name] for key, name in kept.items()}} for row in rows]
 
 
 def advise(task: str, asked: argparse.Namespace) -> list[Row]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltt.checks import flag, function, instance, number
-from sltt.sequence.padding import lengths_of, real_steps, target_of
+from sltt.sequence.padding import Padded, lengths_of, real_steps, target_of
 from sltt.sequence.run import Run
 from sltt.sequence.spikes import observe_spikes
 
@@ -275,6 +275,11 @@ def to_score(loss: Any, logits: Tensor, target: Any) -> tuple[Tensor, Any]:
 def prediction_of(loss: Any) -> Prediction:
     """Return the prediction of a loss; the mean for a callable that does not say."""
     return getattr(loss, "prediction", "mean")
+
+
+def keeps_mean(loss: Any, target: Any) -> bool:
+    """Return whether a training needs the mean of the logits alone, not those of all time steps."""
+    return prediction_of(loss) == "mean" and not isinstance(target, Padded)
 
 
 def _check_one_step(outer: Loss, loss: Any) -> Any:

@@ -229,6 +229,28 @@ def test_the_tables_of_the_documentation_are_those_of_the_results():
     assert set(tables.TABLES) <= names
 
 
+def test_a_log_is_stale_where_its_sources_have_changed_or_a_part_of_it_is_older(tmp_path):
+    logs, log, source = (
+        load("logs"),
+        tmp_path / "docs" / "results" / "layers.json",
+        tmp_path / "sltt" / "kernels" / "a.py",
+    )
+    for file in (log, source, log.parent / "paper" / "k-digits.json"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    logs.mark(log, tmp_path)  # goes on with a log of unknown code
+    assert list(logs.stale(tmp_path)) == ["layers.json", "paper/k-digits.json"]
+    log.unlink()
+    for _ in range(2):  # in parts, of one version
+        logs.mark(log, tmp_path)
+        log.write_text("2")
+    assert list(logs.stale(tmp_path)) == ["paper/k-digits.json"]
+    assert "PyTorch" in logs.marks(tmp_path)["layers"]["hardware"]
+    source.write_text("2")
+    assert "python benchmarks/sparse.py" in logs.stale(tmp_path)["layers.json"]
+    assert all((sltt_ / one).exists() for _, sources in logs.LOGS.values() for one in sources for sltt_ in [logs.ROOT])
+
+
 def test_a_table_is_made_for_each_setting_of_a_file(run, tmp_path):
     run([4], {}, cases="relu;SLTT", only="times")
     _, rows, _ = run([4], {("SLTT", 4): "time"}, cases="relu;SLTT", batch=8)

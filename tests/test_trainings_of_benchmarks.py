@@ -18,7 +18,7 @@ def commands(monkeypatch):
         given.append(words)
         save = Path(words[words.index("--save") + 1])
         save.mkdir(parents=True)
-        row = {"rule": "SLTT", "accuracies": [0.5], "seconds": 2.0, "peak_memory": 8, "cosine": 1.0, "more": 1}
+        row = {"rule": "SLTT", "accuracies": [0.5], "seconds": 2.0, "needed_memory": 8, "cosine": 1.0, "more": 1}
         (save / f"{words[0]}.json").write_text(json.dumps({"rows": [row]}))
         return 0
 

@@ -1,11 +1,12 @@
 """Advise a rule, from the gradients of one batch and from short trainings.
 
 A high cosine is a hint: over many steps, a small part that is always dropped can count. A low one is not a reason
-against a rule, since the network may not need what the rule drops. A short training with each rule decides.
+against a rule, since the network may not need what the rule drops. A short training with each rule tells more. Neither
+is sure: only the test samples after full trainings say what is safe (`sltt.commands.verdict`).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sltt.analysis.agreement import AGREES, Agreement
@@ -14,6 +15,8 @@ from sltt.analysis.agreement import AGREES, Agreement
 LEARNS = 0.9
 # A rule that classifies this share of the training samples has solved the task; what is left of the loss is confidence.
 SOLVED = 0.98
+# Said of a rule that saves memory only so: time steps of small layers share a call, which takes a few MB.
+ONE_STEP = " with --rule.fold 1"
 # Where BPTT takes off less than this share of the loss, the training was too short to tell rules apart.
 BEGINS = 0.01
 # Rules part as they learn: a trial of less than this share of a training's epochs is not sure.
@@ -69,72 +72,82 @@ def advice(
     found: Sequence[Agreement],
     trial: Trial | None = None,
     memory: Mapping[str, int] | None = None,
+    needed: Mapping[str, int] | None = None,
     *,
     epochs: int = 0,
     samples: int | None = None,
     training: int = 0,
 ) -> str:
-    """Sentences: which rule to take, what it drops, what it costs, and how sure this is.
+    """Sentences: which rule to take, on what this rests, and what it costs.
 
     Args:
         found: agreement of rules in the order of their memory, least first.
         trial: short trainings with the rules.
         memory: bytes of a batch at the peak, by rule.
+        needed: the same with one time step in a call, by which rules are ranked.
         epochs: for which the network was trained before its gradients were compared.
         samples: in the batch whose memory was measured.
         training: epochs of the whole training; 0 where it is not known.
     """
     rule = choose_rule(found, trial)
-    gradients = {a.rule: a for a in found}
-    drops = [_drops(gradients[rule])] if rule in gradients else ["It drops nothing."]
-    if found[0].rule != rule:
-        drops.append(_drops(found[0], found[0].rule))
-    return " ".join(
-        [f"Take {rule}.", *drops, *_costs(rule, memory or {}, samples), _confidence(rule, trial, epochs, training)]
-    )
+    passed = [a.rule for a in found][: next((i for i, a in enumerate(found) if a.rule == rule), len(found))]
+    doubts = f" of {name_rules(passed)}, which would save memory" if passed and rule != "BPTT()" else ""
+    rests = _rest_on_trial(trial, training) if trial else _rest_on_gradients(found, epochs)
+    take = f"Take {name_rules([rule])}"
+    if memory is None or rule not in memory:
+        return f"{take}. Not sure{doubts}: {rests}"
+    of, one = "" if samples is None else f" of {samples}", ""
+    if needed and rule != "BPTT()" and memory[rule] >= memory["BPTT()"]:
+        take, one = f"{take}{ONE_STEP}", f"; with one step in a call {_sizes(rule, needed)}"
+    return f"{take}. Not sure{doubts}: {rests} A batch{of} takes {_sizes(rule, memory)}{one}."
 
 
-def _drops(one: Agreement, name: str = "It") -> str:
-    """Return the paths through time that a rule drops, in words."""
-    return f"{name} drops {one.dropped:.0%} of the gradient (cosine {one.cosine:.3f}; worst cosine {one.least:.3f})."
+def name_rules(rules: Iterable[str]) -> str:
+    """Write rules as the command line does: SLTT, OTTT."""
+    return ", ".join(rule.removesuffix("()") for rule in rules)
 
 
-def _costs(rule: str, memory: Mapping[str, int], samples: int | None) -> list[str]:
-    """Return the memory of a batch with the rule beside that with the others."""
-    if rule not in memory:
-        return []
-    others = ", ".join(f"{nbytes / 1e6:.3g} MB with {name}" for name, nbytes in memory.items() if name != rule)
-    size = "" if samples is None else f" of {samples}"
-    return [f"A batch{size} takes {memory[rule] / 1e6:.3g} MB ({others})."]
+def count_of(number: int, noun: str) -> str:
+    """Write a number and what it counts: 1 seed, 2,000 test samples."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def _confidence(rule: str, trial: Trial | None, epochs: int, training: int) -> str:
-    """Say how much the advice rests on."""
-    if trial is None:
-        rests = f"one batch after {epochs} epoch{'s' * (epochs > 1)}" if epochs else "one batch of an untrained network"
-        return f"Not sure: this rests on {rests}. --trial compares short trainings."
-    if not trial.tells:
-        return f"Not sure: BPTT() learned little in {trial.epochs} epochs. Give a longer --trial."
-    learned = {name: trial.shares(name) for name in trial.losses if name != "BPTT()"}
-    count = len(trial.start)
-    said = ", ".join(f"{name} {_range(shares)}" for name, shares in learned.items())
-    solved = ", ".join(name for name in learned if trial.solves(name))
-    right = f" {solved} got at least {SOLVED:.0%} of the training samples right: this alone qualifies a rule."
+def _sizes(rule: str, memory: Mapping[str, int]) -> str:
+    """Write the memory of a batch with a rule, and with the others."""
+    sizes = {name: f"{nbytes / 1e6:.3g} MB" for name, nbytes in memory.items()}
+    others = (f"{size} with {name_rules([name])}" for name, size in sizes.items() if name != rule)
+    return f"{sizes[rule]} ({', '.join(others)})"
+
+
+def _rest_on_gradients(found: Sequence[Agreement], epochs: int) -> str:
+    """Say what the advice without a trial rests on."""
+    network = f"after {count_of(epochs, 'epoch')}" if epochs else "of an untrained network"
+    worst = ", ".join(f"{name_rules([a.rule])} {a.least:.3f}" for a in found if a.rule != "BPTT()")
     return (
-        f"{_certainty(rule, trial, training)} In {trial.epochs} epochs with {count} seed{'s' * (count > 1)}, {said} "
-        f"({LEARNS:.0%} needed).{right if solved else ''}"
+        f"this rests on the gradients of one batch {network} (worst cosine: {worst}; {AGREES} needed). --trial trains "
+        "for some epochs, and sltt compare for all."
     )
 
 
-def _certainty(rule: str, trial: Trial, training: int) -> str:
-    """Say whether seeds and epochs are enough."""
-    cheaper = [name for name in trial.losses if name != "BPTT()" and not trial.solves(name)]
-    unsure = [name for name in cheaper if min(trial.shares(name)) < LEARNS <= max(trial.shares(name))]
-    if unsure:
-        return f"Not sure of {unsure[0]}: seeds disagree."
-    if trial.epochs < EARLY * training and rule != "BPTT()":
-        return f"Not sure: rules may part after {trial.epochs} of {training} epochs. Give a longer --trial."
-    return "Sure." if len(trial.start) > 1 else "Fairly sure: one seed."
+def _rest_on_trial(trial: Trial, training: int) -> str:
+    """Say what the advice of a trial rests on."""
+    of = f" of {training}" if training > trial.epochs else ""
+    length = f"{trial.epochs}{of} epoch{'s' * (max(trial.epochs, training) != 1)}"
+    if not trial.tells:
+        return f"BPTT learned little in {length}, so the gradients of one batch decide. Give a longer --trial."
+    learned = {name: trial.shares(name) for name in trial.losses if name != "BPTT()"}
+    said = "; ".join(f"{name_rules([name])} {_range(shares)}" for name, shares in learned.items())
+    solved = [name for name in learned if trial.solves(name)]
+    split = [name for name in learned if name not in solved and min(learned[name]) < LEARNS <= max(learned[name])]
+    notes = [f" Seeds disagree about {name_rules(split)}."] if split else []
+    if solved:
+        notes.append(f" {name_rules(solved)} got {SOLVED:.0%} of the training samples right, which is enough too.")
+    if trial.epochs < EARLY * training:
+        notes.append(" Rules may part later: give a longer --trial.")
+    return (
+        f"this rests on training losses of {count_of(len(trial.start), 'seed')} after {length} (of BPTT's decrease: "
+        f"{said}; {LEARNS:.0%} needed).{''.join(notes)} sltt compare trains for all epochs."
+    )
 
 
 def _range(shares: Sequence[float]) -> str:
@@ -142,4 +155,4 @@ def _range(shares: Sequence[float]) -> str:
     if math.isinf(min(shares)):
         return "died"
     low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
-    return f"reached {low if low == high else f'{low} to {high}'} of BPTT's loss decrease"
+    return low if low == high else f"{low} to {high}"

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sltt.analysis.iteration import memory_parts
 from sltt.checks import instance, sequence
-from sltt.memory import peak_memory
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Rule
 from sltt.rules.batch import StepLoss
 from sltt.rules.mixed import Window, layer_order
@@ -106,14 +106,12 @@ class Proposal:
     Attributes:
         windows: of the layers of neurons by name, for `Mixed(windows)`; the other layers have SLTT.
         agreement: of its gradient with that of exact BPTT.
-        memory: bytes of the batch at the peak, above those before it.
-        others: the same of that rule, of BPTT and of SLTT.
+        memory: bytes that a batch needs, see `needed_memory`.
     """
 
     windows: dict[str, Window]
     agreement: Agreement
     memory: int
-    others: dict[str, int]
 
 
 def propose(
@@ -147,8 +145,7 @@ def propose(
         return None
     lengths = windows(time_steps(x, steps).steps)
     agreeing = [rule for rule in lengths if cosines.get(repr(rule), 0.0) >= AGREES]
-    bptt = BPTT()
-    advised = agreeing[0] if agreeing else bptt
+    advised = agreeing[0] if agreeing else BPTT()
     if isinstance(advised, SLTT):
         return None
     tried: list[Window] = [*(rule.window for rule in agreeing if isinstance(rule, TBPTT)), "all"]
@@ -156,28 +153,27 @@ def propose(
     if not candidates:
         return None
 
-    memory = batch_memory(model, x, target, loss, steps=steps)
+    memory = needed_memory(model, x, target, loss, steps=steps)
     best = min(candidates, key=memory)
     if memory(best) > SAVES * memory(advised):
         return None
-    others = {repr(rule): memory(rule) for rule in (advised, bptt, SLTT())}
-    return Proposal(dict(best.windows), candidates[best], memory(best), others)
+    return Proposal(dict(best.windows), candidates[best], memory(best))
 
 
-def batch_memory(
+def needed_memory(
     model: nn.Module, x: Tensor, target: Any, loss: StepLoss, *, steps: int | None = None
 ) -> Callable[[Rule], int]:
-    """Return a function to the peak bytes of a batch with a rule, above those before; arguments as of `agreement`."""
+    """Return a function to the bytes that a batch needs with a rule: those of one time step in a call.
+
+    By these, rules are ranked: the further steps of a call take a few MB at most, whatever the rule.
+    """
     twin = copy_model(model)
 
     @functools.cache
     def memory(rule: Rule) -> int:
         with _fork(x):
-            one = step_by_step(rule)  # what shares a call depends on the batch, and is little
-            return peak_memory(lambda: one(twin, x, target, loss, steps=steps, update=lambda: None), x.device)
+            return memory_parts(twin, x, target, loss, step_by_step(rule), steps=steps).batch
 
-    with _fork(x):
-        SLTT(fold=1)(twin, x, target, loss, steps=steps)  # makes the gradients, which all rules have
     return memory
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import instance, whole_number
+from sltt.losses import keeps_mean
 from sltt.memory import trace_memory
 from sltt.rules import SLTT, Rule
 from sltt.rules.batch import StepLoss
@@ -20,25 +21,24 @@ DRAWS = 4  # of the steps that SLTT-K trains: the first step, which has no state
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of a training iteration.
+    """Bytes at the peak of a training iteration, which begins without gradients, as after `zero_grad()`.
 
-    The gradients of all parameters count from the beginning: SLTT has them from its second time step on. `saved` is
-    what the graph keeps when a backward begins, at the backward with most before it.
+    `gradients`, `states` and `saved` are those when a backward begins, at the backward with most before it.
 
     Attributes:
         parameters: and buffers.
-        gradients: of the parameters.
         optimizer: its state, such as momentum.
         input: of a batch.
+        gradients: of the parameters; SLTT has them from its second call of the network on, BPTT not yet.
         states: of the neurons between two time steps.
-        saved: activations kept for a backward, with the logits so far.
+        saved: activations kept for a backward, with what is kept of the logits.
         rest: what is alive besides at the peak: mostly temporaries of the backward.
     """
 
     parameters: int
-    gradients: int
     optimizer: int
     input: int
+    gradients: int
     states: int
     saved: int
     rest: int
@@ -50,8 +50,8 @@ class Memory:
 
     @property
     def batch(self) -> int:
-        """Return the memory of a batch above that in use before it."""
-        return self.states + self.saved + self.rest
+        """Return the memory of a batch above that in use before it: what tables call memory."""
+        return self.gradients + self.states + self.saved + self.rest
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,10 @@ def memory_parts(
 
         memory_parts(model, x, y, loss, SLTT()).total
 
-    It runs the rule four times, SLTT-K seven times, and changes gradients and the statistics of BatchNorm, but no
-    weight. Without a step of the optimizer before, the optimizer's state counts as 0. Of SLTT-K it is the most of four
-    draws, always the same.
+    It runs the rule twice, since the first batch also tries what is faster, and SLTT-K five times, of which it takes
+    the most of four draws, always the same. It changes gradients and the statistics of BatchNorm, but no weight.
+    Without a step of the optimizer before, the optimizer's state counts as 0. As in a training, the logits of all steps
+    are kept only if the loss or the prediction takes them.
 
     See `agreement` for the other arguments.
 
@@ -106,31 +107,39 @@ def memory_parts(
     instance("rule", rule, Rule)
     if optimizer is not None:
         check_optimizer(model, optimizer)
-    states: list[int] = []
+    kept: list[tuple[int, int]] = []  # gradients and states at each mark
 
     def run(mark: Any, seed: int) -> None:
         def backward(total: Tensor) -> None:
             mark()
-            states.append(_nbytes(state for module in model.modules() for state in state_tensors(module)))
+            states = _nbytes(state for module in model.modules() for state in state_tensors(module))
+            kept.append((_nbytes(p.grad for p in model.parameters() if p.grad is not None), states))
             total.backward()
 
-        rule(model, x, target, loss, steps=steps, backward=backward, update=lambda: None, seed=seed)
+        how: Any = {"backward": backward, "update": lambda: None, "mean_logits": keeps_mean(loss, target)}
+        rule(model, x, target, loss, steps=steps, seed=seed, **how)
 
-    run(lambda: None, 0)  # makes the gradients
-    states.clear()
+    def measure(seed: int) -> tuple[int, int, int, int]:
+        kept.clear()
+        for p in model.parameters():
+            p.grad = None
+        peak, levels = trace_memory(lambda mark: run(mark, seed), x.device)
+        begin, (gradients, states) = max(zip(levels, kept, strict=True), default=(0, (0, 0)))
+        states = min(states, begin - gradients)  # a state may be the input itself, which is alive before
+        return peak, gradients, states, begin - gradients - states
+
+    run(lambda: None, 0)
     draws = range(DRAWS if isinstance(rule, SLTT) and rule.k is not None else 1)
-    peak, levels = trace_memory(lambda mark: [run(mark, seed) for seed in draws], x.device)
-    begin, held = max(zip(levels, states, strict=True), default=(0, 0))
-    held = min(held, begin)  # a state may be the input itself, which is alive before
+    peak, gradients, states, saved = max(map(measure, draws))
     of_optimizer = [] if optimizer is None else optimizer.state.values()
     return Memory(
         parameters=_nbytes([*model.parameters(), *model.buffers()]),
-        gradients=_nbytes(p.grad for p in model.parameters() if p.grad is not None),
         optimizer=_nbytes(value for state in of_optimizer for value in state.values() if isinstance(value, Tensor)),
         input=min(x.untyped_storage().nbytes(), x.numel() * x.element_size()),  # a view counts for itself
-        states=held,
-        saved=begin - held,
-        rest=peak - begin,
+        gradients=gradients,
+        states=states,
+        saved=saved,
+        rest=peak - gradients - states - saved,
     )
 
 

@@ -13,13 +13,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from sltt.analysis.advice import Trial, advice, choose_rule
-from sltt.analysis.agreement import AGREES, SAVES, Agreement, Proposal, agreement, batch_memory, cheaper_rules, propose
+from sltt.analysis.agreement import AGREES, SAVES, Agreement, Proposal, agreement, cheaper_rules, needed_memory, propose
 from sltt.commands.failures import cause
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers
 from sltt.commands.prepared import Prepared
-from sltt.commands.results import give
+from sltt.commands.results import Gathered, gather, give
 from sltt.commands.rule_texts import mixed_options
 from sltt.commands.tables import Table, number
+from sltt.commands.verdict import advice_on
 from sltt.data import Data
 from sltt.metrics import finite_scores, name_of
 from sltt.neurons import LIF
@@ -51,7 +52,9 @@ def run(words: Sequence[str]) -> None:
         raise ValueError(f"--trial needs accuracies, and the metric here is {metric}: leave --metric or --trial out")
     rows = measure_agreement(recipe, known, Console(quiet=known.json))
     found = {"recipe": recipe.name, "rows": rows}
-    give(found, known, "agreement.json", lambda report: print_agreement(rows, report))
+    kept = gather([known.save]) if known.save and (known.save / "compare.json").exists() else Gathered()
+    given = [{**row, "advice": advice_on(row, recipe.name, kept)} for row in rows]
+    give(found, known, "agreement.json", lambda report: print_agreement(given, report))
 
 
 def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console) -> list[dict[str, Any]]:
@@ -71,8 +74,9 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
             rules = cheaper_rules(ready.model, T)
             found = agreement(*arguments, rules, steps=ready.repeat)
             proposal = propose(*arguments, found, steps=ready.repeat)
-            memory = batch_memory(*arguments, steps=ready.repeat)
-            rivals = sorted(_contestants(rules, found, proposal), key=memory)
+            size = own.batch_size
+            needed = needed_memory(ready.model, *ready.batch(size), ready.loss, steps=ready.repeat)
+            rivals = sorted(_contestants(rules, found, proposal), key=needed)
             if asked.trial and (tau, T) not in trials:
                 trials[tau, T] = rivals, _run_trial(here, build, rivals, T, asked.trial, asked.seeds, report)
             # after more epochs the gradients may propose others than those that were tried
@@ -82,8 +86,10 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
             compared = {a.rule: a for a in found}
             ranked = [compared[repr(r)] for r in rivals if repr(r) in compared]
             rule = choose_rule(ranked, tried)
-            costs = {repr(r): memory(r) for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")}
-            said = advice(ranked, tried, costs, epochs=epochs, samples=asked.samples, training=own.epochs)
+            shown = [r for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")]
+            costs = {repr(r): ready.memory(size, r).batch for r in shown}
+            least = {repr(r): needed(r) for r in shown}
+            said = advice(ranked, tried, costs, least, epochs=epochs, samples=size, training=own.epochs)
             rows.append(
                 {
                     "tau": tau,
@@ -92,6 +98,7 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
                     "agreement": [vars(one) for one in found],
                     "trial": tried and vars(tried) | {"learned": {name: tried.shares(name) for name in tried.losses}},
                     "memory": costs,
+                    "needed_memory": least,
                     "rule": rule,
                     "proposal": proposal and _proposal_json(proposal),
                     "advice": f"{said}{_mixed_note(rule, mixed)}",

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sltt.analysis import agreement, count_operations, measure_energy, memory_parts
+from sltt.analysis import agreement, count_operations, measure_energy
+from sltt.analysis.agreement import needed_memory
 from sltt.analysis.energy import show
 from sltt.commands.failures import cause
 from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_seed
@@ -83,7 +84,13 @@ def compare(
         "validation": [],  # the same on the validation samples, if there are any
         "seconds": math.nan,  # of a training epoch, median over epochs and seeds
         "seconds_of_seeds": [],  # the median over the epochs of each seed
-        **{"peak_memory": 0, "operations": None, "cosine": math.nan, "energy": None},  # see `_measure`
+        **{
+            "peak_memory": 0,
+            "needed_memory": 0,
+            "operations": None,
+            "cosine": math.nan,
+            "energy": None,
+        },  # see `_measure`
         "errors": [],  # of the seeds that died
     }
     name, seconds = label_row(row["rule"], varied), []
@@ -169,7 +176,8 @@ def compared_json(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
     if name_of(built.metric) == "accuracy":  # by this name too, as scripts know it
         rows = [{**row, "accuracies": row["scores"]} for row in rows]
     metric = {"metric": name_of(built.metric), "higher_is_better": higher_is_better(built.metric)}
-    return {"recipe": recipe.name, "steps": built.steps, "samples": samples, **metric, "rows": rows}
+    about = {"recipe": recipe.name, "steps": built.steps, "epochs": built.epochs, "samples": samples}
+    return {**about, **metric, "rows": rows}
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
@@ -227,7 +235,8 @@ def _measure(row: dict[str, Any], name: str, here: Session, built: Any, report: 
         ready = Prepared(here, built, built.steps)
         x, y = ready.batch(built.batch_size)
         arguments = ready.model, x, y, ready.loss
-        row["peak_memory"] = memory_parts(*arguments, built.rule, steps=ready.repeat).batch
+        row["peak_memory"] = ready.memory(built.batch_size).batch
+        row["needed_memory"] = needed_memory(*arguments, steps=ready.repeat)(built.rule)
         row["operations"] = count_operations(*arguments, built.rule, steps=ready.repeat)._asdict()
         with evaluation_mode(ready.model):
             row["energy"] = measure_energy(ready.model, x, steps=ready.repeat, lengths=lengths_of(y)).tables()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sltt.analysis import Memory, firing_rates, memory_parts
 from sltt.checks import whole_number
 from sltt.data import Splits
 from sltt.rules import Rule
@@ -50,6 +51,12 @@ class Prepared:
             per_step = self.splits.per_step
             return self._session.batch(*pad_batch(x, y.rows(again.tolist(), per_step), self._steps, per_step))
         return self._session.batch(x, y.index_select(1 if self.splits.per_step else 0, again))
+
+    def memory(self, size: int, rule: Rule | None = None) -> Memory:
+        """Return the memory of a training batch, which counts firing rates, with the recipe's rule or another."""
+        given = self.model, *self.batch(size), self.loss, rule or self.rule, self.optimizer
+        with firing_rates(self.model):
+            return memory_parts(*given, steps=self.repeat)
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Any]]:
         """Training batches without an end, loaded as in a training."""

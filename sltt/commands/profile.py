@@ -21,7 +21,6 @@ from sltt.analysis import (
     iteration_seconds,
     layer_paths,
     measure_energy,
-    memory_parts,
 )
 from sltt.analysis.energy import LayerOperations, show
 from sltt.commands.failures import cause
@@ -29,7 +28,6 @@ from sltt.commands.parsing import CommandOptions, Recipe, count, numbers
 from sltt.commands.prepared import Prepared
 from sltt.commands.results import give
 from sltt.commands.tables import Cell, Row, Table, bytes_cell, number
-from sltt.commands.verdict import batch_memory
 from sltt.memory import available_memory, parse_bytes
 from sltt.rules import Mixed, Rule
 from sltt.rules.batch import Fold
@@ -122,9 +120,9 @@ def cost_tables(found: Mapping[str, Any]) -> list[Table]:
     memory, seconds = [], []
     for one in found["costs"]:
         parts = one["memory"]
-        shares = {"memory": batch_memory(parts), **{name: parts[name] for name in ("states", "saved", "rest")}}
-        shares |= {"weights": parts["parameters"], "grads": parts["gradients"], "optim": parts["optimizer"]}
-        shares |= {"input": parts["input"], "all": parts["total"]}
+        shares = {"memory": parts["batch"], "grads": parts["gradients"]}
+        shares |= {name: parts[name] for name in ("states", "saved", "rest")} | {"weights": parts["parameters"]}
+        shares |= {"optim": parts["optimizer"], "input": parts["input"], "all": parts["total"]}
         name: Row = {"rule": one["rule"], "T": number(one["steps"])}
         memory.append({**name, **{part: Cell(f"{share / 1e6:.2f}", share) for part, share in shares.items()}})
         phases = {phase: number(one["seconds"][phase], ".3f") for phase in PHASES}
@@ -132,7 +130,7 @@ def cost_tables(found: Mapping[str, Any]) -> list[Table]:
         fold = number(one["fold"]["trained"])
         seconds.append({**name, **phases, "mult. fwd": forward, "mult. bwd": backward, "fold": fold})
     tables = [
-        Table(memory, "memory", "memory of a batch: states + saved + rest, and all at the peak; in MB"),
+        Table(memory, "memory", "memory of a batch: grads + states + saved + rest; all at the peak; in MB"),
         Table(seconds, "costs", "seconds and multiplications of a batch; fold: steps in a call"),
     ]
     return [*tables, fits_table(found["fits"])] if found["fits"] else tables
@@ -204,10 +202,9 @@ def _way(sparse: int, calls: int) -> Cell:
 
 
 def _memory(ready: Prepared, size: int) -> Memory:
-    """Memory of an iteration with `size` samples, after one step of the optimizer."""
-    x, y = ready.batch(size)
-    _seconds(ready, [(x, y)], 0)  # makes the optimizer's state, and what is allocated once
-    return memory_parts(ready.model, x, y, ready.loss, ready.rule, ready.optimizer, steps=ready.repeat)
+    """Memory of an iteration with `size` samples, after one step of the optimizer, which makes its state."""
+    _seconds(ready, [ready.batch(size)], 0)
+    return ready.memory(size)
 
 
 def _seconds(ready: Prepared, batches: Iterable[Any], warmup: int) -> Seconds:
@@ -221,9 +218,9 @@ def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repe
     seconds = _seconds(ready, itertools.islice(ready.batches(batch), repeats + WARMUP), WARMUP)
     operations = count_operations(ready.model, *ready.batch(batch), ready.loss, ready.rule, steps=ready.repeat)
     chosen = last_fold(ready.model) if ready.rule.fold == "auto" else Fold(ready.rule.fold)
-    parts = {"memory": {**vars(memory), "total": memory.total}, "seconds": {**vars(seconds), "total": seconds.total}}
-    fold = (chosen or Fold())._asdict()
-    return {"rule": rule, "steps": steps, "fold": fold, **parts, "operations": operations._asdict()}
+    parts = {**vars(memory), "batch": memory.batch, "total": memory.total}
+    taken = {"memory": parts, "seconds": {**vars(seconds), "total": seconds.total}, "operations": operations._asdict()}
+    return {"rule": rule, "steps": steps, "fold": (chosen or Fold())._asdict(), **taken}
 
 
 def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sltt.commands.page import Chart, Section
 from sltt.commands.profile import cost_tables, energy_tables, layer_table
 from sltt.commands.results import KINDS, Gathered, run_names, scores_text
 from sltt.commands.tables import Cell, Table, bytes_cell, number
-from sltt.commands.verdict import answers, batch_memory, shared_steps, verdicts, was_compared
+from sltt.commands.verdict import advice_on, answers, shared_steps, verdicts
 from sltt.metrics import is_share, score_text
 from sltt.training.console import metric_of
 from sltt.training.sample import read_sample
@@ -52,7 +52,7 @@ def _sections(found: Gathered) -> list[Section]:
         made.append(_training(found, names, colours))
     for one in found.profiles:
         made += [_costs(one, colours), _energy(one)]
-    made += [_agreement(one, was_compared(found, one["recipe"])) for one in found.agreements]
+    made += [_agreement(one, found) for one in found.agreements]
     made += [_few_shots(one, colours) for one in found.fewshots]
     made += [_rates(one) for one in found.rates]
     if found.runs:
@@ -138,12 +138,12 @@ def _training(found: Gathered, names: dict[Path, str], colours: dict[str, str]) 
 
 def _costs(found: dict[str, Any], colours: dict[str, str]) -> Section:
     costs = found["costs"]
-    parts = [key for key in costs[0]["memory"] if key != "total"]
+    parts = [key for key in costs[0]["memory"] if key not in ("batch", "total")]
     peaks, times = {}, {}
     for rule in dict.fromkeys(one["rule"] for one in costs):
         own = [one for one in costs if one["rule"] == rule]
         steps = [one["steps"] for one in own]
-        peaks[rule] = [(steps, [batch_memory(one["memory"]) / 1e6 for one in own])]
+        peaks[rule] = [(steps, [one["memory"]["batch"] / 1e6 for one in own])]
         times[rule] = [(steps, [one["seconds"]["total"] for one in own])]
     most = max(one["steps"] for one in costs)
     last = [one for one in costs if one["steps"] == most]
@@ -166,14 +166,11 @@ def _energy(found: dict[str, Any]) -> Section:
     return Section("Spikes and energy", text, [*energy_tables(found["energy"]), layer_table(found)], [chart])
 
 
-def _agreement(found: dict[str, Any], compared: bool) -> Section:
-    """Show what rules drop of the gradient, with the advice where no trainings decide."""
-    text = [f"At {where(row)}: {row['advice']}" for row in found["rows"]]
-    if compared:
-        text = ["Trainings decide whether a rule is safe: see the top of the page. Below is what each rule drops."]
-    tables = [agreement_table(found["rows"]), gradient_table(found["rows"][-1])]
-    title = "What each rule drops of the gradient" if compared else "Is it safe"
-    return Section(f"{title}: {found['recipe']}", text, tables)
+def _agreement(one: dict[str, Any], found: Gathered) -> Section:
+    """Show what rules drop of the gradient, with the advice from the strongest evidence."""
+    text = [f"At {where(row)}: {advice_on(row, one['recipe'], found)}" for row in one["rows"]]
+    tables = [agreement_table(one["rows"]), gradient_table(one["rows"][-1])]
+    return Section(f"What each rule drops of the gradient: {one['recipe']}", text, tables)
 
 
 def _few_shots(found: dict[str, Any], colours: dict[str, str]) -> Section:

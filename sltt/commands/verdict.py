@@ -2,16 +2,18 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sltt.analysis.advice import ONE_STEP, count_of, name_rules
 from sltt.commands.results import Gathered
 from sltt.commands.vary import best_of
 from sltt.metrics import finite_scores, is_share, score_text
 
 MARGIN = 0.01  # of accuracy: a smaller loss is called none
 OF_AN_ERROR = 0.05  # the same of other metrics, as a part of the reference's
+SAFE, UNSAFE, UNSURE = "Safe", "Not safe", "Not sure"
 
 
 @dataclass
@@ -23,8 +25,10 @@ class Verdict:
     metric: str = "accuracy"
     sign: int = 1  # where more is better, −1 for an error
     samples: int | None = None  # for the test
-    seconds: tuple[float, float, float] | None = None  # of an epoch, or else of a batch: median, least and most
+    epochs: int | None = None
+    seconds: tuple[float, float, float] | None = None  # of an epoch, or a batch: median, and least and most of seeds
     memory: dict[int | None, int] = field(default_factory=dict)  # bytes of a training batch, for each T
+    needed: float = math.inf  # the same with one time step in a call: by these, rules are ranked
     cosine: float | None = None  # of its gradient with that of BPTT
     died: int = 0  # seeds without a score
 
@@ -33,13 +37,19 @@ class Verdict:
         """Return the mean over the seeds."""
         return statistics.mean(self.scores) if self.scores else None
 
+    def rests_on(self) -> str:
+        """Name the seeds, the epochs and the test samples."""
+        length = f" of {count_of(self.epochs, 'epoch')}" if self.epochs else ""
+        samples = f" and {count_of(self.samples, 'test sample')}" if self.samples else ""
+        return f"{count_of(len(self.scores), 'seed')}{length}{samples}"
+
 
 def verdicts(found: Gathered) -> list[Verdict]:
     """Return the rules that were compared or profiled, in the order in which they were asked for."""
     rules: dict[str, Verdict] = {}
     for one in _same_recipe(found, found.comparisons):
         for row in one["rows"]:
-            scores = finite_scores(row["scores"])
+            scores, each = finite_scores(row["scores"]), finite_scores(row["seconds_of_seeds"])
             died = len(row["scores"]) - len(scores) + len(row.get("errors", ()))
             if scores or died:
                 rules[row["rule"]] = Verdict(
@@ -48,29 +58,20 @@ def verdicts(found: Gathered) -> list[Verdict]:
                     one["metric"],
                     1 if one["higher_is_better"] else -1,
                     one.get("samples"),
-                    _seconds_of_seeds(row),
+                    one.get("epochs"),
+                    (row["seconds"], min(each), max(each)) if each else None,
                     {row.get("steps") or one.get("steps"): row["peak_memory"]} if row["peak_memory"] else {},
+                    row.get("needed_memory") or row["peak_memory"] or math.inf,
                     row["cosine"],
                     died,
                 )
     for one in _same_recipe(found, found.profiles):
         for row in one["costs"]:
             rule = rules.setdefault(row["rule"], Verdict(row["rule"]))
-            rule.memory.setdefault(row["steps"], batch_memory(row["memory"]))
+            rule.memory.setdefault(row["steps"], row["memory"]["batch"])
             if not found.comparisons:  # whose seconds are those of an epoch
                 rule.seconds = tuple(row["seconds"][key] for key in ("total", "least", "most"))
     return list(rules.values())
-
-
-def _seconds_of_seeds(row: dict[str, Any]) -> tuple[float, float, float] | None:
-    """Return the median of an epoch's seconds, and the least and the most of the medians of single seeds."""
-    each = finite_scores(row["seconds_of_seeds"])
-    return (row["seconds"], min(each), max(each)) if each else None
-
-
-def was_compared(found: Gathered, recipe: str) -> bool:
-    """Return whether trainings decide which rules are safe on a recipe; gradients and trials then say less."""
-    return any(one["recipe"] == recipe for one in found.comparisons) and len(verdicts(found)) > 1
 
 
 def shared_steps(rules: Sequence[Verdict]) -> int | None:
@@ -85,15 +86,11 @@ def _same_recipe(found: Gathered, kind: list[dict[str, Any]]) -> list[dict[str, 
     return [one for one in kind if one.get("recipe") == first.get("recipe")][:1]
 
 
-def batch_memory(parts: dict[str, int]) -> int:
-    """Return what a training batch allocates above weights, gradients, optimizer and input."""
-    return parts["states"] + parts["saved"] + parts["rest"]
-
-
 def answers(found: Gathered) -> list[str]:
-    """Return a sentence for each rule beside BPTT, or beside the first one; without these the advice on gradients.
+    """Return a sentence for each rule beside BPTT, or beside the first one, and the rule to take, from full trainings.
 
-    Where options vary, return the best values instead, by the validation samples.
+    Without these it is the advice on short trainings or on gradients. Where options vary, return the best values
+    instead, by the validation samples.
     """
     for one in found.comparisons[:1]:
         if any(row.get("varied") for row in one["rows"]):
@@ -101,26 +98,58 @@ def answers(found: Gathered) -> list[str]:
     rules = verdicts(found)
     reference = next((one for one in rules if one.rule == "BPTT"), rules[0] if rules else None)
     said = [_sentence(one, reference) for one in rules if reference is not None and one is not reference]
+    if reference is not None and reference.score is not None and said:
+        said.append(_take(rules, reference))
     return [text for text in said if text] or [row["advice"] for one in found.agreements for row in one["rows"]]
 
 
+def advice_on(row: Mapping[str, Any], recipe: str, found: Gathered) -> str:
+    """Return which rule to take at the τ and T of an agreement: by full trainings of the recipe where there are any."""
+    trained = [(None, one["steps"]) for one in found.comparisons if one["recipe"] == recipe]
+    said = answers(found)[-1] if (row["tau"], row["steps"]) in trained else ""
+    return said if said.startswith("Take ") else row["advice"]
+
+
+def _take(rules: Sequence[Verdict], reference: Verdict) -> str:
+    """Name the rule that needs least memory of those within the margin; say how sure this is, and on what it rests."""
+    exact, basis = reference.rule, reference.rests_on()
+    apart = f"{basis} do not separate it from {exact}."
+    cheaper = sorted((one for one in rules if one.needed < reference.needed), key=lambda one: one.needed)
+    *_, words, enough = zip(*(_judge(one, reference) for one in cheaper), strict=True) if cheaper else ((), ())
+    place = enough.index(True) if True in enough else len(cheaper)
+    doubtful = [one.rule for one, word in zip(cheaper[:place], words, strict=False) if word == UNSURE]
+    doubts = f" {UNSURE} of {name_rules(doubtful)}, which would save memory" if doubtful else ""
+    if place == len(cheaper):
+        bad = f" {name_rules(one.rule for one in cheaper)}: not safe here, by {basis}." if cheaper else ""
+        return f"Take {exact}.{f'{doubts}: {apart}' if doubts else bad or ' No other rule here needs less memory.'}"
+    sure = f"{SAFE} here, by {basis}." if words[place] == SAFE else f"{UNSURE}: {apart}"
+    fold = "" if all(ratio > 1 for _, ratio in _saved(cheaper[place], reference)) else ONE_STEP
+    return f"Take {cheaper[place].rule}{fold}. {sure}{doubts}{'.' * bool(doubts)}"
+
+
 def _sentence(one: Verdict, reference: Verdict) -> str:
-    reached, safe = _compare_scores(one, reference)
+    reached, noise, word, _ = _judge(one, reference)
     parts = [reached] if reached else []
-    both = sorted((steps for steps in one.memory if steps in reference.memory), key=lambda steps: steps or 0)
-    saved = [(steps, reference.memory[steps] / one.memory[steps]) for steps in both[-2:] if one.memory[steps]]
-    if saved:
+    if saved := _saved(one, reference):
         parts.append(" and ".join(f"{_times(ratio)} memory{f' at T = {t}' if t else ''}" for t, ratio in saved))
+        if saved[-1][1] <= 1 < (least := reference.needed / one.needed):
+            parts[-1] += f" ({_times(least)}{ONE_STEP})"
     if one.seconds and reference.seconds:
         parts.append(f"{_ratio(one.seconds, reference.seconds)} × the time")
     if one.cosine is not None and not math.isnan(one.cosine):
         parts.append(f"gradient agreement {one.cosine:.2f}")
+    unsure = f" {UNSURE}: measured to {noise} only, which does not separate it from {reference.rule}." if noise else ""
+    safe = f" {word} here." if word in (SAFE, UNSAFE) else unsure
     seeds = " One seed: repeat with --seeds 3." if min(len(one.scores), len(reference.scores)) == 1 else ""
-    if one.died:
-        safe = " Not safe here."
     died = [rule for rule in (one, reference) if rule.died]
     parts += [f"{rule.died} of {rule.died + len(rule.scores)} seeds of {rule.rule} died" for rule in died]
     return f"{one.rule}: {', '.join(parts)}.{safe}{seeds}" if parts else ""
+
+
+def _saved(one: Verdict, reference: Verdict) -> list[tuple[int | None, float]]:
+    """Return the reference's memory over that of a rule, for the two largest T at which both are known."""
+    both = sorted((steps for steps in one.memory if steps in reference.memory), key=lambda steps: steps or 0)
+    return [(steps, reference.memory[steps] / one.memory[steps]) for steps in both[-2:] if one.memory[steps]]
 
 
 def _ratio(seconds: tuple[float, float, float], others: tuple[float, float, float]) -> str:
@@ -130,28 +159,22 @@ def _ratio(seconds: tuple[float, float, float], others: tuple[float, float, floa
     return f"{middle / other:.2f}{bounds}"
 
 
-def _compare_scores(one: Verdict, reference: Verdict) -> tuple[str, str]:
-    """Say what a rule reaches beside another, and whether it is safe; nothing where the two were not trained."""
+def _judge(one: Verdict, reference: Verdict) -> tuple[str, str, str, bool]:
+    """Return what a rule reaches beside another, to what this is measured, if it is safe, and if within the margin."""
     if one.score is None or reference.score is None:
-        return "", ""
+        return "", "", UNSAFE if one.died else "", False
     name, other = one.metric.replace("_", " "), reference.rule
-    lost, noise = one.sign * (reference.score - one.score), noise_of(one, reference)
-    if not is_share(one.metric):
+    lost, noise, margin = one.sign * (reference.score - one.score), noise_of(one, reference), MARGIN
+    if is_share(one.metric):
+        points, measured = f"{100 * lost:.1f} points", f"±{100 * noise:.0f} points"
+        text = f"{name} within {points} of {other}" if lost > 0 else f"{name} not below that of {other}"
+        text = f"{name} {points} below {other}" if lost > MARGIN else text
+    else:
+        margin, measured = OF_AN_ERROR * abs(reference.score), f"±{score_text(one.metric, noise)}"
         text = f"{name} {score_text(one.metric, one.score)}, {other} {score_text(one.metric, reference.score)}"
-        told = min(len(one.scores), len(reference.scores)) > 1
-        measured, margin = f"±{score_text(one.metric, noise)}", OF_AN_ERROR * abs(reference.score)
-        return text, _judge(lost, noise, margin, measured) if told else ""
-    points = f"{100 * lost:.1f} points"
-    text = f"{name} within {points} of {other}" if lost > 0 else f"{name} not below that of {other}"
-    text = f"{name} {points} below {other}" if lost > MARGIN else text
-    return text, _judge(lost, noise, MARGIN, f"±{100 * noise:.0f} points")
-
-
-def _judge(lost: float, noise: float, margin: float, measured: str) -> str:
-    """Say whether a rule that loses so much, `measured` to so much, is safe."""
-    if lost > margin and lost > noise:
-        return " Not safe here."
-    return " Safe here." if lost <= margin and noise <= 2 * margin else f" Not sure: measured to {measured} only."
+    safe = SAFE if lost <= margin and noise <= 2 * margin else UNSURE
+    word = UNSAFE if one.died or lost > max(margin, noise) else safe
+    return text, "" if math.isinf(noise) else measured, word, not one.died and lost <= margin
 
 
 def _times(ratio: float) -> str:
@@ -159,11 +182,15 @@ def _times(ratio: float) -> str:
 
 
 def noise_of(one: Verdict, other: Verdict) -> float:
-    """Twice the standard error of a difference of scores: over the seeds, or of shares of the drawn test samples."""
-    pairs = [rule.scores for rule in (one, other)]
-    if all(len(several) > 1 for several in pairs):
-        return 2 * math.sqrt(sum(statistics.variance(several) / len(several) for several in pairs))
-    if one.samples is None:
-        return 0.0
-    means = [statistics.mean(several) for several in pairs]
-    return 2 * math.sqrt(sum(max(0.0, mean * (1 - mean)) / one.samples for mean in means))
+    """Twice the standard error of a difference of scores: over the seeds, and of shares of the drawn test samples.
+
+    The samples are the same for all seeds, so that more seeds do not help there. Their part is that of two samples of a
+    binomial distribution, by Agresti and Coull: 40 right of 40 is not all. One seed of an error tells no noise.
+    """
+    squares = 0.0 if is_share(one.metric) or min(len(one.scores), len(other.scores)) > 1 else math.inf
+    for rule in (one, other):
+        squares += statistics.variance(rule.scores) / len(rule.scores) if len(rule.scores) > 1 else 0.0
+        if rule.samples is not None and is_share(rule.metric):
+            share = (statistics.mean(rule.scores) * rule.samples + 2) / (rule.samples + 4)
+            squares += max(0.0, share * (1 - share)) / rule.samples
+    return 2 * math.sqrt(squares)

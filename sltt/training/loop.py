@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from sltt.analysis import FiringRates
 from sltt.callbacks import Moment
 from sltt.data import Data, Splits
-from sltt.losses import is_per_step, prediction_of, to_score
+from sltt.losses import is_per_step, keeps_mean, to_score
 from sltt.metrics import higher_is_better, improves, name_of
 from sltt.parallel.processes import synchronise
 from sltt.parallel.signals import Interrupt
@@ -52,7 +52,7 @@ from sltt.training.phases import Stage, freeze_norm, set_rates, stage_at
 from sltt.training.progress import BatchMemory, Metrics, Progress, epoch_row
 from sltt.training.quantised import round_weights
 from sltt.training.runs import write_table
-from sltt.training.safeguards import check_finite, check_labels, check_length, extreme_layers, long_warmup
+from sltt.training.safeguards import check_finite, check_labels, check_length, extreme_layers, long_warmup, rising_loss
 from sltt.training.score import Score, count_scored
 from sltt.training.session import Session
 from sltt.training.settings import Training
@@ -98,7 +98,7 @@ class Loop:
         self.sampler = EpochSampler.of(splits, training.seed, training.batch_size)
         self.scaled = session.execution.precision == "16-mixed"  # a scaler leaves out steps that are not finite
         self.initial = [(group["lr"], group.get("weight_decay", 0.0)) for group in self.optim.param_groups]
-        self.state, self.saved = Progress(), time.monotonic()
+        self.state, self.saved, self.rose = Progress(), time.monotonic(), False
 
     def run(self) -> None:
         """Train the epochs that are left."""
@@ -205,7 +205,7 @@ class Loop:
                         backward=partial(self._backward, weight * part.weight),
                         update=self._reduce_and_update if rule.online else None,
                         seed=drawn,
-                        mean_logits=prediction_of(self.loss) == "mean" and not isinstance(y, Padded),
+                        mean_logits=keeps_mean(self.loss, y),
                     )
                     outs.append(out)
                 seen.settle()
@@ -331,7 +331,10 @@ class Loop:
 
     def _show(self, row: dict[str, Any], training: Metrics) -> None:
         self.report.row(row)
-        for warning in extreme_layers(training.layers):
+        losses = [one["train_loss"] for one in self.state.history[self.state.first :]]
+        rises = [] if self.rose else rising_loss(losses, stage_at(self.stages, self.state.epoch - 1).rule)
+        self.rose = self.rose or bool(rises)  # which is said once
+        for warning in extreme_layers(training.layers) + rises:
             self.report.warn(warning)
         if self.state.stopped:
             self.report.line(f"stopped after epoch {self.state.epoch}: {self.state.stopped}")

@@ -128,32 +128,32 @@ class Progress:
 
 
 class BatchMemory:
-    """Measures the peak memory of the first full batch, and of longer ones, as `sltt.analysis.peak_memory` does.
+    """Measures the peak memory of a full batch, of the longest where they differ, as `sltt.analysis.peak_memory` does.
 
-    `peak` is in bytes above those before the batch; None until one was measured.
+    `peak` is in bytes above those before the batch; None until one was measured. The first batch may run copies of the
+    network, to try what is faster: the second one takes its place.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.peak: int | None = None
-        self._longest = 0
+        self._longest = self._left = 0
 
     def is_due(self, size: int, full: bool = True) -> bool:
         """Return whether to measure the next batch, which may be `full`.
 
         `size` is that of the input: padded batches have T of their own.
         """
-        if size <= self._longest or not full:
-            return False
-        if not counts_peak(self.device) or is_profiled(self.device):
-            return False
-        self._longest = size
-        return True
+        if size > self._longest and full:
+            self._longest, self._left = size, 2
+        due = size == self._longest and full and self._left > 0
+        return due and counts_peak(self.device) and not is_profiled(self.device)
 
     def measure(self, batch: Callable[[], A]) -> A:
         """Call `batch` and count its peak memory; return its result."""
         results: list[A] = []
-        self.peak = max(self.peak or 0, peak_memory(lambda: results.append(batch()), self.device))
+        self.peak = peak_memory(lambda: results.append(batch()), self.device)
+        self._left -= 1
         return results[0]
 
 

@@ -1,6 +1,7 @@
 """Checks of a training: samples, labels, losses, gradients and weights, and layers that pass nothing on."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from sltt._torch import _BatchNorm, _NormBase
 from sltt.data import Splits
 from sltt.parallel.processes import local_part, total
-from sltt.rules import unroll
+from sltt.rules import SLTT, Rule, unroll
 from sltt.rules.batch import sequence_loss
 from sltt.schedules import Schedule
 from sltt.sequence.copies import copy_model
@@ -29,6 +30,18 @@ def extreme_layers(rates: dict[str, float]) -> list[str]:
         f"layer {name} {cause[rate]} fired in this epoch, so nothing passes it: {remedy[rate]}"
         for name, rate in rates.items()
         if rate in cause
+    ]
+
+
+def rising_loss(losses: Sequence[float], rule: Rule) -> list[str]:
+    """Return a warning where the training loss under SLTT has risen in three epochs in a row, by 5% together."""
+    last = losses[-4:]
+    rises = len(last) == 4 and all(map(operator.lt, last, last[1:])) and last[3] - last[0] > 0.05 * abs(last[0])
+    if not rises or not isinstance(rule, SLTT):
+        return []
+    return [
+        f"the training loss has risen in three epochs, from {last[0]:.4g} to {last[3]:.4g}. SLTT drops the gradient "
+        "through time, which this network may need: use BPTT, or OTTT in less memory; else a smaller learning rate"
     ]
 
 

@@ -40,9 +40,11 @@ def test_a_trace_has_the_peak_and_the_level_at_each_mark():
 def test_the_parts_of_the_memory_are_what_they_are_called():
     model, (x, y) = network(), (torch.randn(4, 32, 64), torch.randint(10, (32,)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    memory_parts(model, x, y, LOSS, sltt.SLTT())
+    rule = sltt.SLTT(fold=1)
+    memory_parts(model, x, y, LOSS, rule)
     optimizer.step()
-    found = memory_parts(model, x, y, LOSS, sltt.SLTT(), optimizer)
+    found = memory_parts(model, x, y, LOSS, rule, optimizer)
+    assert memory_parts(model, x, y, LOSS, sltt.BPTT()).gradients == 0
     weights = sum(4 * p.numel() for p in model.parameters())
     assert found.parameters == found.gradients == found.optimizer == weights
     assert found.input == 4 * x.numel()
@@ -50,7 +52,7 @@ def test_the_parts_of_the_memory_are_what_they_are_called():
     assert found.saved > 0
     assert found.rest >= 0
     assert found.total == sum(vars(found).values())
-    assert memory_parts(model, x, y, LOSS, sltt.SLTT(), optimizer) == found
+    assert memory_parts(model, x, y, LOSS, rule, optimizer) == found
 
 
 def test_what_is_saved_grows_with_t_under_bptt_and_not_under_sltt():
@@ -61,8 +63,8 @@ def test_what_is_saved_grows_with_t_under_bptt_and_not_under_sltt():
         for steps in (4, 16)
     }
     (bptt_4, bptt_16, sltt_4, sltt_16) = saved.values()
-    assert bptt_16 - bptt_4 > 50 * (sltt_16 - sltt_4)
-    assert sltt_16 - sltt_4 == 12 * 32 * 10 * 4  # the logits of 12 more steps
+    assert bptt_16 > 3 * bptt_4
+    assert sltt_16 == sltt_4  # the logits too are their mean alone
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -71,9 +73,10 @@ def test_the_peak_is_that_of_peak_memory(name):
     x = x.float()
     extra = {"update": lambda: None} if rule.online else {}
     found = memory_parts(model, x, y, LOSS, rule)
+    model.zero_grad()
     torch.manual_seed(0)
     peak = peak_memory(lambda: rule(model, x, y, LOSS, **extra))
-    assert found.states + found.saved + found.rest == pytest.approx(peak, abs=4096)
+    assert found.batch == pytest.approx(peak, abs=4096)
 
 
 def test_a_view_counts_for_itself():

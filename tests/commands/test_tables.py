@@ -110,7 +110,7 @@ def test_what_fits_and_what_was_not_run():
 
 def test_a_profile_names_the_t_of_its_layers_and_the_paths(capsys):
     memory = dict.fromkeys(
-        ("parameters", "gradients", "optimizer", "input", "states", "saved", "rest", "total"), 10_000
+        ("parameters", "gradients", "optimizer", "input", "states", "saved", "rest", "batch", "total"), 10_000
     )
     seconds = dict.fromkeys(("data", "forward", "backward", "step", "total"), 0.25)
     cost = {"rule": "SLTT", "memory": memory, "seconds": seconds, "operations": {"forward": 1, "backward": 2}}
@@ -128,7 +128,7 @@ def test_a_profile_names_the_t_of_its_layers_and_the_paths(capsys):
     out = capsys.readouterr().out
     assert "one sample, T = 16, untrained" in out  # the largest, whatever the order
     rows = [line.split() for line in out.splitlines()]
-    assert ["SLTT", "16", "0.03", *["0.01"] * 8] in rows
+    assert ["SLTT", "16", *["0.01"] * 9] in rows
     assert ["SLTT", "4", *["0.250"] * 5, "1.00e+00", "2.00e+00", "1"] in rows
     assert "SLTT, T = 4: one time step in a call, since the network has hooks on 0 (Linear)" in out
     assert ["0", "16,000", "100.0%", "16,000", "MAC", "73.6"] in rows

@@ -19,6 +19,7 @@ import sltt
 from sltt.parallel.devices import make_fabric
 from sltt.training.console import Console
 from sltt.training.progress import Metrics, Progress
+from sltt.training.safeguards import rising_loss
 from sltt.training.sample import read_sample
 from tests.conftest import KINDS, RULES
 from tests.test_waits import Waits
@@ -151,6 +152,38 @@ def test_peak_memory_is_that_of_a_batch_under_its_rule(tmp_path):
     assert state < sltt_ < 10 * state
     assert run("alone", epochs=2, rule=sltt.SLTT(fold=1)) == [sltt_] * 2
     assert 0 < sltt.evaluate(network(), Blobs(), device="cpu").peak_memory < state
+
+
+class Other(nn.Sequential):
+    """A network of which only a trial on copies tells that its time steps may share a call."""
+
+    def forward(self, x):
+        return super().forward(x + 0.0)
+
+
+def test_the_trial_of_the_first_batch_does_not_count_and_the_figure_is_that_of_the_commands(tmp_path):
+    model, (x, y) = Other(nn.Linear(4, 512), sltt.LIF(), nn.Linear(512, 3)), (torch.randn(20, 4), torch.arange(20) % 3)
+    gc.collect()
+    row = train(tmp_path, model, batch_size=20, epochs=1, rule=sltt.SLTT(), steps=4)[1].history[0]
+    with sltt.analysis.firing_rates(model):
+        found = sltt.analysis.memory_parts(model, x, y, sltt.losses.CrossEntropyMSE(), sltt.SLTT(), steps=4)
+    assert row["peak_memory"] == pytest.approx(found.batch, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("losses", "rule", "warned"),
+    [
+        ([1.0, 0.5, 0.51, 0.52, 0.53], sltt.SLTT(), True),
+        ([1.0, 0.5, 0.51, 0.52, 0.52], sltt.SLTT(), False),
+        ([1.0, 0.5, 0.501, 0.502, 0.503], sltt.SLTT(), False),  # little
+        ([0.5, 0.6, 0.7], sltt.SLTT(), False),
+        ([-1.0, -0.9, -0.8, -0.7], sltt.SLTT(k=1), True),
+        ([1.0, 0.5, 0.51, 0.52, 0.53], sltt.BPTT(), False),
+    ],
+)
+def test_a_loss_that_rises_under_sltt_has_a_remedy(losses, rule, warned):
+    said = " ".join(rising_loss(losses, rule))
+    assert ("SLTT drops the gradient through time, which this network may need: use BPTT, or OTTT" in said) == warned
 
 
 def test_workers_that_validate_stay_from_epoch_to_epoch(tmp_path):
