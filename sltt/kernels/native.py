@@ -97,8 +97,14 @@ def problem() -> str | None:
 
 
 def cache_folder() -> Path:
-    """Return the folder of what was compiled or measured on this machine."""
+    """Return the folder of what was compiled on this machine."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sltt"
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Return whether the processor multiplies tiles of bfloat16."""
+    return b"amx_bf16" in _processor().split()
 
 
 def origin() -> str:
