@@ -5,9 +5,8 @@ import sys
 
 from sltt.commands.agreement import agreement_table, print_agreement
 from sltt.commands.compare import print_compared
-from sltt.commands.fscil import SCORES, print_few_shots
-from sltt.commands.profile import fits_table, print_profile
-from sltt.commands.tables import Cell, Table, bytes_cell, number
+from sltt.commands.profile import print_profile
+from sltt.commands.tables import Cell, Table, number
 from sltt.training.console import Console
 from sltt.training.manifest import write_file
 from tests.commands.tiny import run
@@ -25,16 +24,6 @@ def test_cells_that_are_not_there_are_empty_and_columns_come_in_order(capsys):
     assert table.csv().splitlines() == ["rule,T,loss", "A,,", "BC,4,0.5"]
     table.show(Console())
     assert capsys.readouterr().out.splitlines() == ["rule     T  loss", "A     died      ", "BC       4  0.50"]
-
-
-def test_numbers_and_sizes_for_people():
-    assert [number(value, ".1f").text for value in (1, math.nan, None)] == ["1.0", "nan", "–"]
-    assert number(None, none="no limit") == Cell("no limit", None)
-    assert [bytes_cell(value).text for value in (5_230_000, 999_700_000, 1_234_000_000)] == [
-        "5.23 MB",
-        "1000 MB",
-        "1.23 GB",
-    ]
 
 
 COMPARED = {
@@ -57,15 +46,6 @@ def test_a_rule_that_trained_and_could_not_be_measured_has_a_row(capsys):
     ]
 
 
-def test_values_that_vary_have_validation_beside_the_test(capsys):
-    varied = {**COMPARED, "varied": {"rule.k": "1"}, "validation": [0.25]}
-    print_compared({**METRIC, "rows": [varied]}, Console())
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["accuracy", "validation", "test", "s/epoch", "memory"]
-    assert lines[1].split() == ["SLTT,", "rule.k=1", "25.0%", "50.0%", "2.00", "5.2", "MB"]
-    assert lines[2].startswith("SLTT, rule.k=1 has the best validation accuracy: 25.00%")
-
-
 def test_gradients_beside_that_of_bptt(capsys):
     one = {"rule": "SLTT()", "cosine": 0.98765, "least": 0.9, "norm_ratio": 0.5, "dropped": 0.035}
     one["layers"] = {"a": (0.9, 0.8)}
@@ -81,30 +61,6 @@ def test_gradients_beside_that_of_bptt(capsys):
     assert lines[8:] == [
         "T = 3, after 1 epoch: Take it.",
         "τ = 1.5, T = 3, after 1 epoch: Take it.",
-    ]
-
-
-def test_accuracy_by_session_is_a_mean_over_seeds(capsys):
-    trained = {"rule": "SLTT", "accuracies": [[0.5, 0.25], [0.7, 0.35]], **{key: [0.5, 0.7] for key in SCORES}}
-    died = {"rule": "OTTT", "accuracies": [], **{key: [] for key in SCORES}}
-    print_few_shots({"sizes": [6, 2], "shot": 5, "rows": [died, trained]}, Console())
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "6 base classes, 1 × 2 new ones of 5 samples"
-    assert [line.split() for line in lines[2:]] == [
-        ["rule", *SCORES.values()],
-        ["OTTT", "died"],
-        ["SLTT", *["60.0", "±", "14.1"] * 5],
-        ["classes", "seen", "6", "8"],
-        ["SLTT", "60.0", "30.0"],
-    ]
-
-
-def test_what_fits_and_what_was_not_run():
-    fits = {"rule": "SLTT", "budget": 10**6, "batch": 1200, "steps": None, "predicted": 990_000, "measured": None}
-    checked = {**fits, "measured": 1_000_000}
-    assert shown(fits_table([fits, checked])) == [
-        ["SLTT", "1,200", "no limit", "0.99 MB", "not run", ""],
-        ["SLTT", "1,200", "no limit", "0.99 MB", "1 MB", "-1.0%"],
     ]
 
 

@@ -3,7 +3,7 @@ import pytest
 from sltt.commands.results import Gathered, scores_text
 from sltt.commands.sections import sections
 from sltt.commands.vary import best_of
-from sltt.commands.verdict import answers, batch_memory, shared_steps, verdicts
+from sltt.commands.verdict import answers, shared_steps, verdicts
 
 METRIC = {"metric": "accuracy", "higher_is_better": True}
 
@@ -49,12 +49,6 @@ def test_seconds_of_an_epoch_are_not_compared_with_those_of_a_batch():
     assert "the time" not in " ".join(answers(found))
 
 
-def test_a_profile_of_another_recipe_stays_apart():
-    other = {**profiled(cost("SLTT", 16, 90), layers=[{"name": "a", "firing_rate": 0.5}]), "recipe": "cifar10"}
-    found = gathered(compared("SLTT", [0.98], 2.0, 10), profiles=[other])
-    assert verdicts(found)[0].memory == {4: 10}
-
-
 @pytest.mark.parametrize(
     ("accuracies", "samples", "said"),
     [
@@ -96,22 +90,11 @@ def test_a_rule_whose_seeds_died_is_not_safe():
     assert "2 of its seeds died." in best_of(rows[1:3], "accuracy", True)
 
 
-def test_the_reference_may_have_no_memory_that_was_measured():
-    found = gathered(compared("BPTT", [0.9, 0.9], memory=0), compared("SLTT", [0.9, 0.9]))
-    assert answers(found) == [
-        "SLTT: accuracy not below that of BPTT, 1.00 × the time, gradient agreement 1.00. Safe here."
-    ]
-
-
 def test_without_trainings_the_advice_or_the_costs_answer():
     agreements = [{"recipe": "digits", "rows": [{"advice": "Take SLTT()."}]}]
     assert answers(Gathered(agreements=agreements)) == ["Take SLTT()."]
     (text,) = answers(Gathered(profiles=[profiled(cost("BPTT", 4, 90), cost("SLTT", 4, 40))]))
     assert text == "SLTT: 2.0 × less memory at T = 4, 1.00 × the time."
-
-
-def test_memory_has_the_meaning_of_peak_memory():
-    assert batch_memory(cost("BPTT", 4, 90)["memory"]) == 100
 
 
 def test_the_verdict_of_an_error_needs_several_seeds():
