@@ -47,7 +47,6 @@ _FUNCTIONS = {
     "sltt_same": (_N, [_P, _P, _N]),
     "sltt_pack_bits": (None, [_P, _I, _P, _N, _I]),
     "sltt_look": (_N, [_P, _I, _P, _N, _P, _I]),
-    "sltt_look_by_channel": (_N, [_P, _I, _N, _N, _N, _P]),
     "sltt_unpack_bits": (None, [_P, _N, _P, _I, _P, _I]),
     "sltt_pack": (None, [_P, _P, _P, _F, _P, _I]),
     "sltt_forward": (_I, [_P, _P, _P, _P, _P, _I, _I]),
