@@ -114,9 +114,7 @@ def origin() -> str:
 
 @functools.cache
 def key() -> str:
-    """Digest of all that the library depends on. Call it where `library()` is not None."""
-    if shipped := _find_shipped():
-        return hashlib.sha256(shipped.name.encode() + _processor()).hexdigest()[:16]
+    """Digest of all that a compiled library depends on."""
     compiler = _compiler()
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout

@@ -90,7 +90,6 @@ def test_a_profile_names_the_t_of_its_layers_and_the_paths(capsys):
     assert ["0", "16,000", "100.0%", "16,000", "MAC", "73.6"] in rows
     assert ["1", "0.125", "1,234"] in rows
     assert "sparse in 1 of 4" in " ".join(out.split())
-    assert ["all", "100.0"] in rows
     assert ["Dense", "1,234", "–"] in rows
 
 

@@ -42,13 +42,6 @@ class BreakEven(NamedTuple):
     weight_gradient: float
 
 
-class LayerSeconds(NamedTuple):
-    """Time of a layer on one thread, by the model."""
-
-    dense: float
-    sparse: float
-
-
 @functools.lru_cache(maxsize=1024)
 def break_even(layer: Layer, dtype: torch.dtype, calls: int = 1) -> BreakEven:
     """Return the densities below which `layer` is faster sparse, forward and weight gradient, with weights of `calls`.
@@ -66,10 +59,10 @@ def fast_gradients(layer: Layer, dtype: torch.dtype) -> bool:
     return winograd.supports(layer, dtype) and _dense_unit(dtype) != "AMX"
 
 
-def seconds(layer: Layer, dtype: torch.dtype, density: float) -> list[LayerSeconds]:
-    """Return estimates for the forward and for the weight gradient; the input gradient is dense in any case."""
+def seconds(layer: Layer, dtype: torch.dtype, density: float) -> list[tuple[float, float]]:
+    """Return estimates, dense and sparse, for the forward and for the weight gradient; the input gradient is dense."""
     times = _nanoseconds(layer, dtype, calls=1)
-    return [LayerSeconds(dense / 1e9, (spikes * density + rest) / 1e9) for dense, spikes, rest in times]
+    return [(dense / 1e9, (spikes * density + rest) / 1e9) for dense, spikes, rest in times]
 
 
 def _nanoseconds(layer: Layer, dtype: torch.dtype, calls: int) -> list[tuple[float, float, float]]:
