@@ -284,15 +284,3 @@ def test_images_with_a_palette_have_colours():
     picture.putpalette([0, 0, 0, 255, 0, 51])
     x, _ = from_datasets([(picture, 0)], static=True).splits(1).train[0]
     assert x[:, 0, 0].tolist() == pytest.approx([1.0, 0.0, 0.2])
-
-
-@pytest.mark.parametrize(
-    ("x", "message"),
-    [
-        (Image.new("I", (4, 4), 7), "is an image of mode I and of unknown range: make it an array of floats"),
-        (np.zeros((1, 4, 4), np.uint8), r'x.astype\("float32"\) / 255'),
-    ],
-)
-def test_whole_numbers_in_images_are_refused(x, message):
-    with pytest.raises(ValueError, match=message):
-        from_datasets([(x, 0)], static=True).splits(1)
