@@ -5,7 +5,8 @@ import sys
 
 from sltt.commands.agreement import agreement_table, print_agreement
 from sltt.commands.compare import print_compared
-from sltt.commands.profile import print_profile
+from sltt.commands.fscil import SCORES, print_few_shots
+from sltt.commands.profile import fits_table, print_profile
 from sltt.commands.tables import Cell, Table, number
 from sltt.training.console import Console
 from sltt.training.manifest import write_file
@@ -61,6 +62,30 @@ def test_gradients_beside_that_of_bptt(capsys):
     assert lines[8:] == [
         "T = 3, after 1 epoch: Take it.",
         "τ = 1.5, T = 3, after 1 epoch: Take it.",
+    ]
+
+
+def test_accuracy_by_session_is_a_mean_over_seeds(capsys):
+    trained = {"rule": "SLTT", "accuracies": [[0.5, 0.25], [0.7, 0.35]], **{key: [0.5, 0.7] for key in SCORES}}
+    died = {"rule": "OTTT", "accuracies": [], **{key: [] for key in SCORES}}
+    print_few_shots({"sizes": [6, 2], "shot": 5, "rows": [died, trained]}, Console())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "6 base classes, 1 × 2 new ones of 5 samples"
+    assert [line.split() for line in lines[2:]] == [
+        ["rule", *SCORES.values()],
+        ["OTTT", "died"],
+        ["SLTT", *["60.0", "±", "14.1"] * 5],
+        ["classes", "seen", "6", "8"],
+        ["SLTT", "60.0", "30.0"],
+    ]
+
+
+def test_what_fits_and_what_was_not_run():
+    fits = {"rule": "SLTT", "budget": 10**6, "batch": 1200, "steps": None, "predicted": 990_000, "measured": None}
+    checked = {**fits, "measured": 1_000_000}
+    assert shown(fits_table([fits, checked])) == [
+        ["SLTT", "1,200", "no limit", "0.99 MB", "not run", ""],
+        ["SLTT", "1,200", "no limit", "0.99 MB", "1 MB", "-1.0%"],
     ]
 
 
