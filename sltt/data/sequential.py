@@ -5,6 +5,7 @@ Shapes: P pixels of an image, T time steps.
 
 import hashlib
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +24,15 @@ class SequentialDigits(Digits):
     matter: without it the image's margins are silent steps.
 
     Args:
-        validation: share of the training images held out to select the best epoch; 0 trains on everything.
-        split_seed: which training images are held out.
-        augment: shift training images by up to one pixel in each direction.
         permute: put the pixels in a fixed random order, the same on every machine.
+        kwargs: `validation`, `split_seed` and `augment`, as for `sltt.data.Digits`.
 
     Raises:
         ValueError: when loaded, a T that does not divide 64.
     """
 
-    def __init__(self, validation: float = 0.1, split_seed: int = 0, augment: bool = True, permute: bool = True):
-        super().__init__(validation, split_seed, augment)
+    def __init__(self, permute: bool = True, **kwargs: Any):
+        super().__init__(**kwargs)
         self.permute = flag("permute", permute)
 
     def load(self, steps: int) -> Splits:
