@@ -8,6 +8,7 @@ list, nothing is known.
 
 import random
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,13 @@ _BY_DIM = (  # of the first sample's dimensions on
     "_log_softmax _softmax amax amin argmax argmin cumsum flip logsumexp max mean min "
     "permute roll select slice softmax split split_with_sizes squeeze sum transpose unbind unsqueeze var std cat stack"
 )
-_WEIGHTED = {"addmm": 1, "convolution": 0, "embedding": 1, "linear": 0, "mm": 0}  # the argument with samples; all others are weights
+_WEIGHTED = {
+    "addmm": 1,
+    "convolution": 0,
+    "embedding": 1,
+    "linear": 0,
+    "mm": 0,
+}  # the argument with samples; all others are weights
 _POOLS = "avg_pool max_pool adaptive_avg_pool adaptive_max_pool _adaptive_avg_pool upsample pixel_shuffle im2col"
 _UNIFORM = "zeros ones full empty new_zeros new_ones new_full zeros_like ones_like full_like scalar_tensor"
 _PADS = "constant_pad_nd reflection_pad replication_pad"
@@ -181,25 +188,35 @@ class _Watched(Step):
 def leave_samples_apart(run: Run, model: nn.Module, steps: int) -> bool:
     """Return whether a network's operations leave samples apart, in one time step of a batch and in so many in a call.
 
-    `model` is a copy of the run's.
+    `model` is a copy of the run's. Notes in the run's layout whether it takes images with their channels last.
     """
-    called, drawn = [], (random.getstate(), np.random.get_state()[1:])
+    drawn = repr((random.getstate(), np.random.get_state()))
     try:
-        for n in (1, steps):
-            x = run.sequence.input(range(n)).clone()
-            operations, layout = Operations(x, [*model.parameters(), *model.buffers()]), layout_of(model)
-            inner = Run(model, Sequence(x, 1, True), _Watched(operations))
-            with kernels.using(bits=False), without_marked_hooks(model.modules()), inner:
-                with torch.enable_grad(), _Hooks(), operations:
-                    y = model(x)
-                _check_gradient(y, operations)
-            called.append(operations.called)
-            if layout.changes():
-                return False
+        called = [_watch(model, run.sequence.input(range(n))) for n in (1, steps)]
+        # the same of more samples, and when it runs again
+        if called[0] != called[1] or drawn != repr((random.getstate(), np.random.get_state())):
+            return False
     except Exception:  # of any kind: it is the user's code
         return False
-    # the same of more samples, and when it runs again
-    return called[0] == called[1] and repr(drawn) == repr((random.getstate(), np.random.get_state()[1:]))
+    if run.layout.has_images:
+        with suppress(Exception):  # such as a view that another order of channels does not have
+            _watch(model, run.sequence.channels_last().input(range(1)))
+            run.layout.channels_last = True
+    return True
+
+
+def _watch(model: nn.Module, x: Tensor) -> list[Any]:
+    """Run a network; return what it calls. Raises UnknownError if it may mix samples."""
+    x = x.clone()
+    operations, layout = Operations(x, [*model.parameters(), *model.buffers()]), layout_of(model)
+    inner = Run(model, Sequence(x, 1, True), _Watched(operations))
+    with kernels.using(bits=False), without_marked_hooks(model.modules()), inner:
+        with torch.enable_grad(), _Hooks(), operations:
+            y = model(x)
+        _check_gradient(y, operations)
+    if changes := layout.changes():
+        raise UnknownError(f"changes {next(iter(changes))}")
+    return operations.called
 
 
 def _check_gradient(y: Any, operations: Operations) -> None:
@@ -210,7 +227,7 @@ def _check_gradient(y: Any, operations: Operations) -> None:
         if (node := waiting.pop()) is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            if not type(node)._forward_cls.__module__.startswith("sltt."):  # type: ignore[attr-defined]
-                raise UnknownError(f"has a gradient of its own in {type(node).__name__}")
+        own = isinstance(node, torch.autograd.function.BackwardCFunction)
+        if own and not type(node)._forward_cls.__module__.startswith("sltt."):  # type: ignore[attr-defined]
+            raise UnknownError(f"has a gradient of its own in {type(node).__name__}")
         waiting += [before for before, _ in node.next_functions]
