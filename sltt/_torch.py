@@ -1,6 +1,6 @@
 """Names of PyTorch and Lightning that are not public, as read in PyTorch 2.8, 2.13 and 2.15 and Fabric 2.5 and 2.6.
 
-No other file imports any. Other files use some attributes where they need them: `ATTRIBUTES` lists these.
+No other file imports any. Other files use some attributes of objects where they need them.
 """
 
 # ruff: noqa: F401
@@ -11,11 +11,9 @@ from torch.autograd import forward_ad
 
 try:
     from torch._C import (  # pyright: ignore
-        TensorBase,
         _are_functorch_transforms_active,
         _current_graph_task_id,
         _len_torch_function_stack,
-        _to_dlpack,
     )
     from torch._C._autograd import _top_saved_tensors_default_hooks  # pyright: ignore
     from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore
@@ -30,51 +28,6 @@ try:
     from torch.utils._pytree import tree_leaves, tree_map_only
 except ImportError as error:
     raise ImportError(f"PyTorch {torch.__version__} lacks what PyTorch 2.8 to 2.15 have: {error}") from error
-
-# The private attributes that the package uses: of what, and what for.
-ATTRIBUTES = {
-    "torch": {"_foreach_add_": "adds to many tensors in one launch"},
-    "torch.Tensor": {
-        "_version": "tells a change in place",
-        "_post_accumulate_grad_hooks": "finds hooks that see the gradient of one time step",
-    },
-    "torch.UntypedStorage": {"_cdata": "names memory, also that of an empty tensor"},
-    "torch.nn.Module": {
-        "_parameters": "a name in a module that is no attribute of the user's",
-        "_buffers": "lists the module's own buffers",
-        "_non_persistent_buffers_set": "names the states of snnTorch's neurons",
-        "_forward_hooks": "takes hooks off a copy, finds what exports would not run",
-        "_forward_pre_hooks": "takes hooks off a copy, finds a spectral norm",
-        "_backward_hooks": "finds hooks that see one time step in a call",
-        "_backward_pre_hooks": "finds hooks that see one time step in a call",
-        "_modules": "a name in a module that is no attribute of the user's",
-        "_compiled_call_impl": "is what module.compile() made",
-    },
-    "torch.nn.modules.module": {
-        "_global_forward_hooks": "hooks for all modules, which see several time steps in a call",
-        "_global_forward_pre_hooks": "hooks for all modules, which see several time steps in a call",
-        "_global_backward_hooks": "hooks for all modules, which see several time steps in a call",
-        "_global_backward_pre_hooks": "hooks for all modules, which see several time steps in a call",
-    },
-    "torch.nn.BatchNorm2d": {"_check_input_dim": "raises PyTorch's own error"},
-    "torch.nn.Conv2d": {
-        "_reversed_padding_repeated_twice": "is padding='same' in numbers",
-        "_conv_forward": "tells a convolution of the user's own",
-    },
-    "torch.autograd.graph.Node": {"_saved_result": "tells that a backward reads its output"},
-    "torch.autograd.profiler": {"_is_profiler_enabled": "tells that a profiler runs, in any thread"},
-    "torch.autograd.forward_ad": {"_current_level": "tells forward-mode differentiation"},
-    "torch.compile": {
-        "_orig_mod": "is the module that was compiled, and stands in names of parameters",
-        "_torchdynamo_orig_callable": "is the function that was compiled",
-    },
-    "torch.utils.data.DataLoader": {"_iterator": "holds the workers"},
-    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter": {"_shutdown_workers": "ends the workers"},
-    "torch.ops.aten": {"_to_copy": "is the operation that moves a tensor between devices"},
-    "torch._ops.OpOverload": {"_schema": "tells that an operation changes an argument"},
-    "lightning_fabric.Fabric": {"_forward_module": "stands in names of parameters"},
-    "spikingjelly.activation_based.base.MemoryModule": {"_memories": "names the states"},
-}
 
 
 class DispatchMode(TorchDispatchMode):

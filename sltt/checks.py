@@ -24,18 +24,9 @@ def number(
     most: float | None = None,
     remedy: str = "",
 ) -> float:
-    """Return a finite real number in a range, as a float.
+    """Return a finite real number in a range, as a float; `remedy` ends the message.
 
-        self.gamma = number("gamma", gamma, above=0)
-
-    Args:
-        name: of the argument, for the message.
-        value: what was given.
-        above: the number is greater than this.
-        least: the number is at least this.
-        below: the number is smaller than this.
-        most: the number is at most this.
-        remedy: what to do instead, the end of the message.
+    self.gamma = number("gamma", gamma, above=0)
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(_message(name, "a number", value, remedy))
@@ -46,10 +37,7 @@ def number(
 
 
 def whole_number(name: str, value: Any, *, least: int | None = None, most: int | None = None, remedy: str = "") -> int:
-    """Return a whole number in a range, as an int; 2.0 is none, and neither is True.
-
-    self.window = whole_number("window", window, least=1)
-    """
+    """Return a whole number in a range, as an int; 2.0 is none, and neither is True."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(_message(name, "a whole number", value, remedy))
     _check_range(name, value, remedy, least=least, most=most)
@@ -58,10 +46,7 @@ def whole_number(name: str, value: Any, *, least: int | None = None, most: int |
 
 
 def whole_numbers(name: str, values: Any, *, least: int | None = None, fewest: int = 1) -> tuple[int, ...]:
-    """Return a sequence of at least `fewest` whole numbers.
-
-    self.features = whole_numbers("features", features, least=1, fewest=2)
-    """
+    """Return a sequence of at least `fewest` whole numbers."""
     values = sequence(name, values, "whole numbers", fewest=fewest)
     return tuple(whole_number(f"{name}[{i}]", value, least=least) for i, value in enumerate(values))
 

@@ -1,4 +1,5 @@
-import json
+import re
+import shlex
 import sys
 from importlib.util import find_spec
 
@@ -8,6 +9,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 import sltt
+from sltt.commands.parsing import Recipe
 from tests.kernels.exact import NATIVE
 from tests.scripts import BENCHMARKS, benchmarks_on_the_path, load  # noqa: F401
 
@@ -41,17 +43,6 @@ def test_the_benchmark_of_peers_builds_the_same_network_for_every_case():
     assert cases.build("vgg11-max", "relu")[1].shape == cases.NETWORKS["vgg11-max"][1]
 
 
-def test_cases_take_turns_after_one_that_is_not_counted():
-    turns, asked = load("turns"), []
-
-    def case(name):
-        return lambda: asked.append(name) or float(len(asked))
-
-    assert turns.in_turns([case("a"), case("b")], 2) == [[3, 5], [4, 6]]
-    assert asked == ["a", "b"] * 3
-    assert turns.timed(lambda: None, clock=iter(range(9)).__next__, least=3)() == 1  # three calls in three seconds
-
-
 @pytest.mark.parametrize("case", ["SLTT", "BPTT", "SLTT, fold = 1", "SpikingJelly BPTT"])
 def test_a_case_on_sequences_has_the_gradient_of_its_rule(case):
     pytest.importorskip("spikingjelly" if "Jelly" in case else "torch")
@@ -72,151 +63,12 @@ def test_jax_has_the_gradient_of_its_rule(work):
     assert all(row["seconds"][0] > 0 for row in rows)
 
 
-def test_a_table_of_sequences_has_the_fastest_form():
-    times = {"SLTT": [1.0, 1.0], "JAX SLTT, a": [4.0, 5.0], "JAX SLTT, b": [2.0, 2.5]}
-    assert load("tables").over_fastest(times, "SLTT", "JAX SLTT") == "0.45 (0.40 – 0.50), b"
-
-
-def test_floors_and_peers_are_cases():
-    cases = load("peer_cases").CASES
-    assert {case.floor for case in cases.values()} <= set(cases)
-    assert {case.peer for case in cases.values()} <= {*cases, None}
-
-
 def test_the_checkpoints_of_spikingjelly_give_the_gradient_of_bptt():
     pytest.importorskip("spikingjelly")
     cases = load("peer_cases")
     model, _, _ = cases.build("digits", "SpikingJelly memopt, units", 2)
     assert sum(isinstance(m, CheckpointWrapper) for m in model.modules()) == 3  # one for each convolution
     assert cases.cosine("digits", "SpikingJelly memopt, units", 3) == pytest.approx(1, abs=1e-9)
-
-
-def test_a_network_that_evaluates_spikes_as_after_a_training():
-    cases = load("peer_cases")
-    model, x, _ = cases.build("vgg11", "evaluation", 4)
-    with sltt.analysis.firing_rates(model) as rates:
-        sltt.unroll(model, x, steps=2)
-    assert len(rates.by_layer()) == 8
-    assert all(0.08 < rate < 0.25 for rate in rates.by_layer().values()), rates.by_layer()
-
-
-def test_processor_time_is_of_one_thread(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["peers.py", "--clock", "process", "--threads", "2"])
-    with pytest.raises(SystemExit, match="add --threads 1"):
-        load("peers").main()
-
-
-def test_ratios_are_taken_within_a_turn():
-    tables = load("peer_tables")
-    rows = [{"case": "relu", "times": [1.0, 2.0, 4.0]}, {"case": "SLTT", "times": [0.5, 1.5, 2.4]}]
-    assert tables.ratio(rows, rows[1], "relu") == (0.6, 0.5, 0.75)
-    assert tables.ratio(rows, rows[1], "SpikingJelly SLTT") is None
-    rows[0]["began"] = "on another day"
-    assert tables.ratio(rows, rows[1], "relu") is None
-
-
-class Answers:
-    """A worker that answers at once; `ends` says at which question a case of a T ends."""
-
-    def __init__(self, case, steps, ends):
-        self.steps, self.end = steps, ends.get((case, steps))
-
-    def ask(self, what):
-        if self.end == what:
-            raise load("turns").EndedError("killed, out of memory")
-        return {"memory": 2e8, "resident": 2e8, "cosine": 1.0, "time": 0.5 * self.steps}[what]
-
-    def close(self):
-        pass
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """Runs the benchmark of peers on workers that answer at once; gives what it printed, and the rows in its file."""
-    peers, file = load("peers"), tmp_path / "rows.json"
-
-    def run(steps, ends, cases="SLTT;BPTT;SpikingJelly BPTT", only="", **settings):
-        started = set()
-
-        def start(setting, case, **environment):
-            started.add((case, setting.steps))
-            return Answers(case, setting.steps, ends)
-
-        monkeypatch.setattr(peers, "start", start)
-        setting = peers.Setting("digits", steps[0], **{"batch": 128, **settings})
-        rows = peers.sweep(setting, steps, cases.split(";"), 3, only, file)
-        assert json.loads(file.read_text()) == json.loads(json.dumps(rows))
-        return capsys.readouterr().out, rows, started
-
-    return run
-
-
-@pytest.mark.parametrize("what", ["memory", "time"])
-def test_a_case_that_ends_leaves_the_others_and_is_not_run_at_a_larger_t(run, what):
-    out, rows, started = run([4, 16], {("BPTT", 4): what})
-    measured = {(row["case"], row["steps"]) for row in rows if "error" not in row}
-    assert measured == {(case, steps) for case in ("SLTT", "SpikingJelly BPTT") for steps in (4, 16)}
-    assert {row["seconds"] for row in rows if "error" not in row} == {2.0, 8.0}
-    assert ("BPTT", 16) not in started
-    errors = {row["steps"]: row["error"] for row in rows if "error" in row}
-    assert errors == {4: "killed, out of memory", 16: "not run, since T = 4 failed"}
-    assert "killed, out of memory" in out
-
-
-def test_a_sweep_goes_on_where_it_stopped(run):
-    _, rows, _ = run([4], {})
-    _, again, started = run([4, 16], {})
-    assert again[: len(rows)] == json.loads(json.dumps(rows))
-    assert {steps for _, steps in started} == {16}
-    _, rows, started = run([4], {}, cases="SLTT;BPTT;relu")  # a case more: this T is run again, for the ratios
-    assert started == {("SLTT", 4), ("BPTT", 4), ("relu", 4)}
-    assert len(rows) == 2 + 3 + 2  # SpikingJelly stays
-    _, rows, started = run([4], {}, batch=8, threads=1, clock="process")
-    assert len(started) == 3  # in another setting nothing was measured
-    assert len(rows) == 2 + 3 + 2 + 3
-
-
-def test_memory_and_times_are_measured_in_two_calls(run):
-    out, rows, _ = run([4], {}, cases="relu;SLTT", only="memory")
-    assert all("memory" in row and "times" not in row for row in rows)
-    assert "200 MB" in out
-    out, rows, started = run([4], {}, cases="relu;SLTT", only="times")
-    assert all(row["cosine"] == 1 and row["times"] == [2.0] * 3 for row in rows)
-    assert "| SLTT | 2 s | 1 |" in out
-    out, again, started = run([4, 8], {}, cases="relu;SLTT")
-    assert started == {("relu", 8), ("SLTT", 8)}
-    assert all("cosine" not in row for row in again[2:])  # gradients are compared once
-
-
-@pytest.mark.parametrize(
-    ("code", "why"),
-    [
-        ("import time; time.sleep(60)", "more than 0.5 s"),
-        ("import sys; sys.exit(3)", "ended with code 3"),
-        ("import os; os.kill(os.getpid(), 9)", "killed, out of memory"),
-    ],
-)
-def test_a_worker_that_gives_no_answer_says_why(code, why):
-    turns = load("turns")
-    worker = turns.Worker([sys.executable, "-c", code], 0.5 if "sleep" in code else 60)
-    with pytest.raises(turns.EndedError, match=why):
-        worker.ask("time")
-    worker.close()
-
-
-def test_a_worker_answers_each_question():
-    code = "import sys\nfor line in sys.stdin: print(len(line), flush=True)"
-    worker = load("turns").Worker([sys.executable, "-c", code], 60)
-    assert [worker.ask(what) for what in ("time", "memory")] == [5, 7]
-    worker.close()
-
-
-def test_the_figure_of_recall_is_drawn_from_the_recorded_trainings(tmp_path):
-    rows = json.loads((BENCHMARKS.parent / "docs" / "results" / "recall-memory.json").read_text())
-    figure = load("recall_figure")
-    assert {row["rule"] for row in rows} == set(figure.RULES)
-    figure.draw(rows, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 def test_the_tables_of_the_documentation_are_those_of_the_results():
@@ -251,19 +103,6 @@ def test_a_log_is_stale_where_its_sources_have_changed_or_a_part_of_it_is_older(
     assert all((sltt_ / one).exists() for _, sources in logs.LOGS.values() for one in sources for sltt_ in [logs.ROOT])
 
 
-def test_a_table_is_made_for_each_setting_of_a_file(run, tmp_path):
-    run([4], {}, cases="relu;SLTT", only="times")
-    _, rows, _ = run([4], {("SLTT", 4): "time"}, cases="relu;SLTT", batch=8)
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    page = "before\n<!-- table rows -->\nold\n<!-- end -->\nafter <!-- table none -->\n<!-- end -->\n"
-    lines = load("tables").filled(page, tmp_path).splitlines()
-    assert [line.split(", ")[1] for line in lines if "DigitsNet" in line] == ["batch 128 × 1×8×8", "batch 8 × 1×8×8"]
-    assert lines.count("| SLTT | 2 s | 1 |") == 1  # with another batch it failed
-    assert lines.count("| ReLU | 2 s | 1 | 200 MB | 200 MB |") == 1
-    assert "old" not in lines
-    assert "Not measured yet." in lines
-
-
 def test_two_rules_are_equal_where_two_one_sided_tests_say_so():
     tables = load("tables")
     first, second = [0.981, 0.984, 0.979, 0.983], [0.98, 0.982, 0.984, 0.979, 0.981]
@@ -274,18 +113,6 @@ def test_two_rules_are_equal_where_two_one_sided_tests_say_so():
     assert tables.within_margin(*tables.difference(second, [x + 0.05 for x in first])) == "more"
     assert tables.within_margin(*tables.difference(first, [0.9, 1.0])) == "open"
     assert tables.difference([0.5, 0.5], [0.5, 0.5]) == (0.0, 0.0)
-
-
-def test_new_rows_replace_those_of_the_same_task_and_rule(tmp_path):
-    tasks = load("tasks")
-    rows = json.loads((tasks.RESULTS / "tasks.json").read_text())
-    traces = next(row for row in rows if (row["task"], row["rule"]) == ("recall", "OTTT"))
-    new = {**traces, "accuracies": [0.5, 0.7]}
-    assert tasks.merged(rows, [new]) == [new if row is traces else row for row in rows]
-    (tmp_path / "tasks.json").write_text(json.dumps([new]))
-    filled = load("tables").filled("<!-- table tasks -->\n<!-- end -->\n<!-- table k -->\n<!-- end -->\n", tmp_path)
-    assert "| OTTT | 60.0% ± 14.1% |" in filled
-    assert "Not measured yet." in filled
 
 
 def test_the_steps_on_a_gpu_measure_what_there_is(tmp_path):
@@ -306,21 +133,21 @@ def test_the_steps_on_a_gpu_measure_what_there_is(tmp_path):
     assert profiled["seconds"] >= profiled["host"] > 0
 
 
-def test_a_step_that_fails_is_tried_again_and_the_others_are_not(monkeypatch, tmp_path):
-    gpu, ran = load("gpu"), []
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu, "PAGE", tmp_path / "gpu.md")
-    monkeypatch.setattr("sys.argv", ["gpu.py", "--device", "cpu"])
-    gpu.PAGE.write_text("<!-- table gpu-steps -->\n<!-- end -->\n")
-    code = "import sys; print('ran'); sys.exit({})"
-    for fails in (True, False, False):
-        steps = {"a": code.format(0), "b": code.format(int(fails))}
-        command = {
-            name: [sys.executable, "-c", f"open({name!r}, 'a').write('x'); {one}"] for name, one in steps.items()
-        }
-        monkeypatch.setattr(gpu, "commands", lambda *given, command=command: command.items())
-        assert gpu.main() == int(fails)
-        ran.append([(tmp_path / name).read_text() for name in steps])
-        page = (tmp_path / "runs" / "gpu-trial" / "gpu.md").read_text()
-        assert ("| `b` | failed: ran |" in page) is fails
-    assert ran == [["x", "x"], ["x", "xx"], ["x", "xx"]]
+def test_the_map_in_the_documentation_is_that_of_its_results(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS.parent / "docs")
+    figure = load("draw_map")
+    figure.draw(tmp_path / "map.svg")
+    shown = [re.sub(r"<(?!text)[^>]*>", "", path.read_text()).split() for path in (tmp_path / "map.svg", figure.FIGURE)]
+    assert shown[0] == shown[1]  # the numbers; how they are drawn depends on the version of matplotlib
+
+
+def test_every_command_of_the_paper_is_one_that_sltt_takes():
+    paper = load("paper")
+    every = {**paper.COMMANDS, **paper.MAP, **paper.ADVICE}.values()
+    for text in {re.sub(r"[\d.]+", "", text): text for text in every}.values():  # one of those alike but for numbers
+        kind, recipe, *words = [word.format(data="nowhere") for word in shlex.split(text)]
+        own = {"--rules", "--seeds", "--base", "--way", "--shot", "--taus", "--at-epochs", "--samples", "--trial"}
+        own |= {"--steps"} if kind == "agreement" else set()
+        pairs = zip(words[::2], words[1::2], strict=True)
+        options = [word for pair in pairs if pair[0] not in own for word in pair]
+        Recipe(f"sltt {kind}", recipe, options).resolve()

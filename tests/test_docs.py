@@ -1,4 +1,3 @@
-import ast
 import inspect
 import pkgutil
 import re
@@ -103,24 +102,6 @@ def _exists(name):
     except (ImportError, AttributeError):
         return False
     return True
-
-
-def test_every_message_on_the_page_of_errors_is_in_the_code():
-    """Messages on the page are those of the code, with … for what varies."""
-    package = Path(sltt.__file__).parent
-    trees = [ast.parse(path.read_text()) for path in package.rglob("*.py")]
-    messages = [
-        _text(node) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant | ast.JoinedStr)
-    ]
-    quoted = re.findall(r"^\| `([^`]+)` \|", (DOCS / "errors.md").read_text(), re.MULTILINE)
-    assert len(quoted) > 10
-    patterns = {text: ".*".join(map(re.escape, text.split("…"))) for text in quoted}
-    assert [text for text, wanted in patterns.items() if not any(re.search(wanted, m) for m in messages)] == []
-
-
-def _text(node):
-    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-    return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
 
 
 def test_every_recipe_is_in_the_table():

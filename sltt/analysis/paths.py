@@ -28,7 +28,7 @@ class LayerPath:
         calls: how often it ran.
         sparse_forward: in how many of them the forward computes on active inputs only.
         sparse_gradient: in how many of them the weight gradient does.
-        saved_seconds: time that these save, estimated for one thread by `sltt.kernels.layer_seconds`.
+        saved_seconds: time that these save on the processor of `kernels/layers/costs.py`, by its model.
         dense_seconds: time of these if they ran dense, by the same model.
     """
 
@@ -66,10 +66,10 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
             return
         path.sparse_forward += call.sparse_forward
         path.sparse_gradient += call.sparse_gradient
-        estimates = kernels.layer_seconds(call.layer, call.dtype, call.spikes.density)
-        for estimate, sparse in zip(estimates, (call.sparse_forward, call.sparse_gradient), strict=True):
-            path.saved_seconds += sparse * (estimate.dense - estimate.sparse)
-            path.dense_seconds += sparse * estimate.dense
+        times = kernels.layer_seconds(call.layer, call.dtype, call.spikes.density)
+        for (dense, on_spikes), sparse in zip(times, (call.sparse_forward, call.sparse_gradient), strict=True):
+            path.saved_seconds += sparse * (dense - on_spikes)
+            path.dense_seconds += sparse * dense
 
     layout = Layout(model).layers
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LAYERS)]

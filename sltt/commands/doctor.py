@@ -75,8 +75,7 @@ def _cuda_neurons() -> tuple[str, str, str]:
 
 def _sparse_layers() -> tuple[str, str, str]:
     problem = kernels.library_problem()
-    measured = kernels.cache_folder() / "costs-*.json"
-    remark = f"compute on active inputs only, where measured times say it pays; to measure again, delete {measured}"
+    remark = "compute on active inputs only, where that is faster"
     return "spike-sparse layers", "dense" if problem else kernels.library_origin(), problem or remark
 
 

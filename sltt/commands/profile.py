@@ -184,14 +184,11 @@ def _path_table(found: Mapping[str, Any]) -> Table:
                 "inputs ≠ 0": number(one["density"], ".1%"),
                 "forward": _way(one["sparse_forward"], one["calls"]),
                 "weight gradient": _way(one["sparse_gradient"], one["calls"]),
-                "saved, ms": "" if share is None else number(1e3 * one["saved_seconds"], ".1f"),
-                "share saved": number(share, ".0%", none=""),
+                "saved": number(share, ".0%", none=""),
             }
         )
-    if saved := sum(one["saved_seconds"] for one in found["paths"]):
-        rows.append({"layer": "all", "saved, ms": number(1e3 * saved, ".1f")})
     title = (
-        "layers on active inputs only (sparse), or dense; saved: estimate for one thread\n"
+        "layers on active inputs only (sparse), or dense; saved: share of the time of these, as the costs have it\n"
         "convolutions need --channels_last true"
     )
     return Table(rows, title=title)

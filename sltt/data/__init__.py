@@ -12,6 +12,6 @@ from sltt.data.images import CIFAR10 as CIFAR10, CIFAR100 as CIFAR100, Cutout as
 from sltt.data.images import Mixup as Mixup
 from sltt.data.own import from_datasets as from_datasets
 from sltt.data.recall import Recall as Recall
-from sltt.data.sequential import SequentialDigits as SequentialDigits, SequentialMNIST as SequentialMNIST
+from sltt.data.sequential import SequentialDigits as SequentialDigits
 from sltt.data.series import TimeSeries as TimeSeries
 from sltt.data.shd import SHD as SHD

@@ -37,7 +37,7 @@ class Digits(Data):
         return _split(self, x, labels)
 
 
-class DigitsEvents(Data):
+class DigitsEvents(Digits):
     """The digits as an event camera sees them move: frames of event counts [T, 2, size, size].
 
     As N-MNIST was recorded (Orchard et al. 2015), each image moves along a triangle in three saccades. A pixel fires an
@@ -45,23 +45,13 @@ class DigitsEvents(Data):
     decreases. The frames are T equal parts of the recording. No noise: the events are the same on every machine.
 
     Args:
-        validation: share of the training recordings held out to select the best epoch; 0 trains on everything.
-        split_seed: which training recordings are held out.
-        augment: shift training recordings by up to one pixel in each direction.
         size: height and width of the sensor in pixels, at least 12.
         threshold: contrast threshold, in units of log intensity.
+        kwargs: `validation`, `split_seed` and `augment`, as for `sltt.data.Digits`.
     """
 
-    def __init__(
-        self,
-        validation: float = 0.1,
-        split_seed: int = 0,
-        augment: bool = True,
-        size: int = 16,
-        threshold: float = 0.2,
-    ):
-        super().__init__(validation, split_seed)
-        self.augment = flag("augment", augment)
+    def __init__(self, size: int = 16, threshold: float = 0.2, **kwargs: Any):
+        super().__init__(**kwargs)
         self.size = whole_number("size", size, least=12)
         self.threshold = number("threshold", threshold, above=0)
 
@@ -128,7 +118,7 @@ def _shift(x: Tensor, fill: float) -> Tensor:
     return F.pad(x, (1, 1, 1, 1), value=fill)[..., dy : dy + height, dx : dx + width]
 
 
-def _split(data: Digits | DigitsEvents, x: Tensor, labels: Tensor) -> Splits:
+def _split(data: Digits, x: Tensor, labels: Tensor) -> Splits:
     samples, names = TensorDataset(x, labels), labels.tolist()
     augmented = Mapped(samples, partial(_shift, fill=float(x.min()))) if data.augment else None
     test = hold_out(names, TEST_SHARE, TEST_SEED)[1]

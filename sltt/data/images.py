@@ -68,8 +68,7 @@ class _Images(Data):
     layout: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    policy = "CIFAR10"  # of AutoAugment
-    only_augmented: tuple[str, ...] = ("autoaugment", "randaugment", "erase", "mixup", "reflect")
+    only_augmented: tuple[str, ...] = ("randaugment", "erase", "mixup", "reflect")
 
     def __init__(
         self,
@@ -78,7 +77,6 @@ class _Images(Data):
         split_seed: int = 0,
         augment: bool = True,
         cutout: int = 16,
-        autoaugment: bool = False,
         download: bool = False,
         randaugment: int = 0,
         erase: float = 0.0,
@@ -94,7 +92,6 @@ class _Images(Data):
             augment: change training images: those of CIFAR are padded by 4 pixels, cropped to 32 × 32 at random,
                 flipped, and get Cutout, as in the SLTT paper.
             cutout: side of the Cutout square in pixels; 0 is no Cutout.
-            autoaugment: the policy that AutoAugment found for CIFAR-10 (Cubuk et al. 2019), after the flip.
             download: fetch the data into `root` where it is not there.
             randaugment: so many random distortions of magnitude 9 of 30, after the flip (Cubuk et al. 2020).
             erase: probability that a rectangle is set to zero (Zhong et al. 2020).
@@ -105,7 +102,6 @@ class _Images(Data):
         self.root = folder("root", root)
         self.augment = flag("augment", augment)
         self.cutout = whole_number("cutout", cutout, least=0)
-        self.autoaugment = flag("autoaugment", autoaugment)
         self.download = flag("download", download)
         self.randaugment = whole_number("randaugment", randaugment, least=0)
         self.erase = number("erase", erase, least=0, most=1)
@@ -146,8 +142,6 @@ class _Images(Data):
         augment = train and self.augment
         distortions: list[Any] = [v2.RandomHorizontalFlip()] if augment else []
         holes: list[Any] = []
-        if augment and self.autoaugment:
-            distortions.append(v2.AutoAugment(v2.AutoAugmentPolicy[self.policy]))
         if augment and self.randaugment:
             distortions.append(v2.RandAugment(self.randaugment))
         if augment and self.cutout:
@@ -211,8 +205,7 @@ class ImageFolder(_Images):
         crop_padding: instead of the random resized crop, crop out of a margin of so many pixels, as for CIFAR.
         cutout: side of the Cutout square in pixels; 0 is no Cutout.
         test: share of the images of `root/CLASS/*` to test on, drawn by `split_seed`; 0 for folders train and test.
-        kwargs: `validation`, `split_seed` and augmentations as for `sltt.data.CIFAR10`. Without `crop_padding`,
-            `autoaugment` is the policy that AutoAugment found for ImageNet.
+        kwargs: `validation`, `split_seed` and augmentations as for `sltt.data.CIFAR10`.
     """
 
     mean = (0.485, 0.456, 0.406)  # of ImageNet
@@ -232,7 +225,6 @@ class ImageFolder(_Images):
         self.test = number("test", test, least=0, below=1)
         self.size = whole_number("size", size, least=1)
         self.crop_padding = None if crop_padding is None else whole_number("crop_padding", crop_padding, least=0)
-        self.policy = "IMAGENET" if crop_padding is None else "CIFAR10"
         if self.reflect and (crop_padding is None or crop_padding >= size):
             raise ValueError(f"reflect=True needs a crop_padding smaller than size={size}, got {crop_padding}")
 

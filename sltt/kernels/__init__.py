@@ -12,7 +12,6 @@ from sltt.kernels.layers.costs import seconds as layer_seconds
 from sltt.kernels.layers.layers import Operation, is_small, operation_of, run_layer, spike_call
 from sltt.kernels.layers.values import convolution_gradients
 from sltt.kernels.layers.weights import Weights
-from sltt.kernels.native import cache_folder
 from sltt.kernels.native import origin as library_origin
 from sltt.kernels.native import problem as library_problem
 from sltt.kernels.neuron.custom import CustomStep, custom_step

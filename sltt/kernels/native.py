@@ -47,7 +47,6 @@ _FUNCTIONS = {
     "sltt_same": (_N, [_P, _P, _N]),
     "sltt_pack_bits": (None, [_P, _I, _P, _N, _I]),
     "sltt_look": (_N, [_P, _I, _P, _N, _P, _I]),
-    "sltt_look_by_channel": (_N, [_P, _I, _N, _N, _N, _P]),
     "sltt_unpack_bits": (None, [_P, _N, _P, _I, _P, _I]),
     "sltt_pack": (None, [_P, _P, _P, _F, _P, _I]),
     "sltt_forward": (_I, [_P, _P, _P, _P, _P, _I, _I]),
@@ -97,8 +96,14 @@ def problem() -> str | None:
 
 
 def cache_folder() -> Path:
-    """Return the folder of what was compiled or measured on this machine."""
+    """Return the folder of what was compiled on this machine."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sltt"
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Return whether the processor multiplies tiles of bfloat16."""
+    return b"amx_bf16" in _processor().split()
 
 
 def origin() -> str:
@@ -109,9 +114,7 @@ def origin() -> str:
 
 @functools.cache
 def key() -> str:
-    """Digest of all that the library depends on. Call it where `library()` is not None."""
-    if shipped := _find_shipped():
-        return hashlib.sha256(shipped.name.encode() + _processor()).hexdigest()[:16]
+    """Digest of all that a compiled library depends on."""
     compiler = _compiler()
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout

@@ -233,14 +233,7 @@ class IF(IntegrateAndFire):
         s[t] = H(u[t] − V_th)
         v[t] = u[t] − V_th s[t]                    soft reset; hard: u[t] − (u[t] − v_r) s[t]
 
-    Args:
-        v_threshold: V_th.
-        v_reset: potential after a spike; None subtracts V_th instead (soft reset).
-        detach_reset: no gradient through the spike in the reset.
-        surrogate: stands in for the derivative of the spike.
-        half_state: keep the membrane potential in the input's type also where that has 16 bits.
-        v_init: membrane potential before the first step; None is v_r, 0 for a soft reset. Half the threshold brings the
-            first spikes forward, and rounds the rate instead of rounding it down (Bu et al. 2022, arXiv 2202.01440).
+    Arguments are those of `LIF`, without a time constant.
     """
 
     def decay(self) -> float:
@@ -254,18 +247,7 @@ class PLIF(IntegrateAndFire):
         s[t] = H(u[t] − V_th)
         v[t] = u[t] − V_th s[t]                    soft reset; hard: u[t] − (u[t] − v_r) s[t]
 
-    With a hard reset or `decay_input`, the charge is that of `LIF`.
-
-    Args:
-        tau: τ at the start, in time steps, greater than 1.
-        v_threshold: V_th.
-        v_reset: potential after a spike; None subtracts V_th instead (soft reset).
-        decay_input: scale the input by 1/τ.
-        detach_reset: no gradient through the spike in the reset.
-        surrogate: stands in for the derivative of the spike.
-        half_state: keep the membrane potential in the input's type also where that has 16 bits.
-        v_init: membrane potential before the first step; None is v_r, 0 for a soft reset. Half the threshold brings the
-            first spikes forward, and rounds the rate instead of rounding it down (Bu et al. 2022, arXiv 2202.01440).
+    Arguments are those of `LIF`, `tau` being τ at the start, and so is the charge with a hard reset or `decay_input`.
 
     Source: Fang et al., ICCV 2021 (arXiv 2007.05785).
     """

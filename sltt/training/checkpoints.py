@@ -5,7 +5,6 @@ A checkpoint is a file of `torch.save` and, behind it, MARK and the SHA-256 of w
 
 import copy
 import hashlib
-import logging
 import time
 from io import BufferedRandom
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch import nn
 
 from sltt.callbacks import Callback
 from sltt.checks import to_python
-from sltt.kernels.layers import costs
 from sltt.losses import prediction_of
 from sltt.parallel.processes import Processes, gather_parts, shard_like
 from sltt.training.average import select_weights
@@ -30,7 +28,6 @@ from sltt.training.safeguards import check_weights
 if TYPE_CHECKING:
     from sltt.training.loop import Loop
 
-log = logging.getLogger("sltt")
 
 FORMAT = "sltt-checkpoint-1"
 MARK = b"sltt-sha256:"
@@ -57,7 +54,6 @@ def save_state(loop: "Loop", *names: str) -> None:
         "callbacks": [[_name(one), one.state_dict()] for one in loop.callbacks],
         "progress": vars(loop.state.sum_over(loop.processes)),
         "fingerprint": loop.fingerprint,
-        "costs": costs.USED,
         "task": {
             "steps": stage_at(loop.stages, max(loop.state.epoch - 1, 0)).steps,
             "static": loop.splits.static,
@@ -86,11 +82,6 @@ def restore_state(loop: "Loop", checkpoint: dict[str, Any]) -> None:
             f"the run {loop.folder} was trained with callbacks {', '.join(before) or 'none'}, and is to go on with "
             f"{', '.join(now) or 'none'}: give the same ones, in Python by sltt.fit(…, callbacks=[…], resume=True)"
         )
-    if loop.processes.rank == 0 and (layers := costs.others(checkpoint["costs"])):
-        log.warning(
-            "%s: the measured costs of layers (%s) are others than in the run, so sparse or dense may be chosen "
-            "otherwise, and the last bits of the weights differ", loop.folder, ", ".join(layers)
-        )  # fmt: skip
     load_weights(loop.model, checkpoint["model"], path)
     if loop.average:
         load_weights(loop.average.module, select_weights(checkpoint), path)

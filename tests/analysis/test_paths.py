@@ -69,19 +69,6 @@ def spikes_of(model: nn.Sequential, x: torch.Tensor) -> float:
     return float(torch.stack(seen).mean())
 
 
-def test_what_is_saved_follows_from_the_measured_costs(monkeypatch):
-    monkeypatch.setattr(costs, "PRODUCTS_FROM", 0)
-    monkeypatch.setattr(
-        costs, "_costs", lambda *args: (costs.Costs(0.02, 0.01, 0.0, 0.0), costs.Costs(0.03, 0.01, 0.0, 0.0))
-    )
-    costs.break_even.cache_clear()
-    path = next(path for path in layer_paths(network(), images()) if path.name == "2")
-    costs.break_even.cache_clear()
-    products = 3 * 4 * 16 * 16 * 32 * 16 * 9
-    assert path.dense_seconds == pytest.approx(0.05 * products / 1e9)
-    assert path.saved_seconds == pytest.approx((0.05 - 0.02 * path.density) * products / 1e9, rel=1e-3)
-
-
 class Named(nn.Module):
     """Calls its layer by a named argument."""
 

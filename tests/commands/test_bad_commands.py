@@ -9,17 +9,12 @@ from sltt.commands import main
 
 TINY = "--model.width 2 --epochs 1 --steps 2 --batch_size 512 --device cpu"
 FSCIL = f"fscil fscil-digits {TINY}"
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
-)
 FILES = {
     "alias.yaml": "model: &a {x: *a}\n",
-    "bomb.yaml": BOMB,
     "twice.yaml": "epochs: 1\nsteps: 2\nepochs: 3\n",
     "deep.yaml": "[" * 5000,
     "nothing.yaml": "epochs: null\n",
     "list.yaml": "- 1\n",
-    "tab.yaml": "a:\n\t- b\n",
     "binary.yaml": "\udcff\udcfe\0",
     "mine.py": """
 import builtins
@@ -57,135 +52,80 @@ CASES = f"""
 2 | unknown recipe 'digit'; did you mean digits? | train digit
 2 | . is a folder, and no recipe: `sltt train --resume . | train .
 2 | unknown recipe '' | train ''
-2 | no file none.yaml | train none.yaml
-2 | unexpected word 'digits' | train digits digits
-2 | unrecognized arguments: --foo | recipes --foo
 2 | usage: sltt data check RECIPE | data check
-2 | usage: sltt data check RECIPE | data look digits
-2 | does not take --foo | data check digits --foo 3
 2 | unknown key 'foo' of sltt.data.Digits | data check digits --data.foo 3
 1 | CIFAR-10 not found | data check cifar10 --data.root nowhere
 # options that are cut short, or misspelt
-2 | unknown option --resum; did you mean --resume? | train --resum a
 2 | unknown option --bugdet; did you mean --budget? | profile --bugdet 8GB
 2 | unknown option --lr; did you mean --optimizer.lr? | train --lr 3
-2 | unknown key 'q' of sltt.SLTT | train --rule.q 3
 2 | expected each rule once, got SLTT 2 times | compare digits --rules SLTT,BPTT,SLTT
 2 | argument --run: expected one argument | train --run
-1 | run must be the path of a folder, got '' | train --run ''
 # YAML that says something else than it seems, or nothing
 2 | the aliases stand for more than 10,000 values | train alias.yaml
 2 | rule.k: expected int | train --rule.k=[1
-2 | phases: expected list or null | train --phases '[{{epochs: 1, epochs: 2}}]'
-2 | the aliases stand for more than 10,000 values | train bomb.yaml
 2 | the key 'epochs' stands twice, in lines 1 and 3 | train twice.yaml
 2 | maximum nesting depth | train deep.yaml
 2 | required: model, data | train nothing.yaml
-2 | list.yaml holds no options | train list.yaml
-2 | tab.yaml cannot be read: | train tab.yaml
 2 | binary.yaml is no YAML that can be read | train binary.yaml
 2 | File does not exist | train --config nowhere.yaml
 # values of the wrong kind
 2 | optimizer.lr: expected float, got abc | train --optimizer.lr abc
-2 | epochs: expected int, got null | train --epochs null
 2 | rule.k: expected int or null, got 1.5 | train --rule.k 1.5
-2 | rule: Not a valid subclass of Rule. Got value: [] | train --rule []
 2 | precision: expected [32, 'bf16-mixed', '16-mixed'], got bf16 | train --precision bf16
-2 | device: expected ['auto', 'cpu', 'cuda', 'mps'], got gpu | train --device gpu
 2 | phases: the following arguments are required: epochs | train --phases '[{{steps: 2}}]'
-2 | unknown key 'epoch' of sltt.Phase; did you mean epochs? | train --phases '[{{epoch: 1}}]'
-2 | Key must be a string, got: 2 | train --rule.windows '{{2: all}}'
 # classes that are not there, or do not fit
 2 | unknown class 'SLT'; did you mean sltt.SLTT? | train --rule SLT
-2 | unknown class 'Foo'; expected a path to import | train --model.neuron.surrogate Foo
-2 | phases.lr: expected float or null, got abc | train --phases '[{{epochs: 1, lr: abc}}]'
 2 | unknown class 'sltt.data.Digit'; did you mean sltt.data.Digits? | train --data sltt.data.Digit
-2 | model: the following arguments are required: features | train --model '{{class_path: sltt.models.MLP}}'
-2 | model: No module named 'nomod' | train --model nomod.Net
 2 | optimizer: No module named 'no_such_package' | train --optimizer no_such_package.optim.Muon
-2 | torch.no_such_module | train --optimizer torch.no_such_module.Muon
 2 | unknown class 'mine.Nothing' | train --model mine.Nothing
-2 | does not correspond to a subclass of Data | train --data sltt.SLTT
 2 | optimizer: KeyError: 'momentums' | train --optimizer mine.Greedy
 2 | optimizer: Invalid learning rate: -1.0 | train --optimizer.lr -1
-2 | optimizer: TypeError | train --optimizer.lr null
-2 | unknown class 'resnet18'; did you mean sltt.models.resnet18? | train --model resnet18
 2 | 'os.system' is not allowed | train --rule os.system
-2 | loggers: Import path does not implement protocol Logger | train --loggers+=sltt.SLTT
 2 | optimizer: Expected 'torch.nn.Linear' to be a subclass of <class 'Optimizer'> | train --optimizer torch.nn.Linear
-2 | window | train --rule TBPTT
 # values out of their range
 1 | steps must be at least 1 | train {TINY} --steps 0
 1 | SLTT(k=9) trains 9 steps, but the sequence has T = 2; use k ≤ T | train {TINY} --rule.k 9
-1 | expected one time step [B, 3, H, W], got shape [5, 1, 8, 8] | train {TINY} --model.in_channels 3
 1 | no images found: looked in | train {TINY} --data sltt.data.ImageFolder --data.root nowhere
-1 | tau must be a number, got None | train {TINY} --model.neuron.tau null
 1 | batch_size must be at most 9223372036854775807 | agreement {TINY} --samples 12345678901234567890
-1 | workers must be at least 0 and at most 1000, got 1234567890 | train {TINY} --workers 1234567890
-1 | gamma must be greater than 0 | train {TINY} --model.neuron.surrogate.gamma 0
-1 | alpha | train {TINY} --loss.alpha 7
 1 | sltt: epochs of a phase must be at least 1, got 0 | train {TINY} --phases '[{{epochs: 0}}]'
 1 | labels must be in 0 … 3 (the model has 4 outputs) | train {TINY} --model.classes 4 --run a
 1 | cannot make the run folder | train {TINY} --run /proc/nowhere/run
 1 | every phase has a learning rate of its own | lr {TINY} --phases '[{{epochs: 1, lr: 0.01}}, {{epochs: 1, lr: 0.1}}]'
 2 | so --optimizer.lr changes nothing: set lr in --phases | train --phases '[{{epochs: 1, lr: 0.1}}]' --optimizer.lr 0.5
-2 | so --optimizer.lr changes nothing | train --phases '[{{epochs: 1, lr: 0.1}}]' --optimizer.init_args.lr=0.5
 1 | no checkpoint at nowhere | train {TINY} --weights nowhere
-1 | lr | train {TINY} --phases '[{{epochs: 1, lr: -1}}]'
 # exceptions of a user's data set and network
 1 | KeyError: 'thrown' (HERE/mine.py, line 11, in splits) | train {TINY} --data mine.Data --data.kind KeyError
-1 | AttributeError: thrown | train {TINY} --data mine.Data --data.kind AttributeError
-1 | StopIteration: thrown | train {TINY} --data mine.Data --data.kind StopIteration
 1 | MemoryError: thrown | train {TINY} --data mine.Data --data.kind MemoryError
 1 | sltt: use a smaller --batch_size | train {TINY} --data mine.Data --data.kind MemoryError
 1 | TypeError: thrown (HERE/mine.py, line 20, in __init__) | train --model mine.Net --model.kind TypeError
-1 | Problem with given class_path 'mine.Net': thrown | agreement --model mine.Net --model.kind AttributeError
 # the other commands
 2 | --seeds: expected a whole number of at least 1, got '0' | compare --seeds 0
-1 | window must be at least 1 | compare --rules BPTT,TBPTT:window=0
 2 | runs in one process | compare --devices 2
 2 | --rules names the rules here: leave --rule out | compare --rules SLTT --rule OTTT
 2 | --rules names the rules here: leave --rule out | profile --rules SLTT --rule=OTTT
 2 | --seeds says how many | compare --seed 7
 2 | sltt profile takes no --resume | profile --resume nowhere
-2 | sltt lr takes no --run | lr --run nowhere
 1 | count must be at least 10, got 3 | lr {TINY} --batches 3
-1 | largest must be greater than 2 | lr {TINY} --smallest 2
 2 | expected an option and its values, such as model.neuron.tau=1.1,2,4 | compare --vary tau
-2 | expected an option and its values | compare --vary tau=1,,2
 2 | --vary does not take seed: use --seeds 3 | compare --vary seed=1,2
-2 | --vary does not take rule: use --rules | compare --vary rule=SLTT,BPTT
 2 | unknown option --nueron.tau | compare --vary model.nueron.tau=1
-1 | steps must be at least 1 | compare --vary steps=1,0
 2 | required: --base | fscil digits
 2 | --order: expected numbers separated by commas, got 'a' | fscil digits --base 6 --order a
 1 | 9 base classes and 1 × 2 new ones are 11, and there are 10 classes | {FSCIL} --base 9 --way 2
-1 | 4 new classes do not part into sessions of 3 | {FSCIL} --base 6 --way 3
 1 | training samples, fewer than shot=500 | {FSCIL} --base 6 --way 1 --shot 500
 1 | class 6 stands twice | {FSCIL} --base 6 --way 1 --order 0,1,2,3,4,5,6,6
-1 | class 10 of Digits has no training samples | {FSCIL} --base 6 --way 1 --order 0,1,2,3,4,5,10
 1 | sltt fscil compares accuracies | {FSCIL} --base 6 --way 1 --metric sltt.metrics.MeanSquaredError
 2 | --budget: expected a memory size such as 8GB | profile --budget much
-2 | 0.5 | profile --budget 0.5
-1 | nowhere.ckpt | profile --weights nowhere.ckpt
 2 | --steps: expected numbers separated by commas, got '1,x' | profile --steps 1,x
-2 | --samples: expected a whole number of at least 1 | agreement --samples 0
 1 | --trial needs accuracies, and the metric here is multi_label | agreement --trial 1 --metric MultiLabelAccuracy
-1 | take 9 time steps or more | agreement recall --steps 8
-1 | tau must be greater than 1 | agreement --device cpu --taus 0
 2 | expected the folder of a run before the options | eval
 2 | nowhere is not the folder of a run | eval nowhere
-2 | unknown option --mirr; did you mean --mirror? | eval nowhere --mirr
-2 | invalid choice: 'foo' | eval nowhere --split foo
 2 | nowhere is not the folder of a run | train --resume nowhere
 2 | leave out 'digits' | train digits --resume nowhere
 2 | -dash is not the folder of a run | train --resume=-dash
-2 | argument --resume: expected one argument | train --resume -dash
 2 | a\\x1b[31m is not the folder of a run | train --resume 'a\x1b[31m'
 2 | --save: expected a folder to write to, and list.yaml is a file | agreement --save list.yaml
 2 | expected the folder of a run before the options | export --to nir
-2 | required: --to | export nowhere
-2 | invalid choice: 'foo' | export nowhere --to foo
 2 | required: FOLDER | report
 1 | there is no folder nowhere | report nowhere
 """

@@ -1,6 +1,5 @@
 import re
 import shlex
-import shutil
 import subprocess
 
 import pytest
@@ -88,19 +87,3 @@ def test_the_shell_completes(capsys, tmp_path):
     assert "|| compinit; bashcompinit" in first
     assert rest == script.splitlines()
     assert main(["completion", "fish"]) == 2
-
-
-@pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
-def test_zsh_completes_nothing_that_is_not_there(capsys, tmp_path):
-    (tmp_path / "empty").mkdir()
-    assert main(["completion", "zsh"]) == 0
-    how = "emulate sh; setopt kshglob noshglob braceexpand ksharrays"  # as zsh's bashcompinit calls a function
-    ask = 'PREFIX={word} COMP_WORDS=(sltt {command} {word}) COMP_CWORD=2; _sltt; echo "${{COMPREPLY[*]}}"'
-    asked = "\n".join(
-        ask.format(command=command, word=word) for command in ("eval", "train") for word in ("empty/", "e")
-    )
-    script = f"{capsys.readouterr().out}\n{how}\n{asked}"
-    done = subprocess.run(["zsh", "-f", "-c", script], capture_output=True, text=True, cwd=tmp_path)
-    found = [line.split() for line in done.stdout.splitlines()]
-    assert found[:3] == [[], ["empty"], []]
-    assert {"empty", "digits"} <= {*found[3]}

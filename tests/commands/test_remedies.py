@@ -76,8 +76,3 @@ def test_a_message_of_sltt_says_what_to_do_by_itself(monkeypatch):
     error = fails(lambda: sltt.LIF(tau=0.5))
     assert cause(error).startswith("tau must be greater than 1")
     assert remedy(error, "train").startswith("`sltt train --help` explains the options; the page")
-
-
-def test_what_is_a_fault_of_ours_is_to_be_reported(monkeypatch):
-    monkeypatch.setattr("sltt.commands.failures.OUTSIDE", ("",))
-    assert "report it" in remedy(fails(lambda: {}["x"]), "train")

@@ -84,17 +84,6 @@ def test_figures_and_tables_are_files_too(page):
     assert [float(row["memory"]) for row in rows] == [row["peak_memory"] for row in saved]
 
 
-def test_a_rule_has_one_colour_and_one_name(measured):
-    made = sections(gather([measured]))
-    colours = {}
-    for chart in (chart for section in made for chart in section.charts if chart.name[2:] in ("accuracy", "memory")):
-        for line in chart.figure.axes[0].get_lines():
-            if not line.get_label().startswith("_"):
-                colours.setdefault(line.get_label(), set()).add(line.get_color())
-    assert colours.keys() == {"BPTT", "SLTT", "SLTT:k=1"}
-    assert all(len(several) == 1 for several in colours.values())
-
-
 def test_a_run_by_itself_and_what_is_left_out(measured, tmp_path, capsys):
     run = shutil.copytree(measured / "BPTT-seed0", tmp_path / "run")
     assert main(["report", str(run), "--out", str(tmp_path / "out")]) == 0
@@ -115,14 +104,6 @@ def test_runs_of_two_metrics_have_two_charts_and_each_has_a_name(measured, tmp_p
     assert [chart.name for chart in section.charts] == ["1-accuracy", "1-mean-squared-error", "1-loss"]
     assert [row[0].text for row in section.tables[0].rows] == ["run", "other"]
     assert [bool(cell.text) for cell in section.tables[0].rows[1]] == [True, True, True, False, True, True, True, True]
-
-
-def test_runs_have_the_name_of_their_row_or_folder(measured, tmp_path):
-    run = shutil.copytree(measured / "BPTT-seed0", tmp_path / "mine")
-    section = next(one for one in sections(gather([measured, run])) if one.title == "Training")
-    labels = [line.get_label() for line in section.charts[0].figure.axes[0].get_lines()]
-    assert [label for label in labels if not label.startswith("_")] == ["BPTT", "SLTT:k=1", "mine"]
-    assert [cell.text for cell in section.tables[0].rows[-1]][:2] == ["mine", "BPTT"]
 
 
 @pytest.mark.parametrize(
@@ -150,16 +131,6 @@ def test_the_spikes_are_those_of_the_next_run_where_one_has_none(measured, tmp_p
     assert spikes.text == ["One sample in the network of BPTT-seed0: a validation sample, if there is one."]
     assert len(spikes.charts) == 2
     assert [note for note in found.notes if "SLTT-k-1-seed0 are left out: " in note and "sample.npz is gone" in note]
-
-
-def test_a_cosine_that_was_not_measured_is_a_dash(measured, tmp_path):
-    folder = shutil.copytree(measured, tmp_path / "all")
-    found = json.loads((folder / "compare.json").read_text())
-    found["rows"][0]["cosine"] = None
-    write(folder / "compare.json", json.dumps(found))
-    table = sections(gather([folder]))[1].tables[0]
-    assert [row[0].text for row in table.rows] == ["BPTT", "SLTT:k=1"]
-    assert table.rows[0][-1].text == "–"
 
 
 @pytest.mark.parametrize("name", ["compare", "profile", "agreement"])
@@ -231,44 +202,3 @@ def test_a_folder_that_cannot_be_read_is_named(content, message, tmp_path, monke
             Path("a", name).write_text(text)
     assert main(["report", "a"]) == 1
     assert message in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives the browser")
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not binary or not driver:
-        pytest.skip("Chromium and its driver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield opened
-    opened.quit()
-
-
-def test_in_a_browser(browser, page):
-    browser.get(page.as_uri())
-    figures = browser.find_elements("css selector", "figure svg")
-    assert len(figures) == 8
-    for figure in figures:
-        assert figure.is_displayed()
-        assert figure.size["width"] > 200
-        assert figure.size["height"] > 50
-
-    browser.set_window_size(390, 800)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= 500
-    backgrounds = []
-    for scheme in ("light", "dark"):
-        browser.execute_cdp_cmd(
-            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        )
-        backgrounds.append(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
-    assert backgrounds[0] != backgrounds[1]
-
-    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    requests = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    assert [url for url in requests if not url.startswith(("file:", "data:", "chrome", "about"))] == []

@@ -7,7 +7,7 @@ from sltt.commands.agreement import agreement_table, print_agreement
 from sltt.commands.compare import print_compared
 from sltt.commands.fscil import SCORES, print_few_shots
 from sltt.commands.profile import fits_table, print_profile
-from sltt.commands.tables import Cell, Table, bytes_cell, number
+from sltt.commands.tables import Cell, Table, number
 from sltt.training.console import Console
 from sltt.training.manifest import write_file
 from tests.commands.tiny import run
@@ -25,16 +25,6 @@ def test_cells_that_are_not_there_are_empty_and_columns_come_in_order(capsys):
     assert table.csv().splitlines() == ["rule,T,loss", "A,,", "BC,4,0.5"]
     table.show(Console())
     assert capsys.readouterr().out.splitlines() == ["rule     T  loss", "A     died      ", "BC       4  0.50"]
-
-
-def test_numbers_and_sizes_for_people():
-    assert [number(value, ".1f").text for value in (1, math.nan, None)] == ["1.0", "nan", "–"]
-    assert number(None, none="no limit") == Cell("no limit", None)
-    assert [bytes_cell(value).text for value in (5_230_000, 999_700_000, 1_234_000_000)] == [
-        "5.23 MB",
-        "1000 MB",
-        "1.23 GB",
-    ]
 
 
 COMPARED = {
@@ -55,15 +45,6 @@ def test_a_rule_that_trained_and_could_not_be_measured_has_a_row(capsys):
         ["SLTT", "50.0%", "2.00", "5.2", "MB", "1.00e+02", "2.00e+02", "nan"],
         ["OTTT", "50.0%", "2.00", "–", "–", "–", "nan"],
     ]
-
-
-def test_values_that_vary_have_validation_beside_the_test(capsys):
-    varied = {**COMPARED, "varied": {"rule.k": "1"}, "validation": [0.25]}
-    print_compared({**METRIC, "rows": [varied]}, Console())
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["accuracy", "validation", "test", "s/epoch", "memory"]
-    assert lines[1].split() == ["SLTT,", "rule.k=1", "25.0%", "50.0%", "2.00", "5.2", "MB"]
-    assert lines[2].startswith("SLTT, rule.k=1 has the best validation accuracy: 25.00%")
 
 
 def test_gradients_beside_that_of_bptt(capsys):
@@ -134,7 +115,6 @@ def test_a_profile_names_the_t_of_its_layers_and_the_paths(capsys):
     assert ["0", "16,000", "100.0%", "16,000", "MAC", "73.6"] in rows
     assert ["1", "0.125", "1,234"] in rows
     assert "sparse in 1 of 4" in " ".join(out.split())
-    assert ["all", "100.0"] in rows
     assert ["Dense", "1,234", "–"] in rows
 
 

@@ -43,10 +43,9 @@ def test_doctor_tells_versions_device_compiler_and_threads(capsys):
     assert "pip install 'sltt[gpu]'" in " ".join(out.split())
 
 
-def test_doctor_tells_where_the_kernels_are_from_and_names_the_files_of_measured_times():
+def test_doctor_tells_where_the_kernels_are_from():
     (row,) = (row for row in findings() if row[0] == "spike-sparse layers")
     assert row[1] == ("dense" if native.problem() else "compiled here")
-    assert native.problem() or f"to measure again, delete {native.cache_folder() / 'costs-*.json'}" in row[2]
 
 
 def test_a_second_ctrl_c_has_a_line_too(capsys, monkeypatch):

@@ -72,12 +72,6 @@ def test_seconds_of_an_epoch_are_not_compared_with_those_of_a_batch():
     assert "the time" not in " ".join(answers(found))
 
 
-def test_a_profile_of_another_recipe_stays_apart():
-    other = {**profiled(cost("SLTT", 16, 90), layers=[{"name": "a", "firing_rate": 0.5}]), "recipe": "cifar10"}
-    found = gathered(compared("SLTT", [0.98], 2.0, 10), profiles=[other])
-    assert verdicts(found)[0].memory == {4: 10}
-
-
 @pytest.mark.parametrize(
     ("accuracies", "samples", "said"),
     [

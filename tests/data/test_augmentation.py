@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
-from torchvision.transforms.v2 import AutoAugmentPolicy
 
 from sltt.data import CIFAR10, ImageFolder, Mixup
 from sltt.training.batches import Key, _Seeded
@@ -26,8 +25,6 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"autoaugment": True},
-        {"autoaugment": True, "crop_padding": 4},
         {"randaugment": 2},
         {"erase": 1.0},
         {"mixup": 0.5},
@@ -57,8 +54,8 @@ PLAIN, CROPPED = ["ToDtype", "Normalize"], ["RandomHorizontalFlip", "ToDtype", "
         (CIFAR10(), ["RandomCrop", *CROPPED, "Cutout"], PLAIN),
         (CIFAR10(augment=False), PLAIN, PLAIN),
         (
-            CIFAR10(autoaugment=True, randaugment=2, erase=0.5),
-            ["RandomCrop", "RandomHorizontalFlip", "AutoAugment", "RandAugment", *PLAIN, "Cutout", "RandomErasing"],
+            CIFAR10(randaugment=2, erase=0.5),
+            ["RandomCrop", "RandomHorizontalFlip", "RandAugment", *PLAIN, "Cutout", "RandomErasing"],
             PLAIN,
         ),
         (ImageFolder("images", size=28), ["RandomResizedCrop", *CROPPED], ["Resize", "CenterCrop", *PLAIN]),
@@ -71,12 +68,8 @@ def test_images_are_changed_in_this_order(data, of_training, of_others):
         assert [type(one).__name__ for one in data.transform(train).transforms] == ["PILToTensor", *expected]
 
 
-def test_a_folder_is_resized_and_distorted_as_published():
-    resize = ImageFolder("images", size=28).transform(False).transforms[1]
-    assert resize.size == [32]
-    for padding, policy in ((None, AutoAugmentPolicy.IMAGENET), (4, AutoAugmentPolicy.CIFAR10)):
-        transforms = ImageFolder("images", crop_padding=padding, autoaugment=True).transform(True).transforms
-        assert [one.policy for one in transforms if hasattr(one, "policy")] == [policy]
+def test_a_folder_is_resized_as_published():
+    assert ImageFolder("images", size=28).transform(False).transforms[1].size == [32]
 
 
 def test_an_erased_rectangle_is_zero():

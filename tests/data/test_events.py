@@ -184,16 +184,6 @@ def test_every_part_of_a_data_set_is_fetched(tmp_path, monkeypatch, name, parts)
     assert sorted(p.name for p in (tmp_path / name).iterdir()) == [str(i) for i in range(len(parts))]
 
 
-def test_a_folder_of_recordings_says_what_was_expected(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected train/CLASS/\* .* there\. Set --data\.root\.$"):
-        sltt.data.EventFolder(str(tmp_path), (34, 34)).splits(2)
-
-
-def test_one_recording_that_is_missing_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(sltt.data.NMNIST, "expected", (31, 30))
-    assert sltt.data.NMNIST(str(nmnist(tmp_path))).missing() == {"train": 1}
-
-
 def test_recordings_without_a_test_split_train_all_the_same(tmp_path):
     root = nmnist(tmp_path)
     shutil.rmtree(root / "NMNIST" / "Test")

@@ -6,7 +6,6 @@ import torch
 import sltt
 from sltt.analysis import advice, agreement
 from sltt.analysis.agreement import cheaper_rules
-from sltt.commands import main
 from sltt.data import Recall
 from sltt.models import MLP
 
@@ -139,11 +138,3 @@ def test_agreement_advises_traces(seed, batches):
     found = agreement(model, x, y, LOSS, cheaper_rules(model, 8))
     assert found[0].cosine < 0.85
     assert advice(found).startswith("Take OTTT().")
-
-
-def test_the_recipe_at_the_command_line(capsys):
-    assert main(["agreement", "recall", "--data.samples", "500", "--device", "cpu"]) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert "Take OTTT(). It drops 0% of the gradient (cosine 1.000; worst cosine 1.000). " in line
-    assert " SLTT() drops " in line
-    assert line.endswith("this rests on one batch of an untrained network. --trial compares short trainings.")

@@ -87,10 +87,7 @@ def test_a_file_of_another_format_is_named(tmp_path, name, content, message):
     ("column", "value", "message"),
     [
         (0, 1.5, "expected whole numbers, got x = 1.5 at event 2"),
-        (1, np.nan, "expected whole numbers, got y = nan at event 2"),
-        (2, 0.5, "expected whole numbers, got p = 0.5 at event 2"),
         (3, np.nan, "got t = nan at event 2"),
-        (3, np.inf, "got t = inf at event 2"),
         (3, 1e300, r"got t = 1e\+300 at event 2"),
     ],
 )

@@ -1,10 +1,7 @@
-import struct
-
-import numpy as np
 import pytest
 import torch
 
-from sltt.data import Digits, SequentialDigits, SequentialMNIST
+from sltt.data import Digits, SequentialDigits
 
 
 def read(dataset):
@@ -45,31 +42,3 @@ def test_training_images_are_shifted_before_their_pixels_are_permuted():
 def test_steps_that_do_not_divide_the_image_are_refused():
     with pytest.raises(ValueError, match=r"64 pixels do not part into steps=7 equal time steps: choose one of 1, 2, 4"):
         SequentialDigits().splits(7)
-
-
-def write_mnist(root, train=20, test=10):
-    """A few images in MNIST's own files, which torchvision reads."""
-    folder = root / "MNIST" / "raw"
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    pixels = {}
-    for name, count in (("train", train), ("t10k", test)):
-        pixels[name] = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        header = struct.pack(">4i", 0x803, count, 28, 28)
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + pixels[name].tobytes())
-        labels = np.arange(count, dtype=np.uint8) % 2
-        (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + labels.tobytes())
-    return pixels
-
-
-def test_mnist_is_read_in_its_own_layout(tmp_path):
-    pixels = write_mnist(tmp_path)
-    splits = SequentialMNIST(str(tmp_path), validation=0.2, permute=False).splits(28)
-    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [16, 4, 10]
-    assert (splits.static, splits.classes) == (False, 10)
-    x, labels = read(splits.test)
-    assert labels.tolist() == [0, 1] * 5
-    torch.testing.assert_close(x * 0.3081 + 0.1307, torch.tensor(pixels["t10k"]) / 255, atol=1e-6, rtol=1e-5)
-    permuted, _ = read(SequentialMNIST(str(tmp_path)).splits(784).test)
-    assert permuted.shape == (10, 784, 1)
-    assert torch.equal(permuted.flatten(1).sort(1).values, x.flatten(1).sort(1).values)

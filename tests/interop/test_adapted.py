@@ -15,7 +15,9 @@ from tests.interop.libraries import CASES, gradients_of, network_of
 
 RULES = [sltt.SLTT(), sltt.SLTT(fold=1), sltt.BPTT(fold=3), sltt.TBPTT(window=2), sltt.BPTT(segment=2)]
 ADAPTED = [name for name in CASES if name.split()[1].rstrip(",") in ("LIF", "IF", "PLIF", "Leaky", "LIFBox", "IAF")]
-ADAPTED = [name for name in ADAPTED if not name.startswith("sinabs") and name not in ("jelly LIF, soft", "snn Leaky, zero")]
+ADAPTED = [
+    name for name in ADAPTED if not name.startswith("sinabs") and name not in ("jelly LIF, soft", "snn Leaky, zero")
+]
 
 
 @contextlib.contextmanager

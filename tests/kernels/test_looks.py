@@ -9,7 +9,7 @@ import sltt
 from sltt import kernels
 from sltt.kernels import native
 from sltt.kernels.spikes.looks import PACK_FROM
-from tests.kernels.exact import NATIVE, channels_last
+from tests.kernels.exact import NATIVE
 from tests.kernels.steps import threads
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -121,34 +121,3 @@ def test_bits_are_those_that_the_neuron_keeps_as_long_as_the_spikes_are():
     found = kernels.look(s)
     assert found.bits.data_ptr() != kept.data_ptr()
     assert torch.equal(found.dense(), s)
-
-
-FORMS = {
-    "features": ((64, 72), 1, lambda x: x),
-    "images": ((4, 24, 6, 10), 1, channels_last),
-    "signals": ((4, 24, 60), 1, channels_last),
-    "tokens": ((4, 60, 24), 2, lambda x: x),
-    "channels first": ((4, 24, 6, 10), 1, lambda x: x),
-    "single pixels": ((200, 24, 1, 1), 1, lambda x: x),
-}
-
-
-@NATIVE
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "axis", "form"), FORMS.values(), ids=FORMS)
-def test_a_value_of_each_channel(shape, axis, form, dtype):
-    native.library()
-    ones = torch.linspace(-1, 2, shape[axis], dtype=dtype)
-    x = drawn(shape, dtype=dtype).movedim(axis, -1) * ones
-    x[..., 3] = 0  # a channel of which nobody fires
-    x = form(x.movedim(-1, axis).contiguous())
-    found = kernels.look(x)
-    assert found.count == x.count_nonzero()
-    assert torch.equal(found.one.flatten(), torch.where(x.movedim(axis, -1).flatten(0, -2).any(0), ones, 0))
-    assert torch.equal(found.dense(), x)
-    assert found.dense().stride() == x.stride()
-    place = tuple(data - 1 for data in shape)
-    for wrong in (torch.nan, torch.inf, 0.123):
-        other = x.clone()
-        other[place] = wrong
-        assert kernels.look(other) is None

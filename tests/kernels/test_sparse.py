@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sltt.kernels import native
-from sltt.kernels.layers import sparse
+from sltt.kernels.layers import costs, sparse
 from sltt.kernels.spikes import bits
 from sltt.kernels.spikes.bits import pack
 from tests.kernels.exact import NATIVE, TOLERANCE, check_conv, check_linear, spikes
@@ -152,3 +152,25 @@ def test_the_native_loop_packs_as_the_plain_form_does(n, dtype):
     expected = torch.empty(n // 8, dtype=torch.uint8)
     bits._pack(expected, x)
     assert torch.equal(pack(x), expected)
+
+
+@NATIVE
+@pytest.mark.parametrize(
+    ("vectors", "amx", "dtype", "forward", "gradient"),
+    [
+        ("AVX512", True, "float32", 0.6050, 0.3796),
+        ("AVX2", False, "float32", 0.9011, 0.3245),
+        ("AVX512", True, "bfloat16", 0.0, 0.0996),
+        ("AVX512", False, "bfloat16", 0.6050, 0.3796),
+    ],
+)
+def test_break_even_follows_from_the_shapes_the_type_and_the_instructions(
+    vectors, amx, dtype, forward, gradient, monkeypatch
+):
+    monkeypatch.setattr(costs, "_vectors", lambda: vectors)
+    monkeypatch.setattr(costs.native, "has_amx", lambda: amx)
+    layer = sparse.conv_layer((8, 64, 16, 16), (64, 64, 3, 3), (1, 1), ((1, 1), (1, 1)))
+    found = costs.break_even.__wrapped__(layer, getattr(torch, dtype), calls=4)
+    assert found == pytest.approx((forward, gradient), abs=2e-4)
+    small = sparse.linear_layer((2, 64), (64, 64))
+    assert costs.break_even(small, torch.float32) == (0.0, 0.0)

@@ -125,7 +125,6 @@ def kernel_calls():
             "bits": np.zeros(x.size // 8, np.uint8),
             "looked": np.zeros(x.size // 8, np.uint8),
             "one": np.zeros(1, number),
-            "ones": np.zeros(64, number),
             "unpacked": np.zeros(x.size, number),
             "y": np.zeros(g.shape, number),
             "of_weight": np.zeros((96, 3, 3, 64), np.float32),
@@ -164,7 +163,6 @@ def kernel_calls():
         call("sltt_count", "bits", bytes_)
         call("sltt_look", "x", size, "looked", bytes_, "one", 1)
         call("sltt_same", "bits", "looked", bytes_)
-        call("sltt_look_by_channel", "x", size, 2 * 81, 64, 1, "ones")
         call("sltt_unpack_bits", "bits", bytes_, "table", 4, "of_weight", 1)
         call("sltt_pack", "weight", "stride", "conv", 1.0, "packed", 1)
         call("sltt_forward", "bits", "conv", "packed", "bias", "y", is_half, 1)
@@ -261,6 +259,6 @@ def test_kernels_for_aarch64_give_the_numbers_of_this_machine(tmp_path):
         np.testing.assert_allclose(got, here, tolerance, tolerance, err_msg=name)
         if name != "result" and not np.array_equal(arrays[name], before[name]):
             changed.add(name)
-    written = {"bits", "looked", "one", "ones", "y", "of_weight", "of_weight_dense", "of_x", "s", "u", "v_out", "fired"}
+    written = {"bits", "looked", "one", "y", "of_weight", "of_weight_dense", "of_x", "s", "u", "v_out", "fired"}
     assert changed >= {f"{kind}_{name}" for kind in ("float", "half") for name in written}
     assert len(there.stdout) == place

@@ -16,7 +16,7 @@ BUILDERS = [
 ]
 
 
-SMALLEST_AND_DEEPEST = [models.DigitsNet, models.vgg19, models.resnet34]
+EACH_KIND = [models.DigitsNet, models.vgg11, models.resnet18]
 
 
 def parameters(model):
@@ -51,7 +51,7 @@ def test_networks_have_so_many_neurons_as_they_are_given(build, count):
     assert [m.tau for m in model.modules() if isinstance(m, Neuron)] == [1.5] * count
 
 
-@pytest.mark.parametrize("build", SMALLEST_AND_DEEPEST, ids=lambda b: b.__name__)
+@pytest.mark.parametrize("build", EACH_KIND, ids=lambda b: b.__name__)
 def test_every_neuron_fires_and_every_weight_gets_a_gradient(build):
     model = build(in_channels=2, classes=7, neuron=lambda: sltt.LIF(tau=1.5), dropout=0.2)
     x, y = torch.randn(2, 3, 2, 16, 16), torch.randint(7, (3,))
@@ -63,7 +63,7 @@ def test_every_neuron_fires_and_every_weight_gets_a_gradient(build):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("build", SMALLEST_AND_DEEPEST, ids=lambda b: b.__name__)
+@pytest.mark.parametrize("build", EACH_KIND, ids=lambda b: b.__name__)
 def test_dropout_is_in_the_model_and_keeps_its_mask(build):
     model = build(dropout=0.5)
     dropouts = [m for m in model.modules() if isinstance(m, sltt.Dropout) and m.p == 0.5]

@@ -193,14 +193,6 @@ def test_a_run_made_in_python_resumes_with_its_own_arguments_only(name, tmp_path
     train(tmp_path / "run", epochs=2, resume=True, **data | {name: copy.deepcopy(before)})
 
 
-def test_other_measured_costs_than_the_runs_are_noticed(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(checkpoints.costs, "USED", {"conv float32": "other"})
-    train(tmp_path / "run", epochs=1)
-    checkpoints.costs._costs.cache_clear()
-    train(tmp_path / "run", epochs=2, resume=True)
-    assert "measured costs of layers (conv float32) are others than in the run" in caplog.text
-
-
 def test_what_a_resumed_run_cannot_tell_is_named(tmp_path, capsys):
     train(tmp_path / "run", epochs=1, data=own(lambda x: x), report=Console())
     assert "cannot tell whether these changed: data.datasets.train.change\n" in capsys.readouterr().out

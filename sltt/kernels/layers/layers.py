@@ -210,8 +210,7 @@ def spike_call(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | N
     even = costs.BreakEven(2.0, 2.0) if always else costs.break_even(layer, dtype, weights.calls)
     if not (even.forward or torch.is_grad_enabled()):
         return None  # it never runs sparse: to look would be for nothing
-    spikes = look(x.detach())
-    if spikes is None or (isinstance(spikes.one, Tensor) and spikes.one.shape != weight.shape[1:2]):
+    if (spikes := look(x.detach())) is None:
         return None
     forward, gradient = (spikes.density < most for most in even)
     if not forward and not (torch.is_grad_enabled() and (gradient or has_fast_gradients(layer, dtype))):

@@ -1,7 +1,6 @@
 """Convolutions and linear layers on spikes: only active inputs are touched.
 
 A spike is 0 or `one`, so a product with it is a sum: y = one · Σ_active w + bias, and ∂L/∂w = one · Σ_active ∂L/∂y.
-`one` is a number, or a tensor with a value for each channel of the input.
 Spikes come as bits (`bits.pack`) of memory with the channels last: [B, H, W, C], [B, L, C] or [..., C]. All sums are
 float32. Results do not depend on the number of threads, to the last bit.
 
@@ -113,11 +112,9 @@ def density(bits: Tensor) -> float:
     return library().sltt_count(bits, bits.numel()) / max(1, 8 * bits.numel())
 
 
-def pack_weight(layer: Layer, weight: Tensor, one: float | Tensor = 1.0) -> Tensor:
+def pack_weight(layer: Layer, weight: Tensor, one: float = 1.0) -> Tensor:
     """Return the weight times `one` in the order that `forward` reads, in float32; of use until the weight changes."""
     weight = weight.detach().float()
-    if isinstance(one, Tensor):
-        weight, one = weight * _by_channel(one, layer), 1.0
     packed = torch.empty(layer.packed_size, dtype=torch.float32, device="cpu")
     library().sltt_pack(weight, strides_of(weight), layer.pointer, one, packed, torch.get_num_threads())
     return packed
@@ -143,7 +140,7 @@ def forward(layer: Layer, bits: Tensor, packed: Tensor, bias: Tensor | None, dty
     return y.to(dtype)
 
 
-def weight_gradient(layer: Layer, bits: Tensor, grad_y: Tensor, one: float | Tensor = 1.0) -> Tensor:
+def weight_gradient(layer: Layer, bits: Tensor, grad_y: Tensor, one: float = 1.0) -> Tensor:
     """Return ∂L/∂weight in float32, with the channels last in memory."""
     assert 8 * bits.numel() == math.prod(layer.x_shape)
     assert grad_y.shape == layer.y_shape
@@ -151,15 +148,9 @@ def weight_gradient(layer: Layer, bits: Tensor, grad_y: Tensor, one: float | Ten
     g = g.to(torch.float32 if g.dtype == torch.float16 else g.dtype).contiguous()
     shape = layer.weight_shape[0], *layer.weight_shape[2:], layer.weight_shape[1]
     grad = torch.empty(shape, dtype=torch.float32, device="cpu").movedim(-1, 1)
-    half, factor = g.dtype == torch.bfloat16, 1.0 if isinstance(one, Tensor) else one
-    threads = torch.get_num_threads()
-    library().sltt_weight_gradient(bits, layer.pointer, g, half, factor, grad, strides_of(grad), threads)
-    return grad.mul_(_by_channel(one, layer)) if isinstance(one, Tensor) else grad
-
-
-def _by_channel(one: Tensor, layer: Layer) -> Tensor:
-    """Return it in the form of a weight."""
-    return one.detach().float().reshape(-1, *[1] * (len(layer.weight_shape) - 2))
+    half, threads = g.dtype == torch.bfloat16, torch.get_num_threads()
+    library().sltt_weight_gradient(bits, layer.pointer, g, half, one, grad, strides_of(grad), threads)
+    return grad
 
 
 def _sizes(n: int, ci: int, co: int, h: Sequence[int], w: Sequence[int]) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """Gradients of convolutions of any values, such as rates or traces, in other ways than PyTorch's where that is faster.
 
-Those of 3×3 convolutions of stride 1 are Winograd's (`winograd`), where `costs` measured that it pays. The weight
+Those of 3×3 convolutions of stride 1 are Winograd's (`winograd`), where `costs` say that it pays. The weight
 gradient of small images in bfloat16 is a matrix product for each position of the kernel. The forward is PyTorch's.
 """
 

@@ -41,9 +41,9 @@ class Weights:
             if isinstance(weight, nn.Parameter):  # another was computed, and should not stay
                 self._sparse[id(weight)] = weight
 
-    def pack_weight(self, layer: Layer, weight: Tensor, one: float | Tensor) -> Tensor:
+    def pack_weight(self, layer: Layer, weight: Tensor, one: float) -> Tensor:
         """Return the weights as `sparse.forward` reads them."""
-        if self.calls == 1 or isinstance(one, Tensor):  # which may be another one in each time step
+        if self.calls == 1:
             return sparse.pack_weight(layer, weight, one)
         return self._get(weight, one, lambda: sparse.pack_weight(layer, weight, one))
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sltt._torch import _BatchNorm, add_to_each
-from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.spikes.saved import tag_made
 
 Pair = tuple[Tensor | None, Tensor | None]
@@ -30,7 +29,7 @@ def stepwise_norm(norm: _BatchNorm, input: Tensor, steps: int) -> Tensor:
             "larger batch"
         )
     running, momenta = batch_statistics(norm, steps)
-    y: Any = _StepwiseBatchNorm.apply(input, norm.weight, norm.bias, running or (None, None), momenta, norm.eps)
+    y = _normalise(input, (norm.weight, norm.bias), running or (None, None), momenta, norm.eps)
     _tag(y, input, (norm.weight, norm.bias), running, momenta, norm.eps)
     return y
 
@@ -53,7 +52,7 @@ def _tag(y: Tensor, x: Tensor, affine: Pair, running: Any, momenta: list[float],
 
     def again(x: Tensor) -> Tensor:  # the running statistics, which decide about types, change no more
         unused = (running[0].clone(), running[1].clone()) if running else (None, None)
-        return _normalise(x, affine, unused, momenta, eps)[0]
+        return _normalise(x, affine, unused, momenta, eps)
 
     tag_made(y, x, again)
 
@@ -88,43 +87,10 @@ def counting_batches() -> Iterator[Counter[_BatchNorm]]:
             add_to_each([norm.num_batches_tracked for norm in counts], list(counts.values()))
 
 
-def _normalise(
-    x: Tensor, affine: Pair, running: Pair, momenta: list[float], eps: float
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Return x [T·B, C, ...] normalised as by T calls, and mean and inverse deviation of each; without a graph.
+def _normalise(x: Tensor, affine: Pair, running: Pair, momenta: list[float], eps: float) -> Tensor:
+    """Return x [T·B, C, ...] normalised as by T calls.
 
     The running mean and variance [C] are updated T times, with the weights `momenta`.
     """
-    steps, y, statistics = len(momenta), torch.empty_like(x), []
-    for x_t, y_t, momentum in zip(x.chunk(steps), y.chunk(steps), momenta, strict=True):
-        normalised, mean, invstd = torch.native_batch_norm(x_t, *affine, *running, True, momentum, eps)
-        y_t.copy_(normalised)
-        statistics.append((mean, invstd))
-    return y, statistics
-
-
-class _StepwiseBatchNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Any, momenta: list[float], eps: float
-    ) -> Tensor:
-        y, ctx.statistics = _normalise(x, (weight, bias), running, momenta, eps)
-        ctx.eps = eps
-        ctx.save_for_backward(x, weight)
-        return y
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        needs, steps, grad_x, affine = ctx.needs_input_grad[:3], len(ctx.statistics), torch.empty_like(x), []
-        parts = zip(x.chunk(steps), grad.chunk(steps), grad_x.chunk(steps), ctx.statistics, strict=True)
-        for x_t, grad_t, grad_x_t, statistics in parts:
-            of_x, *of_affine = torch.ops.aten.native_batch_norm_backward(
-                grad_t, x_t, weight, None, None, *statistics, True, ctx.eps, needs
-            )
-            if needs[0]:
-                grad_x_t.copy_(of_x)
-            affine.append(of_affine)
-        totals: Any = (sum(of) if need else None for of, need in zip(zip(*affine, strict=True), needs[1:], strict=True))
-        return grad_x if needs[0] else None, *totals, None, None, None
+    steps = zip(x.chunk(len(momenta)), momenta, strict=True)
+    return torch.cat([F.batch_norm(x_t, *running, *affine, True, momentum, eps) for x_t, momentum in steps])

@@ -4,7 +4,6 @@ Whoever made the spikes, scaled, pooled or dropped them: nothing is remembered o
 the memory once, about 1% of the time of a layer, and ends at the first elements of a tensor that is something else.
 """
 
-import ctypes
 import math
 
 import torch
@@ -27,14 +26,13 @@ class Spikes:
 
     Attributes:
         bits: [n/8].
-        one: what a spike is worth: a number; or one for each channel, [C], of memory with the channels last, and [C, 1]
-            of memory [B, C, n].
+        one: what a spike is worth.
         count: the number of spikes.
     """
 
     __slots__ = ("bits", "count", "dtype", "one", "shape", "stride")
 
-    def __init__(self, x: Tensor, bits: Tensor, one: float | Tensor, count: int):
+    def __init__(self, x: Tensor, bits: Tensor, one: float, count: int):
         self.bits, self.one, self.count = bits, one, count
         self.dtype, self.shape, self.stride = x.dtype, x.shape, x.stride()
 
@@ -45,9 +43,6 @@ class Spikes:
 
     def dense(self) -> Tensor:
         """Return the tensor again, in memory of its own."""
-        if isinstance(self.one, Tensor):
-            form = (-1, len(self.one)) if self.one.ndim == 1 else (self.shape[0], len(self.one), -1)
-            return unpack(self.bits, 1.0, self.dtype).view(form).mul_(self.one).as_strided(self.shape, self.stride)
         return unpack(self.bits, self.one, self.dtype).as_strided(self.shape, self.stride)
 
 
@@ -81,28 +76,8 @@ def look(x: Tensor) -> Spikes | None:
         return _look(x)
     bits, found = torch.empty(n // 8, dtype=torch.uint8, device="cpu"), torch.empty(1, dtype=x.dtype, device="cpu")
     count = library.sltt_look(x, x.itemsize, bits, n // 8, found, torch.get_num_threads())
-    if count >= 0:
-        one = found.item() or 1.0
-        return Spikes(x, _share_bits(x, bits), one, count) if math.isfinite(one) else None
-    if (ones := _look_by_channel(x, library)) is None:
-        return None
-    bits = pack(x)
-    return Spikes(x, _share_bits(x, bits), ones, library.sltt_count(bits, len(bits)))
-
-
-def _look_by_channel(x: Tensor, library: ctypes.CDLL) -> Tensor | None:
-    """Return the value of a spike in each channel; None where a channel has several."""
-    forms = []  # numbers of channels, and of neighbours in memory that are of one channel
-    if x.ndim > 1 and x.movedim(1, -1).is_contiguous():
-        forms = [(x.shape[1], 1)]
-    elif x.ndim > 1 and x.is_contiguous():
-        forms = [(x.shape[-1], 1), (x.shape[1], math.prod(x.shape[2:]))]
-    for channels, inner in forms:
-        ones, rows = torch.zeros(channels, dtype=x.dtype, device="cpu"), x.numel() // (channels * inner)
-        if library.sltt_look_by_channel(x, x.itemsize, rows, channels, inner, ones):
-            ones = ones if inner == 1 else ones.unsqueeze(1)
-            return ones if ones.isfinite().all() else None
-    return None
+    one = found.item() or 1.0
+    return Spikes(x, _share_bits(x, bits), one, count) if count >= 0 and math.isfinite(one) else None
 
 
 def _look(x: Tensor) -> Spikes | None:

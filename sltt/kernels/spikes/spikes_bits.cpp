@@ -62,28 +62,6 @@ int64_t look(const T* x, uint8_t* bits, int64_t bytes, T* one, int threads) {
   return failed ? -1 : int64_t(total);
 }
 
-// The same for elements [rows][channels][inner], where each channel has a value of its own, which goes into `ones`.
-template <class T>
-bool look_by_channel(const T* x, int64_t rows, int64_t channels, int64_t inner, T* ones) {
-  for (int64_t row = 0; row < rows; row++) {
-    T others = 0;
-    for (int64_t c = 0; inner == 1 && c < channels; c++) {  // in vectors
-      const T spike = (x[c] & MAGNITUDE<T>) ? x[c] : T(0);
-      ones[c] = ones[c] ? ones[c] : spike;
-      others |= T(spike != 0) & T(spike != ones[c]);
-    }
-    for (int64_t c = 0; inner > 1 && c < channels && !others; c++) {
-      const T* p = x + c * inner;
-      for (int64_t i = 0; !ones[c] && i < inner; i++)
-        if (p[i] & MAGNITUDE<T>) ones[c] = p[i];
-      others = has_others(p, ones[c], inner);
-    }
-    if (others) return false;
-    x += channels * inner;
-  }
-  return true;
-}
-
 // `table` has what each byte unpacks to, eight elements.
 template <class T>
 void unpack_bits(const uint8_t* bits, int64_t bytes, const T* table, T* x, int threads) {
@@ -113,11 +91,6 @@ void sltt_pack_bits(const void* x, int size, uint8_t* bits, int64_t bytes, int t
 // Of elements of `size` bytes, 8 · bytes of them, see `look`.
 int64_t sltt_look(const void* x, int size, uint8_t* bits, int64_t bytes, void* one, int threads) {
   return with_size(size, [&](auto t) { return look(as(x, t), bits, bytes, as(one, t), threads); });
-}
-
-// `ones`, of the elements' type, are 0 before.
-int64_t sltt_look_by_channel(const void* x, int size, int64_t rows, int64_t channels, int64_t inner, void* ones) {
-  return with_size(size, [&](auto t) { return look_by_channel(as(x, t), rows, channels, inner, as(ones, t)); });
 }
 
 void sltt_unpack_bits(const uint8_t* bits, int64_t bytes, const void* table, int size, void* x, int threads) {
