@@ -68,7 +68,7 @@ class Run:
         self.bits = kernels.current_options().bits and not kernels.others_save()
         self.fast, self.recompute = self.bits and sequence.x.is_cpu, False
         self.layout = layout_of(model)
-        if self.fast and sequence.x.dtype == torch.float32 and self.layout.channels_last:
+        if sequence.x.is_cpu and sequence.x.dtype == torch.float32 and self.layout.channels_last:
             sequence = sequence.channels_last()
         self.model, self.sequence, self.batch = model, sequence, sequence.batch
         self.step = step or Step()

@@ -198,7 +198,7 @@ def test_folded_bptt_keeps_no_membrane_potentials_behind_a_norm():
         measured(r, model, x, y, backward=lambda loss: None) for r in (sltt.BPTT(fold=1), sltt.BPTT(fold=4))
     )
     assert bptt > 8 * layer  # inputs of the norms, and membrane potentials
-    assert folded < 6.5 * layer
+    assert folded < 7.5 * layer  # with a copy of the input, channels last
 
 
 class Counting(sltt.Stateful):
