@@ -28,7 +28,7 @@ from sltt.sequence.padding import Padded
 from sltt.training.batches import finish_loaders
 from sltt.training.console import Console
 from sltt.training.session import Session, session
-from sltt.training.settings import Execution
+from sltt.training.settings import Settings
 
 SCORES = {"base": "A_base", "new": "A_new", "harmonic": "A_h", "last": "A_last", "average": "A_avg"}
 CHANCE, PIXELS = "chance", "pixels"
@@ -91,7 +91,7 @@ class Task:
 def few_shots(task: Task, rules: Sequence[str], seeds: int, folder: Path, report: Console) -> list[dict[str, Any]]:
     """Train every rule with every seed on the base classes, and classify; then the baselines: rows of `fscil.json`."""
     recipe, rows = task.recipe, []
-    with session(Execution.of(vars(recipe.build()))) as here:
+    with session(Settings(vars(recipe.build()))) as here:
         for rule in rules:
             found: list[FewShot] = []
             errors: list[str] = []

@@ -35,7 +35,7 @@ class Prepared:
         self.rule: Rule = built.rule
         self.repeat = steps if self.splits.static else None  # the argument `steps` of rules and measurements
         self._steps = steps
-        if session.execution.precision != 32:
+        if session.settings.precision != 32:
             _run_in_precision(self.model, session.fabric)
 
     def batch(self, size: int) -> tuple[Tensor, Any]:
@@ -54,7 +54,7 @@ class Prepared:
     def batches(self, size: int) -> Iterator[tuple[Tensor, Any]]:
         """Training batches without an end, loaded as in a training."""
         order = EpochSampler.of(self.splits, self._seed, size)
-        loader = train_loader(self.splits, size, order, self._session.execution.workers)
+        loader = train_loader(self.splits, size, order, self._session.settings.workers)
         with finish_loaders(loader):
             while True:
                 for x, y in loader:

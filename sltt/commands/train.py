@@ -20,7 +20,7 @@ from sltt.training.evaluation import measure_settings, measure_split
 from sltt.training.fit import train
 from sltt.training.manifest import CONFIG, LAST, write_file
 from sltt.training.session import Session, session
-from sltt.training.settings import RESUMABLE, Execution, Training
+from sltt.training.settings import RESUMABLE, Settings
 
 
 def run(words: Sequence[str]) -> None:
@@ -45,7 +45,7 @@ def run(words: Sequence[str]) -> None:
         name, folder, _ = source.stem, config.pop("run"), config.pop("resume")
         built, resolved = build(parser, config), yaml.safe_load(parser.dump(config))
     name = f"{name}-{type(built.rule).__name__.lower()}"
-    with session(Execution.of(vars(built))) as here:
+    with session(Settings(vars(built))) as here:
         _train(here, built, folder, name=name, resume=continued is not None, config=resolved)
 
 
@@ -59,7 +59,7 @@ def _train(here: Session, built: Namespace, folder: str | Path | None, **setting
     report.line(f"{network}, {built.rule}, T = {built.steps}{several}")
     sizes = ", ".join(f"{size} {name}" for name, size in splits.sizes.items())
     report.line(f"samples: {sizes} (split {splits.fingerprint})")
-    result = train(here, built.model, built.data, Training.of(vars(built)), folder, **settings, report=report)
+    result = train(here, built.model, built.data, Settings(vars(built)), folder, **settings, report=report)
     if splits.test is None:
         report.line(f"written to {result.run}; there are no test samples to measure it on")
         return

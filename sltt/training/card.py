@@ -24,7 +24,7 @@ NOT_MEASURED = "not measured"
 
 def write_card(loop: Loop, row: dict[str, Any]) -> None:
     """Write the card of a finished training; `row` is the epoch whose weights the model has."""
-    folder, model, splits, training = loop.folder, loop.model, loop.splits, loop.training
+    folder, model, splits, settings = loop.folder, loop.model, loop.splits, loop.settings
     samples = ", ".join(f"{size:,} {name}" for name, size in splits.sizes.items() if size)
     classes = "" if splits.classes is None else f"; {splits.classes} classes"
     metric = metric_of(row)
@@ -34,11 +34,11 @@ def write_card(loop: Loop, row: dict[str, Any]) -> None:
         "network": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
         "rule": ", then ".join(rules),
         "data": f"{loop.data}, split {splits.fingerprint}: {samples} samples{classes}",
-        "epoch": f"{row['epoch']} of {training.epochs}",
+        "epoch": f"{row['epoch']} of {settings.epochs}",
         f"validation {metric}": "nothing was held out" if score is None else score_text(metric, score),
         f"test {metric}": NOT_MEASURED,
-        **({} if training.ema is None else {"weights": f"exponential moving average, decay {training.ema:g}"}),
-        **({} if training.quantised is None else {"weights": f"rounded to {training.quantised}, for the export to C"}),
+        **({} if settings.ema is None else {"weights": f"exponential moving average, decay {settings.ema:g}"}),
+        **({} if settings.quantised is None else {"weights": f"rounded to {settings.quantised}, for the export to C"}),
         "firing rate": f"{row['firing_rate']:.4f} spikes per neuron and time step, in training",
         "made with": f"sltt {version('sltt')}, PyTorch {torch.__version__}, Python {platform.python_version()}, "
         f"on {loop.session.fabric.device}",
@@ -65,7 +65,7 @@ def _energy(loop: Loop) -> list[str]:
     try:
         samples = loop.splits.validation or loop.splits.test or loop.splits.train
         x, y = loop.session.batch(*loop.splits.collate([samples[0]]))
-        steps = loop.training.steps if loop.splits.static else None
+        steps = loop.settings.steps if loop.splits.static else None
         with evaluation_mode(loop.model):
             tables = measure_energy(loop.model, x, steps=steps, lengths=lengths_of(y)).tables()
     except Exception as error:  # the training is done, and not lost for a layer that cannot be counted

@@ -47,7 +47,7 @@ def save_state(loop: "Loop", *names: str) -> None:
     """
     check_weights(loop.model)
     with loop.round_weights():
-        quantised = copy.deepcopy(loop.model.state_dict()) if loop.training.quantised else None
+        quantised = copy.deepcopy(loop.model.state_dict()) if loop.settings.quantised else None
     content = {
         "model": gather_parts(loop.model.state_dict()),
         "averaged": loop.average.module.state_dict() if loop.average else quantised,
@@ -62,7 +62,7 @@ def save_state(loop: "Loop", *names: str) -> None:
             "steps": stage_at(loop.stages, max(loop.state.epoch - 1, 0)).steps,
             "static": loop.splits.static,
             "classes": loop.splits.classes,
-            "prediction": prediction_of(loop.training.loss),
+            "prediction": prediction_of(loop.settings.loss),
         },
         "config": loop.config,
     }

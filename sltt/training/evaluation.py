@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from sltt.analysis import FiringRates, firing_rates
 from sltt.checks import choice, flag, instance, whole_number
 from sltt.data import Data, Splits
-from sltt.data.loaders import Loaders, as_data, batch_size_of
+from sltt.data.loaders import Loaders, as_data
 from sltt.kernels import Compile, Sparse
 from sltt.losses import CrossEntropyMSE, check_loss, prediction_of, to_score
 from sltt.metrics import Accuracy, Metric, check_metric, name_of
@@ -31,7 +31,7 @@ from sltt.training.progress import BatchMemory, Metrics, Progress
 from sltt.training.safeguards import check_length
 from sltt.training.score import Score, count_scored
 from sltt.training.session import Session, session
-from sltt.training.settings import Execution
+from sltt.training.settings import Settings
 from sltt.training.trained import Trained
 
 log = logging.getLogger("sltt")
@@ -80,7 +80,7 @@ def evaluate(
     Raises:
         ValueError: the split is empty, or `mirror` or `shift` is given and the samples are no images.
     """
-    given, known, size = {**locals()}, getattr(model, "trained", None), batch_size_of(data, batch_size)
+    given, known = {**locals()}, getattr(model, "trained", None)
     if isinstance(known, Trained):
         steps = known.steps if steps is None else steps
         if prediction_of(loss) != known.prediction:
@@ -89,9 +89,10 @@ def evaluate(
                 "%s: give evaluate its loss", known.prediction, prediction_of(loss)
             )  # fmt: skip
     steps = 4 if steps is None else steps
-    asked = {"loss": loss, "metric": metric, "steps": steps, "batch_size": size, "mirror": mirror, "shift": shift}
-    with session(Execution.of({**given, "sync_batchnorm": False, "graph": "off"})) as here:
-        return measure_split(here, model, data, split, **asked)
+    settings = Settings({**given, "steps": steps, "metric": Accuracy()})
+    asked = {"loss": loss, "metric": metric, "steps": steps, "batch_size": settings.batch_size}
+    with session(settings) as here:
+        return measure_split(here, model, data, split, **asked, mirror=mirror, shift=shift)
 
 
 def measure_split(

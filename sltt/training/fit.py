@@ -12,7 +12,7 @@ from torch import nn
 from sltt.callbacks import Callback
 from sltt.checks import flag, folder, instance
 from sltt.data import Data, Splits
-from sltt.data.loaders import Loaders, as_data, batch_size_of
+from sltt.data.loaders import Loaders, as_data
 from sltt.kernels import Compile, Sparse
 from sltt.losses import CrossEntropyMSE, is_per_step
 from sltt.metrics import Accuracy, Metric
@@ -34,7 +34,7 @@ from sltt.training.phases import Phase
 from sltt.training.quantised import Quantised
 from sltt.training.sample import write_sample
 from sltt.training.session import Session, session
-from sltt.training.settings import OF_TRAINING, RESUMABLE, Execution, OptimizerFactory, Training
+from sltt.training.settings import OF_TRAINING, RESUMABLE, OptimizerFactory, Settings
 
 
 @dataclass
@@ -153,20 +153,19 @@ def fit(
 
     When another process of the training fails or dies, this one ends too, with the exit code 1.
     """
-    given = {**locals(), "batch_size": batch_size_of(data, batch_size)}
-    training, execution = Training.of(given), Execution.of(given)
+    settings = Settings(locals())
     instance("model", model, nn.Module)
     flag("resume", resume)
     if config is not None:
         instance("config", config, dict)
-    data = as_data(data, training.batch_size)
-    with keep_generators(), session(execution) as here:
+    data = as_data(data, settings.batch_size)
+    with keep_generators(), session(settings) as here:
         if config is None:
             untold: list[str] = []
-            config = _settings(model, data, vars(training) | vars(execution), resume, untold)
+            config = _settings(model, data, vars(settings), resume, untold)
             if untold:
                 here.console(report).line(f"on resume, sltt cannot tell whether these changed: {', '.join(untold)}")
-        return train(here, model, data, training, run, resume=resume, config=config, report=report)
+        return train(here, model, data, settings, run, resume=resume, config=config, report=report)
 
 
 def _settings(model: nn.Module, data: Data, given: dict[str, Any], resume: bool, untold: list[str]) -> dict[str, Any]:
@@ -189,7 +188,7 @@ def train(
     here: Session,
     model: nn.Module,
     data: Data,
-    training: Training,
+    settings: Settings,
     run: str | Path | None,
     *,
     name: str = "run",
@@ -200,9 +199,9 @@ def train(
     """Train in a new folder: `run`, or one under `runs` whose name begins with `name`; or go on in `run`."""
     run = run if run is None else folder("run", run)
     report, first = here.console(report), here.processes.first
-    here, splits = _check(here, model, data, training, report)
+    here, splits = _check(here, model, data, settings, report)
     if not resume:
-        start_from(model, training.weights)
+        start_from(model, settings.weights)
     made = first(lambda: runs.old_run(run) if resume else runs.new_run(run, name, config))
     report.line(f"continuing {made}" if resume else f"run {made}")
     with here.lock_run(made):
@@ -212,10 +211,10 @@ def train(
             saved = checkpoint["config"] if checkpoint else runs.read_config(made)
             config = saved | {name: config[name] for name in RESUMABLE if name in config} if saved else config
             if checkpoint is None:  # it stopped before the first
-                start_from(model, training.weights)
+                start_from(model, settings.weights)
             if other := runs.find_other_neurons(config, model):
                 raise ValueError(f"{made} is of other neurons: {other}. Resume it with its own, or start a new run")
-        loop = Loop(here, training, model, data, splits, made, config, report)
+        loop = Loop(here, settings, model, data, splits, made, config, report)
         if checkpoint:
             restore_state(loop, checkpoint)
         if resume and config and here.processes.rank == 0:
@@ -234,53 +233,53 @@ def _result(loop: Loop) -> Fit:
     return Fit(loop.folder, loop.state.history, epoch)
 
 
-def _check(here: Session, model: nn.Module, data: Data, training: Training, report: Console) -> tuple[Session, Splits]:
+def _check(here: Session, model: nn.Module, data: Data, settings: Settings, report: Console) -> tuple[Session, Splits]:
     """Return the session in the network's memory format, and the splits of the first stage.
 
     Raises ValueError for what cannot be trained, before there is a folder.
     """
-    stages, count = training.stages, here.processes.count
+    stages, count = settings.stages(), here.processes.count
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no parameter to train: give it a layer with weights, or requires_grad_(True)")
-    if count > 1 and here.execution.strategy == "fsdp":
+    if count > 1 and here.settings.strategy == "fsdp":
         if rule := next((s.rule for s in stages if s.rule.recompute or s.rule.hoist), None):  # weights come and go
             raise ValueError(
                 f"{rule} does not run under fsdp, since recompute=True and hoist=True run layers in an order of their "
                 "own: use ddp"
             )
-        if whole := next((name for name in ("ema", "quantised") if getattr(training, name) is not None), None):
+        if whole := next((name for name in ("ema", "quantised") if getattr(settings, name) is not None), None):
             raise ValueError(f"{whole} needs whole weights, which fsdp does not keep: use ddp")
     check_graph(here)
-    if training.batch_size < count:
-        raise ValueError(f"batch_size={training.batch_size} is shared by {count} processes: expected a sample for each")
-    if training.accumulate > 1 and (online := next((s.rule for s in stages if s.rule.online), None)):
+    if settings.batch_size < count:
+        raise ValueError(f"batch_size={settings.batch_size} is shared by {count} processes: expected a sample for each")
+    if settings.accumulate > 1 and (online := next((s.rule for s in stages if s.rule.online), None)):
         raise ValueError(
             f"{online} updates the weights at every time step, and accumulate once a batch: leave accumulate out, or "
             "use a rule without online"
         )
-    if training.accumulate > 1 or count > 1:
-        safeguards.check_mean(training.loss)
+    if settings.accumulate > 1 or count > 1:
+        safeguards.check_mean(settings.loss)
     if count > 1:
         here.processes.check_same("; ".join(f"{k} {[*v.shape]}" for k, v in model.state_dict().items()), "the network")
     splits = here.splits(data, stages[0].steps)
     samples = safeguards.first_samples(splits, stages[0].steps)
-    if splits.per_step != is_per_step(training.loss):
+    if splits.per_step != is_per_step(settings.loss):
         raise ValueError(
             "the data has a target for each time step: wrap the loss, sltt.losses.PerStep(loss)"
             if splits.per_step
-            else f"{type(training.loss).__name__} needs a target for each time step, and the data has one for all: "
+            else f"{type(settings.loss).__name__} needs a target for each time step, and the data has one for all: "
             "sltt.data.from_datasets(…, per_step=True)"
         )
-    for callback in training.callbacks or ():
+    for callback in settings.callbacks or ():
         if callback.needs_validation and splits.validation is None:
             raise ValueError(f"{type(callback).__name__} needs validation samples: hold some out, as by validation=0.1")
     safeguards.check_stages(model, samples, stages)
-    safeguards.check_static(model, splits, samples, training.loss, stages[0].steps)
-    safeguards.check_last_batch(model, splits, samples, training.batch_size, stages)
+    safeguards.check_static(model, splits, samples, settings.loss, stages[0].steps)
+    safeguards.check_last_batch(model, splits, samples, settings.batch_size, stages)
     x = splits.collate(samples)[0].to(next((p.device for p in model.parameters()), "cpu"))
     check(model, x, rule=stages[0].rule, steps=stages[0].steps if splits.static else None)
     chosen = here.choose_format(model, lambda: x, splits.static)
-    if chosen.execution.channels_last and not here.execution.channels_last:
+    if chosen.settings.channels_last and not here.settings.channels_last:
         report.line("images and weights are channels-last, for speed; channels_last=False switches this off")
     return chosen, splits
 

@@ -230,7 +230,7 @@ def make_graphs(
     here: Session, model: nn.Module, rule: Rule, steps: int, callbacks: Iterable[Callback]
 ) -> Graphs | None:
     """Return what runs the batches of a phase; None where nobody wants graphs."""
-    mode, device = here.execution.graph, here.fabric.device
+    mode, device = here.settings.graph, here.fabric.device
     if mode == "off" or not CudaGraph.runs_on(device):
         return None
     problem = rule_problem(rule, steps) or _session_problem(here)
@@ -243,15 +243,15 @@ def make_graphs(
 def check_graph(here: Session) -> None:
     """Raise ValueError where graphs are demanded and the device has none."""
     device = here.fabric.device
-    if here.execution.graph == "on" and not CudaGraph.runs_on(device):
+    if here.settings.graph == "on" and not CudaGraph.runs_on(device):
         raise ValueError(f"graph='on' needs a CUDA device, and this is {device.type}: leave graph out")
 
 
 def _session_problem(here: Session) -> str | None:
-    execution, several = here.execution, here.processes.count > 1
-    if execution.precision == "16-mixed":
+    settings, several = here.settings, here.processes.count > 1
+    if settings.precision == "16-mixed":
         return "16-mixed scales the loss anew for each batch: use bf16-mixed"
-    exchanges = several and (execution.sync_batchnorm or execution.strategy == "fsdp")
+    exchanges = several and (settings.sync_batchnorm or settings.strategy == "fsdp")
     return "processes exchange tensors within a batch" if exchanges else None
 
 

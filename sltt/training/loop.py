@@ -55,7 +55,7 @@ from sltt.training.runs import write_table
 from sltt.training.safeguards import check_finite, check_labels, check_length, extreme_layers, long_warmup
 from sltt.training.score import Score, count_scored
 from sltt.training.session import Session
-from sltt.training.settings import Training
+from sltt.training.settings import Settings
 
 
 @dataclass(eq=False)
@@ -72,7 +72,7 @@ class Loop:
     """
 
     session: Session
-    training: Training
+    settings: Settings
     model: nn.Module
     data: Data
     splits: Splits
@@ -81,31 +81,31 @@ class Loop:
     report: Console
 
     def __post_init__(self) -> None:
-        session, training, model, splits = self.session, self.training, self.model, self.splits
-        seed_everything(training.seed)
+        session, settings, model, splits = self.session, self.settings, self.model, self.splits
+        seed_everything(settings.seed)
         self.processes, self.fingerprint = session.processes, splits.fingerprint
-        if session.execution.sync_batchnorm and self.processes.count > 1:
+        if session.settings.sync_batchnorm and self.processes.count > 1:
             synchronise(model)
         self.net = session.set_up(model)
         self.spiking = spiking_layers(model)
-        self.average = None if training.ema is None else Average(model, training.ema)
-        groups = parameter_groups(model, training.norm_weight_decay, training.norm_bias_lr)
-        self.optim: Any = session.fabric.setup_optimizers(training.optimizer(groups))
+        self.average = None if settings.ema is None else Average(model, settings.ema)
+        groups = parameter_groups(model, settings.norm_weight_decay, settings.norm_bias_lr)
+        self.optim: Any = session.fabric.setup_optimizers(settings.optimizer(groups))
         self.averaged = session.set_up(self.average.module) if self.average else self.net
-        self.loss = session.set_up_loss(training.loss)
-        self.stages, self.callbacks = training.stages, training.callbacks or ()
-        self.metric = name_of(training.metric)
-        self.sampler = EpochSampler.of(splits, training.seed, training.batch_size)
-        self.scaled = session.execution.precision == "16-mixed"  # a scaler leaves out steps that are not finite
+        self.loss = session.set_up_loss(settings.loss)
+        self.stages, self.callbacks = settings.stages(), settings.callbacks or ()
+        self.metric = name_of(settings.metric)
+        self.sampler = EpochSampler.of(splits, settings.seed, settings.batch_size)
+        self.scaled = session.settings.precision == "16-mixed"  # a scaler leaves out steps that are not finite
         self.initial = [(group["lr"], group.get("weight_decay", 0.0)) for group in self.optim.param_groups]
         self.state, self.saved = Progress(), time.monotonic()
 
     def run(self) -> None:
         """Train the epochs that are left."""
         first = self.processes.rank == 0
-        with logs(self.folder, self.training.loggers or (), self.config, first) as log, Interrupt() as interrupt:
+        with logs(self.folder, self.settings.loggers or (), self.config, first) as log, Interrupt() as interrupt:
             self._show_callbacks()
-            if warning := long_warmup(self.training.schedule, self.stages):
+            if warning := long_warmup(self.settings.schedule, self.stages):
                 self.report.warn(warning)
             for row in self.state.history:  # so that the log of a resumed run is whole
                 log(row)
@@ -127,10 +127,10 @@ class Loop:
     def _epoch(self, stage: Stage, loader: DataLoader[Any], interrupt: Interrupt) -> Metrics:
         """Train what is left of an epoch."""
         state = self.state
-        seen, stop = (count * self.training.batch_size for count in (state.batch, self.batches))
+        seen, stop = (count * self.settings.batch_size for count in (state.batch, self.batches))
         self.sampler.set_epoch(state.epoch, seen, stop)
         began = time.monotonic() - state.seconds
-        self.score = Score(self.training.metric, self.processes, state)
+        self.score = Score(self.settings.metric, self.processes, state)
         if self.score.partial:
             self.report.warn(
                 f"train_{self.metric} of epoch {state.epoch + 1} counts the batches after the resume only: a "
@@ -139,18 +139,18 @@ class Loop:
         self.net.train()
         if stage.freeze_norm:
             freeze_norm(self.model)
-        bar = self.report.bar(f"epoch {state.epoch + 1}/{self.training.epochs}", self.batches, done=state.batch)
+        bar = self.report.bar(f"epoch {state.epoch + 1}/{self.settings.epochs}", self.batches, done=state.batch)
         firing = FiringRates(list(self.spiking))
         firing.load_state_dict(state.firing)
         with bar as advance, self._locate_errors():
             self.ahead = Ahead(self._prepare(stage, whole_epoch(loader)))
             for x, y, real in self.ahead:
                 epoch = state.epoch + state.batch / self.batches
-                set_rates(self.optim, self.initial, stage, self.training.schedule, epoch)
+                set_rates(self.optim, self.initial, stage, self.settings.schedule, epoch)
                 self._batch(stage, x, y, real, firing)
                 self.fold = self.fold or last_fold(self.net)  # of a full batch: the last one may be smaller
                 advance()
-                due = time.monotonic() - self.saved > 60 * self.training.checkpoint_minutes
+                due = time.monotonic() - self.saved > 60 * self.settings.checkpoint_minutes
                 if wanted := self.processes.highest(interrupt.requested or due / 2):  # a signal, or a checkpoint
                     state.seconds = time.monotonic() - began
                     state.firing, state.score = firing.state_dict(), self.score.state()
@@ -161,7 +161,7 @@ class Loop:
         return self.score.of(state.metrics(self.metric, self.processes, seconds, self.memory.peak))
 
     def _count_batches(self, epoch: int) -> int:
-        return stage_at(self.stages, epoch).count_batches(math.ceil(self.sampler.length / self.training.batch_size))
+        return stage_at(self.stages, epoch).count_batches(math.ceil(self.sampler.length / self.settings.batch_size))
 
     @property
     def trained_batches(self) -> int:
@@ -182,17 +182,17 @@ class Loop:
         """Train a batch, or this process's share of it; see `_prepare`."""
         state, rule, rank, processes = self.state, stage.rule, self.processes.rank, self.processes.count
         self.optim.zero_grad()
-        largest = min(self.training.batch_size, self.sampler.length)
-        size = min(largest, self.sampler.length - state.batch * self.training.batch_size)
+        largest = min(self.settings.batch_size, self.sampler.length)
+        size = min(largest, self.sampler.length - state.batch * self.settings.batch_size)
         weight, count = share(size, rank, processes)
-        drawn = seed_batch(self.training.seed, state.epoch, state.batch)  # of the rule, in all processes alike
-        seed_batch(self.training.seed, state.epoch, state.batch, rank)
+        drawn = seed_batch(self.settings.seed, state.epoch, state.batch)  # of the rule, in all processes alike
+        seed_batch(self.settings.seed, state.epoch, state.batch, rank)
         if isinstance(y, Padded):
             weight = real
         static, per_step, carried = self.splits.static, is_per_step(self.loss), rule.state_dict()
 
         def iteration(x: Tensor, y: Tensor | Padded) -> tuple[Output, FiringRates]:
-            parts = cut(x, y, count_parts(self.training.accumulate, size, processes), static=static, per_step=per_step)
+            parts = cut(x, y, count_parts(self.settings.accumulate, size, processes), static=static, per_step=per_step)
             outs = []
             # outside of calls of the network, so that its casts of weights last for all of them
             casts = torch.autocast(self.session.fabric.device.type, enabled=False)
@@ -238,7 +238,7 @@ class Loop:
 
     def round_weights(self) -> AbstractContextManager[None]:
         """Round the weights inside a block, in a training that is quantised."""
-        return round_weights(self.model) if self.training.quantised else nullcontext()
+        return round_weights(self.model) if self.settings.quantised else nullcontext()
 
     def _backward(self, weight: float, loss: Tensor) -> None:
         """Backpropagate, such that the gradients of all parts and processes add up to that of the batch."""
@@ -248,7 +248,7 @@ class Loop:
         self.processes.reduce_gradients(self.model.parameters())
 
     def _update(self) -> None:
-        if (most := self.training.clip_norm) is not None:
+        if (most := self.settings.clip_norm) is not None:
             # a scaler finds what is not finite by itself, and leaves the step out
             self.session.fabric.clip_gradients(self.net, self.optim, max_norm=most, error_if_nonfinite=not self.scaled)
         self.optim.step()
@@ -279,7 +279,7 @@ class Loop:
         At another T, the best epoch is sought anew. Where the schedule starts anew, training goes on from the average.
         """
         self.batches = self._count_batches(stage.start)
-        if self.training.phases:
+        if self.settings.phases:
             crop = f", crops of {stage.crop} pixels" if stage.crop else ""
             part = f", {self.batches} batches an epoch" if stage.batches else ""
             self.report.line(f"epochs {stage.start + 1} to {stage.stop}: T = {stage.steps}, {stage.rule}{crop}{part}")
@@ -290,11 +290,11 @@ class Loop:
             self.state.best, self.state.best_epoch, self.state.first = [], None, self.state.epoch
         if self.average and new and self.state.epoch == stage.start == stage.span[0]:
             self.average.copy_to(self.model)
-        device, size, held_out = self.session.fabric.device, self.training.batch_size, self.splits.validation
+        device, size, held_out = self.session.fabric.device, self.settings.batch_size, self.splits.validation
         self.memory = BatchMemory(device)
         self.fold = None
         self.graphs = make_graphs(self.session, self.model, stage.rule, stage.steps, self.callbacks)
-        workers, ranks = self.session.execution.workers, (self.processes.rank, self.processes.count)
+        workers, ranks = self.session.settings.workers, (self.processes.rank, self.processes.count)
         batches = train_loader(self.splits, size, self.sampler, workers, device, *ranks, crop=stage.crop)
         return batches, None if held_out is None else self.session.eval_loader(held_out, self.splits, size)
 
@@ -303,13 +303,13 @@ class Loop:
             return None
         with self._locate_errors("validation"), self.round_weights():
             return measure(
-                self.session, self.averaged, loader, self.splits, self.loss, [self.training.metric], stage.steps
+                self.session, self.averaged, loader, self.splits, self.loss, [self.settings.metric], stage.steps
             )
 
     def _end_epoch(self, training: Metrics, validation: Metrics | None) -> dict[str, Any]:
         """Save an epoch; returns its row in the table of metrics."""
         row = epoch_row(self.state.epoch + 1, self.optim, training, validation)
-        quality = improves(self.training.metric, validation.score) if validation else 0.0
+        quality = improves(self.settings.metric, validation.score) if validation else 0.0
         improved = self.state.end_epoch(row, validation, quality)
         self.state.pending = bool(self.callbacks)
         # the best before the last: that one says that there is a best
@@ -347,7 +347,7 @@ class Loop:
             loss=loss,
             history=state.history[state.first :],
             metric=self.metric,
-            higher_is_better=higher_is_better(self.training.metric),
+            higher_is_better=higher_is_better(self.settings.metric),
             stopped=state.stopped,
         )
         for callback in self.callbacks:

@@ -52,7 +52,7 @@ def write_sample(loop: Loop) -> None:
             evaluation_mode(loop.model),
             observe_spikes(spiking_layers(loop.model), lambda name, s: fired.setdefault(name, []).append(s)),
         ):
-            logits = unroll(loop.model, x, steps=loop.training.steps if splits.static else None).flatten(1)
+            logits = unroll(loop.model, x, steps=loop.settings.steps if splits.static else None).flatten(1)
     except Exception as error:
         loop.report.warn(f"the spikes of a sample are not kept: {error}")
         return

@@ -20,7 +20,8 @@ from sltt.parallel.signals import Interrupt
 from sltt.sequence.state import Stateful
 from sltt.training.batches import EpochSampler, Shares, eval_loader, share, train_loader
 from sltt.training.session import session
-from tests.training.blobs import equal, execution
+from sltt.training.settings import Settings
+from tests.training.blobs import equal
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -28,7 +29,7 @@ def test_convolutions_are_timed_in_a_session_unless_results_are_to_be_the_same_a
     cudnn = torch.backends.cudnn
     monkeypatch.setattr(cudnn, "deterministic", deterministic)
     assert not cudnn.benchmark
-    with session(execution(device="cpu")) as here:
+    with session(Settings(device="cpu")) as here:
         assert cudnn.benchmark is not deterministic
         splits = sltt.data.Digits().splits(2)
         assert not here.eval_loader(splits.test, splits, 8).pin_memory
@@ -63,15 +64,14 @@ def test_shares_are_every_sample_once(samples, processes):
 
 def test_sharded_weights_are_not_trained_in_16_mixed():
     with pytest.raises(ValueError, match="use 'bf16-mixed'"):
-        execution(device="cpu", devices=2, strategy="fsdp", precision="16-mixed")
+        Settings(device="cpu", devices=2, strategy="fsdp", precision="16-mixed")
 
 
 @pytest.mark.parametrize("rule", [sltt.SLTT(recompute=True), sltt.BPTT(hoist=True)])
 def test_rules_that_sharded_weights_cannot_serve_are_refused(rule):
-    here = SimpleNamespace(processes=SimpleNamespace(count=2), execution=execution(strategy="fsdp"))
-    training = SimpleNamespace(stages=[SimpleNamespace(rule=rule)])
+    here = SimpleNamespace(processes=SimpleNamespace(count=2), settings=Settings(strategy="fsdp"))
     with pytest.raises(ValueError, match="does not run under fsdp"):
-        sltt.training.fit._check(here, torch.nn.Linear(2, 2), None, training, None)
+        sltt.training.fit._check(here, torch.nn.Linear(2, 2), None, Settings(rule=rule), None)
 
 
 def test_a_batchnorm_of_ones_own_is_not_replaced():
@@ -118,7 +118,7 @@ def test_synchronised_statistics_need_gpus(monkeypatch):
     monkeypatch.setattr("sltt.training.session.make_fabric", lambda *args: two)
     with (
         pytest.raises(ValueError, match="sync_batchnorm=True for 2 processes on cpu"),
-        session(execution(device="cpu", devices=2, sync_batchnorm=True)),
+        session(Settings(device="cpu", devices=2, sync_batchnorm=True)),
     ):
         pass
 
