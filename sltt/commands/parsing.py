@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import itertools
 import os
 import re
 import sys
@@ -24,7 +25,7 @@ from sltt.training.average import select_weights
 from sltt.training.batches import seed_everything
 from sltt.training.checkpoints import load_checkpoint, load_weights, start_from
 from sltt.training.manifest import ALONE, MANIFEST
-from sltt.training.named import check_named, importing_for
+from sltt.training.named import check_modules, check_named
 from sltt.training.runs import MADE_IN, find_checkpoint, load_call, read_config
 from sltt.training.settings import OF_TRAINING, check_optimizer
 
@@ -107,8 +108,8 @@ def shipped_recipes() -> dict[str, Path]:
 
 def find_recipe(name: str) -> Path:
     """Return the file of a shipped recipe, or a YAML file of the user's own, which may name classes beside it."""
-    if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())  # last: no file beside the recipe replaces an installed package
+    if not sys.flags.safe_path:
+        take_code(Path())
     known = shipped_recipes()
     if name in known:
         return known[name]
@@ -119,6 +120,15 @@ def find_recipe(name: str) -> Path:
     if name and Path(name).is_dir():
         raise UsageError(f"{name} is a folder, and no recipe: `sltt train --resume {quote(name)}` continues a run")
     raise UsageError(f"unknown recipe {name!r}{suggest(name, known)}; `sltt recipes` lists them")
+
+
+def take_code(folder: Path) -> None:
+    """Import modules of a folder too: the last of all, so that no file replaces an installed package.
+
+    By `sys.path`, as Python does: modules import others beside them, and so do the workers of a data loader.
+    """
+    if (path := str(folder.resolve())) not in map(os.path.realpath, sys.path):
+        sys.path.append(path)
 
 
 def run_folder(name: str | Path) -> Path:
@@ -153,13 +163,13 @@ def build_run(
     if code is not None:
         if not code.is_dir():
             raise UsageError(f"--code {code} is no folder: name the one with the code of the run's classes")
-        sys.path.insert(0, str(code.resolve()))
-    with importing_for(run, {name: one for name, one in settings.items() if name not in unread}, code):
-        config = parse(parser, settings, words)
-        check_named(run, config)
-        for name in ("run", "resume"):
-            config.pop(name)
-        return build(parser, config), yaml.safe_load(parser.dump(config))
+        take_code(code)
+    check_modules(run, {name: one for name, one in settings.items() if name not in unread}, code)
+    config = parse(parser, settings, words)
+    check_named(run, config)
+    for name in ("run", "resume"):
+        config.pop(name)
+    return build(parser, config), yaml.safe_load(parser.dump(config))
 
 
 def load_run(
@@ -241,7 +251,7 @@ def parse(
     try:
         if {"-h", "--help"} & set(words):
             parser.set_defaults(values)  # so that the help shows the recipe's values
-        config = parser.parse_args(["--config", _write(values), *_expand(words)])
+        config = parser.parse_args(_empty_lists(words), namespace=parser.parse_object(values))
     except argparse.ArgumentError as error:
         raise UsageError(re.sub(r"\bNone(Type)?\b", "null", explain(str(error), values))) from None
     config.pop("config")
@@ -254,46 +264,26 @@ def parse(
     return config
 
 
-def _write(values: dict[str, Any]) -> str:
-    return yaml.safe_dump(values, sort_keys=False)
-
-
-def _expand(words: Sequence[str]) -> list[str]:
-    """Return the words, with a file of settings as its text, and `--NAME=null` before a list.
-
-    In a list as long as the one before, the parser would keep keys of that.
-    """
-    expanded, left = [], iter(words)
-    for word in left:
+def _empty_lists(words: Sequence[str]) -> list[str]:
+    """Return the words, with `--NAME=null` before a list: the parser would keep keys of the last one as long."""
+    emptied = []
+    for word, after in itertools.zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")
-        name = option.removeprefix("--")
-        if name in (*LISTS, "config") and (equals or (value := next(left, ""))):
-            if name == "config" and os.path.isfile(file := os.path.expanduser(value)):
-                value = _write(_read(Path(file)))
-            given = _load(value)
-            lists = given if name == "config" and isinstance(given, dict) else {name: given}
-            expanded += [f"--{one}=null" for one in LISTS if isinstance(lists.get(one), list)]
-            word = f"{option}={value}"
-        expanded.append(word)
-    return expanded
+        given = _read(value if equals else after) if option == "--config" else [option.removeprefix("--")]
+        emptied += [*(f"--{name}=null" for name in LISTS if name in given), word]
+    return emptied
 
 
-def _load(text: str) -> Any:
-    """Read YAML text; return None where it cannot be read: the parser says why."""
+def _read(source: Path | str) -> dict[str, Any]:
+    """Return the values of a recipe, or of the file or text of --config."""
+    file = os.path.expanduser(source)
     try:
-        return yamltext.load(text)
-    except yaml.YAMLError:
-        return None
-
-
-def _read(source: Path) -> dict[str, Any]:
-    """Return the values of a recipe or of a run's configuration."""
-    try:
-        values = yamltext.load(yamltext.read(source))
+        values = yamltext.load(yamltext.read(Path(file)) if os.path.isfile(file) else str(source))
     except yaml.YAMLError as error:
         raise UsageError(f"{source} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UsageError(f"{source} holds no options: expected lines such as `epochs: 20`; `sltt recipes digits`")
+        what = "holds" if os.path.isfile(file) else "is no file, and holds"
+        raise UsageError(f"{source} {what} no options: expected lines such as `epochs: 20`; `sltt recipes digits`")
     return values
 
 

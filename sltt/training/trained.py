@@ -82,15 +82,15 @@ def _network(run: Path, config: dict[str, Any]) -> nn.Module:
         )
     from jsonargparse import ArgumentParser
 
-    from sltt.training.named import check_named, importing_for
+    from sltt.training.named import check_modules, check_named
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model", type=nn.Module)
     settings = {"model": config["model"]}
-    with importing_for(run, settings):
-        parsed = parser.parse_object(settings)
-        check_named(run, parsed)
-        return parser.instantiate(parsed).model
+    check_modules(run, settings)
+    parsed = parser.parse_object(settings)
+    check_named(run, parsed)
+    return parser.instantiate(parsed).model
 
 
 def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: Sequence[int] | None = None) -> Tensor:

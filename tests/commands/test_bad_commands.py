@@ -84,7 +84,7 @@ CASES = f"""
 2 | list.yaml holds no options | train list.yaml
 2 | tab.yaml cannot be read: | train tab.yaml
 2 | binary.yaml is no YAML that can be read | train binary.yaml
-2 | File does not exist | train --config nowhere.yaml
+2 | nowhere.yaml is no file, and holds no options | train --config nowhere.yaml
 # values of the wrong kind
 2 | optimizer.lr: expected float, got abc | train --optimizer.lr abc
 2 | epochs: expected int, got null | train --epochs null
