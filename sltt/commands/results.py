@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -136,12 +135,11 @@ def run_names(found: Gathered) -> dict[Path, str]:
 
 
 def rule_of(config: dict[str, Any]) -> str:
-    """Return the rule of a run's settings as it is written for `sltt compare`: SLTT:k=1."""
-    rule = config.get("rule")
-    if isinstance(rule, dict):
-        return _label(rule["class_path"], rule.get("init_args") or {})
-    name, _, shown = str(rule or "own rule").removesuffix(")").partition("(")  # SLTT(k=1), of a run made in Python
-    return ":".join([name, *re.split(r", (?![^{]*})", shown)]) if shown else name
+    """Return the rule of a run's settings, of a recipe or made in Python, as for `sltt compare`: SLTT:k=1."""
+    if not isinstance(rule := config.get("rule"), dict):
+        return str(rule or "own rule")
+    settings = {name: value for name, value in rule.items() if name not in ("class_path", "class")}
+    return _label(rule.get("class_path") or rule.get("class") or "own rule", settings.get("init_args", settings) or {})
 
 
 def _label(path: str, settings: dict[str, Any]) -> str:

@@ -58,9 +58,9 @@ class Processes:
         """Return the sums over the processes."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
-    def highest(self, value: float) -> float:
-        """Return the largest value of a process."""
-        return self._reduce([value], dist.ReduceOp.MAX)[0]
+    def highest(self, *values: float) -> list[float]:
+        """Return the largest of a process, for each of the values."""
+        return self._reduce(values, dist.ReduceOp.MAX)
 
     def gather(self, value: A) -> list[A]:
         """Return the values of all processes, in their order."""

@@ -45,7 +45,7 @@ class Interrupt:
             raise KeyboardInterrupt
         self.requested = number
 
-    def stop(self, requested: int, run: Path) -> None:
+    def stop(self, requested: float, run: Path) -> None:
         """Raise what belongs to the signal `requested`, if any; call it after a checkpoint was saved."""
         if requested == signal.SIGTERM:
             raise Preempted(f"stopped by SIGTERM; continue with --resume {quote(str(run))}")

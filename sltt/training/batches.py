@@ -238,43 +238,32 @@ def join_outputs(outs: Sequence[Output], parts: Sequence[Part]) -> Output:
 
 
 def train_loader(
-    splits: Splits,
-    batch_size: int,
-    sampler: EpochSampler,
-    workers: int,
-    device: torch.device | None = None,
-    rank: int = 0,
-    processes: int = 1,
-    crop: int | None = None,
+    splits: Splits, batch_size: int, sampler: EpochSampler, workers: int, crop: int | None = None, **here: Any
 ) -> DataLoader[Any]:
-    """Training batches in the sampler's order, or a process's share of each, to be copied to the device.
-
-    For the other arguments see `Shares` and `Phase`.
-    """
-    samples = _Seeded(splits.train, splits.collate, crop)
-    return _loader(samples, Shares(sampler, batch_size, rank, processes), workers, device)
+    """Training batches in the sampler's order; for `crop` see `Phase`, for `here` `Session.place`."""
+    return _loader(_Seeded(splits.train, splits.collate, crop), sampler, batch_size, workers, **here)
 
 
-def eval_loader(
-    dataset: Dataset[Any],
-    splits: Splits,
+def eval_loader(dataset: Any, splits: Splits, batch_size: int, workers: int, **here: Any) -> DataLoader[Any]:
+    """Every sample of a data set once, in order; what is random is the same each time."""
+    order = [Key(i, i) for i in range(len(dataset))]
+    return _loader(_Seeded(dataset, splits.collate_of(dataset)), order, batch_size, workers, **here)
+
+
+def _loader(
+    samples: _Seeded,
+    order: Iterable[Key],
     batch_size: int,
     workers: int,
     device: torch.device | None = None,
     rank: int = 0,
     processes: int = 1,
 ) -> DataLoader[Any]:
-    """Every sample of a data set once, in order, or a process's share of each batch; what is random is so alike."""
-    order = [Key(i, i) for i in range(len(dataset))]  # type: ignore[arg-type]
-    samples = _Seeded(dataset, splits.collate_of(dataset))
-    return _loader(samples, Shares(order, batch_size, rank, processes), workers, device)
-
-
-def _loader(samples: _Seeded, batches: Shares, workers: int, device: torch.device | None) -> DataLoader[Any]:
+    """Batches in an order, or the share of each of a process, to be copied to the device."""
     cuda = device is not None and device.type == "cuda"
     return DataLoader(
         samples,
-        batch_sampler=batches,
+        batch_sampler=Shares(order, batch_size, rank, processes),
         num_workers=workers,
         collate_fn=_identity,
         # memory to copy from while the GPU works; not what lies on it already

@@ -24,7 +24,7 @@ NOT_MEASURED = "not measured"
 
 def write_card(loop: Loop, row: dict[str, Any]) -> None:
     """Write the card of a finished training; `row` is the epoch whose weights the model has."""
-    folder, model, splits, settings = loop.folder, loop.model, loop.splits, loop.settings
+    folder, model, splits, settings = loop.folder, loop.learner.model, loop.splits, loop.settings
     samples = ", ".join(f"{size:,} {name}" for name, size in splits.sizes.items() if size)
     classes = "" if splits.classes is None else f"; {splits.classes} classes"
     metric = metric_of(row)
@@ -41,7 +41,7 @@ def write_card(loop: Loop, row: dict[str, Any]) -> None:
         **({} if settings.quantised is None else {"weights": f"rounded to {settings.quantised}, for the export to C"}),
         "firing rate": f"{row['firing_rate']:.4f} spikes per neuron and time step, in training",
         "made with": f"sltt {version('sltt')}, PyTorch {torch.__version__}, Python {platform.python_version()}, "
-        f"on {loop.session.fabric.device}",
+        f"on {loop.learner.session.fabric.device}",
         "finished": time.strftime("%Y-%m-%d %H:%M"),
     }
     lines = [f"# {type(model).__name__} in {folder.name}", "", "| | |", "| --- | --- |"]
@@ -64,10 +64,10 @@ def _energy(loop: Loop) -> list[str]:
         return ["Energy: not estimated by several processes: sltt profile"]
     try:
         samples = loop.splits.validation or loop.splits.test or loop.splits.train
-        x, y = loop.session.batch(*loop.splits.collate([samples[0]]))
+        x, y = loop.learner.session.batch(*loop.splits.collate([samples[0]]))
         steps = loop.settings.steps if loop.splits.static else None
-        with evaluation_mode(loop.model):
-            tables = measure_energy(loop.model, x, steps=steps, lengths=lengths_of(y)).tables()
+        with evaluation_mode(loop.learner.model):
+            tables = measure_energy(loop.learner.model, x, steps=steps, lengths=lengths_of(y)).tables()
     except Exception as error:  # the training is done, and not lost for a layer that cannot be counted
         return [f"Energy: not estimated: {error}"]
     lines = []

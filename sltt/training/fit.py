@@ -1,6 +1,5 @@
 """Training and evaluation on Lightning Fabric, without a branch on data set or rule; the loop itself is in loop.py."""
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,13 +19,14 @@ from sltt.parallel.devices import Device, Graph, Precision, Strategy
 from sltt.rules import SLTT, Rule
 from sltt.schedules import Cosine, Schedule
 from sltt.training import runs, safeguards
-from sltt.training.batches import keep_generators
+from sltt.training.batches import keep_generators, seed_everything
 from sltt.training.card import write_card
 from sltt.training.check import check
 from sltt.training.checkpoints import load_checkpoint, load_selected, restore_state, start_from
 from sltt.training.console import Console
 from sltt.training.description import describe
 from sltt.training.graphs import check_graph
+from sltt.training.learner import Learner
 from sltt.training.logs import Logger
 from sltt.training.loop import Loop
 from sltt.training.manifest import LAST, was_written
@@ -162,26 +162,25 @@ def fit(
     with keep_generators(), session(settings) as here:
         if config is None:
             untold: list[str] = []
-            config = _settings(model, data, vars(settings), resume, untold)
+            config = _config(model, data, settings, resume, untold)
             if untold:
                 here.console(report).line(f"on resume, sltt cannot tell whether these changed: {', '.join(untold)}")
         return train(here, model, data, settings, run, resume=resume, config=config, report=report)
 
 
-def _settings(model: nn.Module, data: Data, given: dict[str, Any], resume: bool, untold: list[str]) -> dict[str, Any]:
-    """Return what the folder of a run that is made in Python keeps: plain settings, and objects as text.
+def _config(model: nn.Module, data: Data, settings: Settings, resume: bool, untold: list[str]) -> dict[str, Any]:
+    """Return what the folder of a run that is made in Python keeps: plain settings, and objects by their arguments.
 
-    Of a run that is resumed, they are compared, objects by their arguments; None leaves one that may change as it was.
+    Of a run that is resumed, what it is compared with; None leaves a setting that may change as it was.
     """
-    plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str | None)}
-    objects = {"data": data} | {name: value for name, value in given.items() if name not in plain}
-    told = {name: describe(value, untold, name) for name, value in objects.items() if name not in OF_TRAINING}
-    made = {runs.MADE_IN: "Python, by sltt.fit", "arguments": told}
-    if resume:
-        return made | {name: value for name, value in plain.items() if value is not None or name not in RESUMABLE}
-    texts = {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in objects.items()}
-    network = {"model": type(model).__name__, "neurons": runs.describe_neurons(model)}
-    return {**made, **network, **texts, **plain}
+    plain = bool | int | float | str | None
+    told = {
+        name: value if isinstance(value, plain) else describe(value, untold, name)
+        for name, value in {"data": data, **vars(settings)}.items()
+        if name not in OF_TRAINING and not (resume and value is None and name in RESUMABLE)
+    }
+    network = {} if resume else {"model": type(model).__name__, "neurons": runs.describe_neurons(model)}
+    return {runs.MADE_IN: "Python, by sltt.fit", **network, **told}
 
 
 def train(
@@ -207,14 +206,13 @@ def train(
     with here.lock_run(made):
         checkpoint = None
         if resume:
-            checkpoint = first(lambda: _last_checkpoint(made, config))
-            saved = checkpoint["config"] if checkpoint else runs.read_config(made)
-            config = saved | {name: config[name] for name in RESUMABLE if name in config} if saved else config
+            checkpoint, config = first(lambda: _read_run(made, config))
             if checkpoint is None:  # it stopped before the first
                 start_from(model, settings.weights)
             if other := runs.find_other_neurons(config, model):
                 raise ValueError(f"{made} is of other neurons: {other}. Resume it with its own, or start a new run")
-        loop = Loop(here, settings, model, data, splits, made, config, report)
+        seed_everything(settings.seed)
+        loop = Loop(Learner(here, settings, model), data, splits, made, config, report)
         if checkpoint:
             restore_state(loop, checkpoint)
         if resume and config and here.processes.rank == 0:
@@ -225,7 +223,7 @@ def train(
 
 def _result(loop: Loop) -> Fit:
     """Give the model the weights of the best epoch."""
-    load_selected(loop.model, loop.folder, processes=loop.processes)
+    load_selected(loop.learner.model, loop.folder, processes=loop.processes)
     epoch = loop.state.best_epoch or loop.state.epoch
     if loop.processes.rank == 0:
         write_card(loop, loop.state.history[epoch - 1])
@@ -284,10 +282,15 @@ def _check(here: Session, model: nn.Module, data: Data, settings: Settings, repo
     return chosen, splits
 
 
-def _last_checkpoint(run: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the last checkpoint of a run, of the same settings; None if it stopped before the first."""
+def _read_run(run: Path, config: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Return the last checkpoint of a run, None if it stopped before the first, and the settings to go on with.
+
+    Raises ValueError where those that are given are others than the run's.
+    """
     checkpoint = load_checkpoint(run / LAST) if was_written(run / LAST) else None
     saved = runs.read_config(run, checkpoint)
     if runs.MADE_IN in saved or runs.MADE_IN not in config:  # arguments in Python do not repeat a recipe
         runs.check_config(run, saved, {name: value for name, value in config.items() if name in saved})
-    return checkpoint
+    same = {"data"} if runs.MADE_IN in config else set()  # by its description, which has no places
+    changed = {name: config[name] for name in RESUMABLE if name in config and name not in same}
+    return checkpoint, saved | changed if saved else config

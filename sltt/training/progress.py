@@ -108,7 +108,7 @@ class Progress:
             metric,
             spikes / neurons if neurons else 0.0,
             seconds,
-            int(processes.highest(peak_memory or 0)) or None,
+            int(processes.highest(peak_memory or 0)[0]) or None,
             {name: spikes / count for name, (spikes, count) in total.firing.items() if count},
         )
 

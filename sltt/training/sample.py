@@ -47,12 +47,12 @@ def write_sample(loop: Loop) -> None:
         return
     splits, fired = loop.splits, {}
     try:
-        x, y = loop.session.batch(*splits.collate([(splits.validation or splits.train)[0]]))
+        x, y = loop.learner.session.batch(*splits.collate([(splits.validation or splits.train)[0]]))
         with (
-            evaluation_mode(loop.model),
-            observe_spikes(spiking_layers(loop.model), lambda name, s: fired.setdefault(name, []).append(s)),
+            evaluation_mode(loop.learner.model),
+            observe_spikes(spiking_layers(loop.learner.model), lambda name, s: fired.setdefault(name, []).append(s)),
         ):
-            logits = unroll(loop.model, x, steps=loop.settings.steps if splits.static else None).flatten(1)
+            logits = unroll(loop.learner.model, x, steps=loop.settings.steps if splits.static else None).flatten(1)
     except Exception as error:
         loop.report.warn(f"the spikes of a sample are not kept: {error}")
         return

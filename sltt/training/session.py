@@ -1,14 +1,14 @@
 """Sessions train and measure networks: processes are started and Fabric is built once for all of it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from sltt.checks import instance
 from sltt.data import Data, Splits
@@ -73,7 +73,7 @@ class Session:
         Padded sequences have the same T in all processes, which do each time step together.
         """
         if isinstance(y, Padded):
-            x, y = pad_batch(x, y, int(self.processes.highest(len(x))), per_step)
+            x, y = pad_batch(x, y, int(*self.processes.highest(len(x))), per_step)
         x, y = self.fabric.to_device((x, y))
         if self.settings.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -91,10 +91,14 @@ class Session:
         """Keep all but these processes from training the run inside this block."""
         return lock_run(run) if self.processes.rank == 0 else nullcontext()
 
-    def eval_loader(self, dataset: Dataset[Any], splits: Splits, batch_size: int) -> DataLoader[Any]:
+    @property
+    def place(self) -> dict[str, Any]:
+        """Return for which device and process a loader is."""
+        return {"device": self.fabric.device, "rank": self.processes.rank, "processes": self.processes.count}
+
+    def eval_loader(self, dataset: Any, splits: Splits, batch_size: int) -> DataLoader[Any]:
         """Every sample of a validation or test set once, in order, or this process's share of each batch."""
-        ranks = self.processes.rank, self.processes.count
-        return eval_loader(dataset, splits, batch_size, self.settings.workers, self.fabric.device, *ranks)
+        return eval_loader(dataset, splits, batch_size, self.settings.workers, **self.place)
 
 
 def prefers_channels_last(device: torch.device) -> bool:
@@ -126,31 +130,13 @@ def session(settings: Settings) -> Iterator[Session]:
             f"sync_batchnorm=True for {fabric.world_size} processes on {fabric.device.type}, but PyTorch's "
             "SyncBatchNorm runs on CUDA devices only: leave it out, and each process takes the statistics of its share"
         )
-    with using(compile=settings.compile, sparse=settings.sparse), _on_the_host(), _trying_convolutions():
-        yield Session(settings, fabric, Processes(fabric))
-
-
-@contextmanager
-def _trying_convolutions() -> Iterator[None]:
-    """Let cuDNN time its algorithms once for each shape inside this block, unless results are to be the same again."""
     cudnn: Any = torch.backends.cudnn
-    before = cudnn.benchmark
-    cudnn.benchmark = before or not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
-    try:
-        yield
-    finally:
-        cudnn.benchmark = before
-
-
-@contextmanager
-def _on_the_host() -> Iterator[None]:
-    """Make new tensors on the CPU inside this block, whatever `torch.set_default_device` says."""
-    default = torch.get_default_device()
-    if default.type == "cpu":
-        yield
-        return
-    torch.set_default_device(None)
-    try:
-        yield
-    finally:
-        torch.set_default_device(default)
+    with using(compile=settings.compile, sparse=settings.sparse), ExitStack() as before:
+        # new tensors are on the CPU, whatever the user has set; and cuDNN times its algorithms once for each shape,
+        # unless results are to be the same again
+        if (default := torch.get_default_device()).type != "cpu":
+            before.callback(torch.set_default_device, default)
+            torch.set_default_device(None)
+        before.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+        cudnn.benchmark |= not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
+        yield Session(settings, fabric, Processes(fabric))

@@ -84,7 +84,7 @@ def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, her
     assert [rows[i]["energy"] and len(rows[i]["energy"]["ratios"]) for i in range(3)] == [4, None, 4]
 
     # what is trained is measured again, and not trained again
-    monkeypatch.setattr("sltt.training.loop.Loop._batch", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("sltt.training.batch_loop.BatchLoop._train", lambda *_: pytest.fail("trained again"))
     assert main([*WORDS, "--rules", "SLTT:k=1", "--seeds", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["scores"] == rows[2]["scores"]
 

@@ -131,7 +131,7 @@ def test_runs_have_the_name_of_their_row_or_folder(measured, tmp_path):
         (None, "own rule"),
         ({"class_path": "no_such.Mine", "init_args": {"k": 2, "rescale": None}}, "Mine:k=2"),
         ({"class_path": "sltt.SLTT", "init_args": {"k": 1, "hoist": False}}, "SLTT:k=1"),
-        ("Own(k=2, windows={'a': 1, 'b': 2})", "Own:k=2:windows={&#39;a&#39;: 1, &#39;b&#39;: 2}"),
+        ({"class": "Own", "k": 2, "windows": {"a": 1, "b": 2}}, "Own:k=2:windows={&#39;a&#39;: 1, &#39;b&#39;: 2}"),
     ],
 )
 def test_a_rule_has_a_name_whether_it_is_here_or_not(rule, name, measured, tmp_path, capsys):

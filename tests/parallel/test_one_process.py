@@ -39,10 +39,10 @@ def test_convolutions_are_timed_in_a_session_unless_results_are_to_be_the_same_a
 def test_batches_for_a_gpu_are_pinned_unless_they_lie_on_one():
     host, there = (Splits(*[[(torch.zeros(3, device=d), 0)] * 8] * 3, True, 2, "") for d in ("cpu", "meta"))
     cuda, sampler = torch.device("cuda"), EpochSampler(8, 0)
-    assert train_loader(host, 4, sampler, 0, cuda).pin_memory
-    assert eval_loader(host.test, host, 4, 0, cuda).pin_memory
-    assert not train_loader(there, 4, sampler, 0, cuda).pin_memory
-    assert not eval_loader(host.test, host, 4, 0, torch.device("cpu")).pin_memory
+    assert train_loader(host, 4, sampler, 0, device=cuda).pin_memory
+    assert eval_loader(host.test, host, 4, 0, device=cuda).pin_memory
+    assert not train_loader(there, 4, sampler, 0, device=cuda).pin_memory
+    assert not eval_loader(host.test, host, 4, 0, device=torch.device("cpu")).pin_memory
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])

@@ -1,5 +1,5 @@
-import hashlib
 import random
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -32,17 +32,11 @@ def foreign(path):
     torch.save({"state_dict": {}}, path)
 
 
-def without_checksum(path):
-    torch.save({"format": checkpoints.FORMAT, "model": {}}, path)
-
-
 def pickled(path):
     torch.save({"format": checkpoints.FORMAT, "model": Blobs()}, path)
 
 
-@pytest.mark.parametrize(
-    "write", [truncated, foreign, without_checksum, pickled, lambda p: p.write_text("hello"), lambda p: p.touch()]
-)
+@pytest.mark.parametrize("write", [truncated, foreign, pickled, lambda p: p.write_text("hello"), lambda p: p.touch()])
 def test_a_damaged_or_foreign_checkpoint_is_named(write, tmp_path):
     path = tmp_path / "last.ckpt"
     write(path)
@@ -60,8 +54,10 @@ def test_a_flipped_bit_never_loads_as_another_value(tmp_path):
         damaged[place // 8] ^= 1 << place % 8
         for run in (path, alone):  # with its manifest, and by itself
             run.write_bytes(damaged)
-            with pytest.raises(ValueError, match=r"is damaged.* Restore it from a copy"):
-                load_checkpoint(run)
+            with (
+                suppress(CheckpointError) if run is alone else pytest.raises(ValueError, match=r"is damaged.* Restore")
+            ):
+                assert equal(load_checkpoint(run)["model"], saved)
     for run in (path, alone):
         run.write_bytes(whole)
         assert equal(load_checkpoint(run)["model"], saved)
@@ -74,8 +70,7 @@ def test_a_checkpoint_is_read_by_torch_alone(tmp_path):
 
 def test_the_message_about_a_checkpoint_with_objects_does_not_advise_to_execute_them(tmp_path):
     pickled(path := tmp_path / "last.ckpt")
-    path.write_bytes(path.read_bytes() + checkpoints.MARK + hashlib.sha256(path.read_bytes()).hexdigest().encode())
-    with pytest.raises(CheckpointError, match="is not a checkpoint of sltt") as caught:
+    with pytest.raises(CheckpointError, match="not a checkpoint of sltt") as caught:
         load_checkpoint(path)
     assert "weights_only" not in str(caught.value)
 

@@ -113,7 +113,7 @@ def test_more_epochs_of_a_resumed_run_are_kept(tmp_path):
     config = load_checkpoint(tmp_path / "run" / "last.ckpt")["config"]
     assert (config["epochs"], config["checkpoint_minutes"]) == (3, 5)
     assert config == read_config(tmp_path / "run")
-    assert config["rule"] == "SLTT(k=2)"
+    assert (config["rule"]["class"], config["rule"]["k"]) == ("sltt.SLTT", 2)
 
 
 def test_resuming_before_the_first_checkpoint_starts_again(tmp_path):
