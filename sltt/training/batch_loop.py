@@ -126,11 +126,12 @@ class BatchLoop:
         check_finite(out.loss, learner.model, learner.optim, scaled=learner.scaled)
         counted = count_scored(loss_of, y, count)
         # before the update, so that a GPU runs that while the host prepares the next batch
-        loss, score = out.loss.item(), self.score.batch(*to_score(loss_of, out.logits, y), counted)
+        loss = out.loss.item()
+        self.score.add(*to_score(loss_of, out.logits, y), counted)
         if not rule.online:
             learner.update()
         processes.average_statistics(learner.model)
-        state.count(loss, score, counted, y)
+        state.count(loss, counted, y)
         if learner.average:
             learner.average.update(learner.model)
         self.fold = self.fold or last_fold(learner.net)  # the last batch may be smaller

@@ -169,7 +169,7 @@ def measure(
     processes = here.processes
     batches: Any = loader.batch_sampler
     state = Progress()
-    first, *others = (Score(metric, processes, state, selects) for metric in metrics)
+    scores = {name_of(metric): Score(metric, processes, state, selects) for metric in metrics}
     began = time.monotonic()
     with evaluation_mode(net), firing_rates(net.module) as firing, torch.no_grad():
         for x, y in whole_epoch(loader):
@@ -181,15 +181,14 @@ def measure(
             with count_samples(firing, count):
                 logits = memory.measure(run) if memory and memory.is_due(len(x)) else run()
             pair, counted = to_score(loss, logits, y), count_scored(loss, y, count)
-            score = first.batch(*pair, counted)
-            for other in others:
-                other.batch(*pair, counted)
-            state.count(sequence_loss(loss, logits, y).item(), score, counted, y)
+            for score in scores.values():
+                score.add(*pair, counted)
+            state.count(sequence_loss(loss, logits, y).item(), counted, y)
     state.firing = firing.state_dict()
     seconds, peak = time.monotonic() - began, memory.peak if memory else None
-    name, *names = map(name_of, metrics)
-    found = first.of(state.metrics(name, processes, seconds, peak))
-    return replace(found, scores={name: found.score} | {n: one.value() for n, one in zip(names, others, strict=True)})
+    values = {name: score.value() for name, score in scores.items()}
+    first = next(iter(values))
+    return replace(state.metrics(first, values[first], processes, seconds, peak), scores=values)
 
 
 @contextmanager

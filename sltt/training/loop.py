@@ -100,7 +100,7 @@ class Loop:
                     interrupt.stop(signal, self.folder)
         state.firing = batches.firing.state_dict()
         seconds = time.monotonic() - began
-        return batches.score.of(state.metrics(self.metric, self.processes, seconds, batches.memory.peak))
+        return state.metrics(self.metric, batches.score.value(), self.processes, seconds, batches.memory.peak)
 
     def _count_batches(self, epoch: int) -> int:
         return stage_at(self.stages, epoch).count_batches(math.ceil(self.sampler.length / self.settings.batch_size))
