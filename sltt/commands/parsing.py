@@ -24,9 +24,9 @@ from sltt.parallel.devices import count_started
 from sltt.training.average import select_weights
 from sltt.training.batches import seed_everything
 from sltt.training.checkpoints import load_checkpoint, load_weights, start_from
-from sltt.training.manifest import ALONE, MANIFEST
+from sltt.training.files import CONFIG
 from sltt.training.named import check_modules, check_named
-from sltt.training.runs import MADE_IN, find_checkpoint, load_call, read_config
+from sltt.training.runs import MADE_IN, find_checkpoint, is_run, load_call, read_config
 from sltt.training.settings import OF_TRAINING, check_optimizer
 
 LISTS = "phases", "callbacks", "loggers"
@@ -133,8 +133,8 @@ def take_code(folder: Path) -> None:
 
 def run_folder(name: str | Path) -> Path:
     """Return the folder of a run; raise UsageError where it is none."""
-    if not (Path(name) / MANIFEST).exists():
-        raise UsageError(f"{name} is not the folder of a run, as a training prints it: it has no {MANIFEST}. {ALONE}")
+    if not is_run(Path(name)):
+        raise UsageError(f"{name} is not the folder of a run, as a training prints it: it has no {CONFIG}")
     return Path(name)
 
 

@@ -16,7 +16,8 @@ from sltt.frozen import arguments_of
 from sltt.metrics import finite_scores, is_share
 from sltt.training.checkpoints import load_checkpoint
 from sltt.training.console import Console, as_json
-from sltt.training.manifest import CONFIG, LAST, open_file, was_written, write_file
+from sltt.training.files import CONFIG, LAST, write_atomically
+from sltt.training.runs import find_last
 
 
 def give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Console], None]) -> None:
@@ -24,7 +25,7 @@ def give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Conso
     text = as_json(found)
     if known.save:
         known.save.mkdir(parents=True, exist_ok=True)
-        write_file(known.save / name, lambda file: file.write(text.encode()))
+        write_atomically(known.save / name, lambda file: file.write(text.encode()))
     if known.json:
         print(text)
         return
@@ -110,7 +111,7 @@ def gather(folders: Sequence[Path]) -> Gathered:
 
 def _read_run(run: Path) -> Curve:
     """Read what the report shows of a run, from its last checkpoint."""
-    checkpoint = load_checkpoint(run / LAST) if was_written(run / LAST) else None
+    checkpoint = load_checkpoint(last) if (last := find_last(run)) else None
     if checkpoint is None or not checkpoint["progress"]["history"]:
         raise ValueError("it has not finished an epoch")
     progress = checkpoint["progress"]
@@ -119,8 +120,7 @@ def _read_run(run: Path) -> Curve:
 
 def _read(path: Path) -> dict[str, Any]:
     """Read a command's result; a number that is not finite is None, and what varied is in a rule's name."""
-    with open_file(path) as file:
-        found = json.load(file, parse_constant=lambda name: None)
+    found = json.loads(path.read_bytes(), parse_constant=lambda name: None)
     for row in [*found.get("costs", ()), *found.get("fits", ()), *found.get("rows", ())]:
         if "rule" in row:
             row["rule"] = label_row(row["rule"], row.get("varied", {}))

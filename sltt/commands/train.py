@@ -17,8 +17,8 @@ from sltt.training.card import add_test_score
 from sltt.training.checkpoints import load_checkpoint, load_selected
 from sltt.training.console import as_json
 from sltt.training.evaluation import measure_settings, measure_split
+from sltt.training.files import CONFIG, LAST, write_atomically
 from sltt.training.fit import train
-from sltt.training.manifest import CONFIG, LAST, write_file
 from sltt.training.session import Session, session
 from sltt.training.settings import RESUMABLE, Settings
 
@@ -73,7 +73,7 @@ def _train(here: Session, built: Namespace, folder: str | Path | None, **setting
     name, best, end = selected.metric, score_text(selected.metric, selected.score), score_text(last.metric, last.score)
     summary = {"epoch": result.epoch, f"test_{name}": selected.score, f"last_epoch_test_{name}": last.score}
     add_test_score(run, best)
-    write_file(run / "result.json", lambda file: file.write(as_json(summary).encode()))
+    write_atomically(run / "result.json", lambda file: file.write(as_json(summary).encode()))
     report.line(
         f"test {name} {best} with the weights of epoch {result.epoch}, the best by validation; {end} after the last"
         if splits.validation

@@ -14,8 +14,8 @@ from sltt.metrics import score_text
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.padding import lengths_of
 from sltt.training.console import metric_of
+from sltt.training.files import write_atomically
 from sltt.training.loop import Loop
-from sltt.training.manifest import open_file, write_file
 from sltt.training.runs import load_call
 
 CARD = "card.md"
@@ -48,14 +48,13 @@ def write_card(loop: Loop, row: dict[str, Any]) -> None:
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     lines += ["", f"Load it: `model = {load_call(folder, loop.config)}`, then `sltt.predict(model, x)`.", ""]
     lines += _energy(loop)
-    write_file(folder / CARD, lambda file: file.write("\n".join(lines).encode()))
+    write_atomically(folder / CARD, lambda file: file.write("\n".join(lines).encode()))
 
 
 def add_test_score(folder: Path, score: str) -> None:
     """Write the metric on the test samples into the card."""
-    with open_file(folder / CARD) as file:
-        text = file.read().decode().replace(NOT_MEASURED, score)
-    write_file(folder / CARD, lambda file: file.write(text.encode()))
+    text = (folder / CARD).read_text(encoding="utf-8").replace(NOT_MEASURED, score)
+    write_atomically(folder / CARD, lambda file: file.write(text.encode()))
 
 
 def _energy(loop: Loop) -> list[str]:

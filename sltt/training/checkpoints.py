@@ -17,7 +17,7 @@ from sltt.losses import prediction_of
 from sltt.parallel.processes import Processes, shard_like
 from sltt.training.average import select_weights
 from sltt.training.description import describe
-from sltt.training.manifest import BEST, LAST, MANIFEST, open_file, write_file
+from sltt.training.files import LAST, write_atomically
 from sltt.training.phases import stage_at
 from sltt.training.progress import Progress
 from sltt.training.runs import find_checkpoint
@@ -108,7 +108,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
                 "torch.from_numpy(array), or array.tolist()"
             )
 
-    write_file(path, write)
+    write_atomically(path, write)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -116,15 +116,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or not a checkpoint of sltt.
     """
-    if path.name in (BEST, LAST) and (path.parent / MANIFEST).exists():
-        file = open_file(path)
-    elif path.is_file():
-        file = path.open("rb")
-    else:
+    if not path.is_file():
         raise FileNotFoundError(
             f"no checkpoint at {path}: name the folder of a run, or a file such as best.ckpt in one"
         )
-    with file:
+    with path.open("rb") as file:
         try:
             if part := zipfile.ZipFile(file).testzip():  # PyTorch writes checksums, and does not compare them
                 raise zipfile.BadZipFile(f"{part} has another checksum")
@@ -137,7 +133,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-REMEDY = "Restore it from a copy, or start a new run, with --weights from another checkpoint."
+REMEDY = (
+    "Restore it from a copy, take the other one of the run by --checkpoint, in Python checkpoint=, or start a new run, "
+    "with --weights from another checkpoint."
+)
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files of a run, which are written whole or not at all."""
 
 import io
 import os
@@ -6,6 +6,8 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+CONFIG, METRICS, LAST, BEST = "config.yaml", "metrics.csv", "last.ckpt", "best.ckpt"
 
 
 def write_atomically(path: Path, write: Callable[[io.BufferedRandom], Any]) -> None:

@@ -29,7 +29,6 @@ from sltt.training.graphs import check_graph
 from sltt.training.learner import Learner
 from sltt.training.logs import Logger
 from sltt.training.loop import Loop
-from sltt.training.manifest import LAST, was_written
 from sltt.training.phases import Phase
 from sltt.training.quantised import Quantised
 from sltt.training.sample import write_sample
@@ -287,7 +286,7 @@ def _read_run(run: Path, config: dict[str, Any]) -> tuple[dict[str, Any] | None,
 
     Raises ValueError where those that are given are others than the run's.
     """
-    checkpoint = load_checkpoint(run / LAST) if was_written(run / LAST) else None
+    checkpoint = load_checkpoint(last) if (last := runs.find_last(run)) else None
     saved = runs.read_config(run, checkpoint)
     if runs.MADE_IN in saved or runs.MADE_IN not in config:  # arguments in Python do not repeat a recipe
         runs.check_config(run, saved, {name: value for name, value in config.items() if name in saved})

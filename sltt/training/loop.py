@@ -19,9 +19,9 @@ from sltt.training.batches import EpochSampler, finish_loaders, train_loader
 from sltt.training.checkpoints import save_state
 from sltt.training.console import Console
 from sltt.training.evaluation import measure
+from sltt.training.files import BEST, LAST
 from sltt.training.learner import Learner
 from sltt.training.logs import logs
-from sltt.training.manifest import BEST, LAST
 from sltt.training.phases import Stage, stage_at
 from sltt.training.progress import Metrics, Progress, epoch_row
 from sltt.training.runs import write_table

@@ -19,9 +19,8 @@ import yaml
 from torch import nn
 
 from sltt.sequence.layout import spiking_layers
-from sltt.training import manifest
 from sltt.training.description import describe
-from sltt.training.files import part_of
+from sltt.training.files import BEST, CONFIG, LAST, METRICS, part_of, write_atomically
 from sltt.training.settings import RESUMABLE
 
 LOCK = ".lock"
@@ -55,7 +54,7 @@ def old_run(folder: str | Path | None) -> Path:
     if folder is None:
         raise ValueError("resume=True needs the folder of the run to continue: run=...")
     run = Path(folder)
-    if not (run / manifest.MANIFEST).exists():
+    if not is_run(run):
         raise ValueError(f"resume=True continues a run, and {run} is not the folder of one: leave it out for a new run")
     return run
 
@@ -66,7 +65,7 @@ def lock_run(run: Path) -> Iterator[None]:
 
     The system releases what a killed process held. Parts of files that such a process left are removed.
     """
-    manifest.read_manifest(run)  # which refuses a link, before the lock is written through one
+    _refuse_links(run)
     with _locked(run):
         for part in run.glob(".*.part"):
             part.unlink()
@@ -119,12 +118,36 @@ def find_checkpoint(run: Path, which: str | None = None) -> Path:
 
     Raises FileNotFoundError where there is none yet.
     """
-    manifest.read_manifest(run)  # there, or no file of the run is known
-    names = [manifest.BEST, manifest.LAST] if which is None else [f"{which}.ckpt"]
-    found = next((run / name for name in names if manifest.was_written(run / name)), None)
+    _refuse_links(run)
+    names = [BEST, LAST] if which is None else [f"{which}.ckpt"]
+    found = next((run / name for name in names if (run / name).is_file()), None)
     if found is None:
         raise FileNotFoundError(f"no checkpoint in {run}: looked for {' and '.join(names)}; has it trained an epoch?")
     return found
+
+
+def find_last(run: Path) -> Path | None:
+    """Return the last checkpoint of a run; None where it stopped before the first. Raises ValueError if it is lost."""
+    _refuse_links(run)
+    if (run / LAST).is_file():
+        return run / LAST
+    if (run / METRICS).exists():
+        raise ValueError(
+            f"{run / LAST} is gone, and the run has trained: restore it from a copy, or start a new run from the best "
+            f"by --weights {quote(str(run / BEST))}"
+        )
+    return None
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is that of a run."""
+    return any((folder / name).exists() for name in (CONFIG, LAST))
+
+
+def _refuse_links(run: Path) -> None:
+    """Raise ValueError for a link in the folder of a run, through which a command would write somewhere else."""
+    if link := next((path for path in run.iterdir() if path.is_symlink()), None):
+        raise ValueError(f"{link} is a link: put in its place what it leads to, or remove it")
 
 
 def load_call(run: Path, config: dict[str, Any]) -> str:
@@ -138,14 +161,15 @@ def read_config(run: Path, checkpoint: dict[str, Any] | None = None) -> dict[str
     Raises ValueError for a damaged file, and where the checkpoint was trained with other settings.
     """
     saved = checkpoint["config"] if checkpoint else {}
-    if not (run / manifest.CONFIG).exists():
+    if not (run / CONFIG).exists():
         return saved
-    with manifest.open_file(run / manifest.CONFIG) as file:
-        try:
-            config = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            why = getattr(error, "problem", None) or error
-            raise ValueError(f"{run / manifest.CONFIG} is damaged: {why}. {manifest.REMEDY}") from error
+    why, config = "no settings", None
+    try:
+        config = yaml.safe_load((run / CONFIG).read_bytes())
+    except yaml.YAMLError as error:
+        why = getattr(error, "problem", None) or error
+    if not isinstance(config, dict):
+        raise ValueError(f"{run / CONFIG} is damaged: {why}. Restore it, or delete it: the last checkpoint has a copy.")
     if checkpoint:
         check_config(run, saved, config)
     return saved | config  # a default would replace what the file leaves out
@@ -157,7 +181,7 @@ def write_config(run: Path, config: dict[str, Any]) -> None:
         text = yaml.safe_dump(config, sort_keys=False)
     except yaml.YAMLError as error:
         raise ValueError(f"config must hold numbers, texts, lists and dictionaries of these alone: {error}") from error
-    manifest.write_file(run / manifest.CONFIG, lambda file: file.write(text.encode()))
+    write_atomically(run / CONFIG, lambda file: file.write(text.encode()))
 
 
 def write_table(run: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -166,7 +190,7 @@ def write_table(run: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    manifest.write_file(run / manifest.METRICS, lambda file: file.write(text.getvalue().encode()))
+    write_atomically(run / METRICS, lambda file: file.write(text.getvalue().encode()))
 
 
 def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ from sltt.sequence.layout import spiking_layers
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.padding import target_of
 from sltt.sequence.spikes import observe_spikes
+from sltt.training.files import write_atomically
 from sltt.training.loop import Loop
-from sltt.training.manifest import open_file, write_file
 
 SAMPLE = "sample.npz"
 NEURONS = 2048  # of each layer that are kept
@@ -67,7 +67,7 @@ def write_sample(loop: Loop) -> None:
     if splits.classes is not None and not splits.per_step:
         arrays["label"] = torch.as_tensor(int(target_of(y)))
     kept: dict[str, Any] = {name: one.cpu().numpy() for name, one in arrays.items()}
-    write_file(loop.folder / SAMPLE, lambda file: np.savez_compressed(file, **kept))
+    write_atomically(loop.folder / SAMPLE, lambda file: np.savez_compressed(file, **kept))
 
 
 def read_sample(run: Path) -> Sample:
@@ -75,7 +75,7 @@ def read_sample(run: Path) -> Sample:
 
     Raises FileNotFoundError where a run has no sample yet, ValueError for a damaged file.
     """
-    with open_file(run / SAMPLE) as file, np.load(file) as arrays:
+    with np.load(run / SAMPLE) as arrays:
         of_layers = {
             kind: {name.removeprefix(kind): arrays[name] for name in arrays.files if name.startswith(kind)}
             for kind in ("spikes.", "rate.")

@@ -48,19 +48,13 @@ def test_a_flipped_bit_never_loads_as_another_value(tmp_path):
     path = tmp_path / "last.ckpt"
     saved = {"w": torch.randn(500, generator=torch.Generator().manual_seed(0))}
     save_checkpoint(path, {"model": saved})
-    whole, alone = path.read_bytes(), tmp_path / "alone.ckpt"
+    whole = path.read_bytes()
     for place in random.Random(0).sample(range(8 * len(whole)), 300):
         damaged = bytearray(whole)
         damaged[place // 8] ^= 1 << place % 8
-        for run in (path, alone):  # with its manifest, and by itself
-            run.write_bytes(damaged)
-            with (
-                suppress(CheckpointError) if run is alone else pytest.raises(ValueError, match=r"is damaged.* Restore")
-            ):
-                assert equal(load_checkpoint(run)["model"], saved)
-    for run in (path, alone):
-        run.write_bytes(whole)
-        assert equal(load_checkpoint(run)["model"], saved)
+        path.write_bytes(damaged)
+        with suppress(CheckpointError):
+            assert equal(load_checkpoint(path)["model"], saved)  # a bit between the tensors
 
 
 def test_a_checkpoint_is_read_by_torch_alone(tmp_path):
@@ -81,7 +75,7 @@ def test_an_array_of_numpy_is_refused_before_a_checkpoint_is_replaced(tmp_path):
     with pytest.raises(ValueError, match=r"made by .*numpy.ndarray: give tensors, as torch.from_numpy"):
         save_checkpoint(path, {**whole, "callbacks": [["Kept", {"losses": np.zeros(3)}]]})
     assert load_checkpoint(path).items() >= whole.items()
-    assert {p.name for p in tmp_path.iterdir()} == {"last.ckpt", "manifest.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"last.ckpt"}
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
@@ -95,4 +89,4 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"could not write .*last\.ckpt.*No space left.*written before is intact"):
         save_checkpoint(path, {"model": 2})
     assert load_checkpoint(path)["model"] == 1
-    assert {p.name for p in tmp_path.iterdir()} == {"last.ckpt", "manifest.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"last.ckpt"}
