@@ -25,7 +25,7 @@ from sltt.metrics import finite_scores, name_of
 from sltt.neurons import LIF
 from sltt.rules import BPTT, TBPTT, Mixed, Rule
 from sltt.training.console import Console
-from sltt.training.evaluation import measure_settings, measure_split
+from sltt.training.evaluation import measure_split
 from sltt.training.fit import Fit, train
 from sltt.training.session import Session, session
 from sltt.training.settings import Settings
@@ -140,8 +140,8 @@ def _run_trial(
     trial = Trial(epochs, [], {repr(rule): [] for rule in rules}, {repr(rule): [] for rule in rules})
     for seed in map(str, range(seeds)):
         built = build("--seed", seed)
-        sizes = {**measure_settings(built), "steps": steps}
-        trial.start.append(measure_split(here, built.model, built.data, "train", **sizes).loss)
+        settings = Settings(vars(built), steps=steps)
+        trial.start.append(measure_split(here, built.model, built.data, "train", settings).loss)
         for rule in rules:
             report.line(f"trial: {rule}, seed {seed}")
             try:

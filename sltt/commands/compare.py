@@ -27,7 +27,7 @@ from sltt.metrics import higher_is_better, name_of
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.padding import lengths_of
 from sltt.training.console import Console, megabytes
-from sltt.training.evaluation import measure_settings, measure_split
+from sltt.training.evaluation import measure_split
 from sltt.training.fit import Fit, train
 from sltt.training.runs import list_changes, read_config
 from sltt.training.session import Session, session
@@ -94,7 +94,7 @@ def compare(
         for seed in range(seeds):
             try:
                 built, result = train_one(here, rule, varied, seed, folder, recipe, report)
-                measured = measure_split(here, built.model, built.data, "test", **measure_settings(built))
+                measured = measure_split(here, built.model, built.data, "test", built)
                 row["scores"].append(measured.score)
                 row["runs"].append(result.run.name)
                 row["validation"].append(result.history[result.epoch - 1][f"validation_{name_of(built.metric)}"])

@@ -6,7 +6,7 @@ from inspect import signature
 from sltt.commands.parsing import CommandOptions, allow_only, begin, load_run
 from sltt.metrics import score_text
 from sltt.training.console import Console, as_json, megabytes
-from sltt.training.evaluation import evaluate, measure_settings, measure_split
+from sltt.training.evaluation import evaluate, measure_split
 from sltt.training.session import session
 from sltt.training.settings import PROCESSES, Settings
 
@@ -35,7 +35,7 @@ def run(words: Sequence[str]) -> None:
     built, path, _ = load_run("sltt eval", folder, known.code, known.checkpoint, overrides)
     with session(Settings(vars(built))) as here:
         seen = {name: getattr(known, name) for name in VIEWS}
-        metrics = measure_split(here, built.model, built.data, known.split, **measure_settings(built), **seen)
+        metrics = measure_split(here, built.model, built.data, known.split, built, **seen)
     if here.processes.rank > 0:
         return
     if known.json:

@@ -16,7 +16,7 @@ from sltt.parallel.devices import keep_freed_memory
 from sltt.training.card import add_test_score
 from sltt.training.checkpoints import load_checkpoint, load_selected
 from sltt.training.console import as_json
-from sltt.training.evaluation import measure_settings, measure_split
+from sltt.training.evaluation import measure_split
 from sltt.training.files import CONFIG, LAST, write_atomically
 from sltt.training.fit import train
 from sltt.training.session import Session, session
@@ -63,11 +63,11 @@ def _train(here: Session, built: Namespace, folder: str | Path | None, **setting
     if splits.test is None:
         report.line(f"written to {result.run}; there are no test samples to measure it on")
         return
-    run, how = result.run, measure_settings(built)
-    last = selected = measure_split(here, built.model, built.data, "test", **how)
+    run = result.run
+    last = selected = measure_split(here, built.model, built.data, "test", built)
     if splits.validation:
         load_selected(built.model, run, "last", here.processes)
-        last = measure_split(here, built.model, built.data, "test", **how)
+        last = measure_split(here, built.model, built.data, "test", built)
     if here.processes.rank > 0:
         return
     name, best, end = selected.metric, score_text(selected.metric, selected.score), score_text(last.metric, last.score)

@@ -4,6 +4,7 @@ Processes are started by `torchrun` or Slurm, or, with `devices` above 1, by Fab
 each further process. When one ends, messages to it fail in the others, and the launcher ends what is left.
 """
 
+import atexit
 import ctypes
 import logging
 import os
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from sltt.parallel.processes import control, disband_at_exit
+from sltt.parallel.processes import control, disband
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -60,7 +61,7 @@ def make_fabric(
         # else each process reports for duty; which one ended is still told
         logging.getLogger("lightning_fabric.utilities").setLevel(logging.WARNING)
         fabric.launch()
-        disband_at_exit()
+        atexit.register(disband, os.getpid())
     return fabric
 
 

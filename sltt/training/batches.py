@@ -139,10 +139,6 @@ class _Seeded(Dataset[Any]):
         self.collate = collate
         self.crop = crop
 
-    def __getitem__(self, key: Key) -> Any:
-        with _keep_generators():
-            return self._read(key)
-
     def __getitems__(self, keys: Sequence[Key]) -> Any:
         with _keep_generators():  # once a batch: keeping takes longer than seeding
             samples = [self._read(key) for key in keys]

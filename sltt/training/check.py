@@ -205,7 +205,12 @@ def _find_mixing(model: nn.Module, sequence: Sequence) -> str | None:
 def _run(model: nn.Module, x: Tensor, seed: int) -> Seen:
     """Return the calls of modules in a call of the network, in the order in which they end."""
     seen: Seen = []
-    hooks = [m.register_forward_hook(partial(_look, name, len(x), seen)) for name, m in model.named_modules()]
+
+    def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        read, gave = (_first_row(one, len(x)) for one in (inputs[0] if inputs else None, output))
+        seen.append((f"{name or 'the model'} ({type(module).__name__})", read, gave))
+
+    hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules()]
     devices = [x.device] if x.is_cuda else []
     with (
         keep_hooks(*hooks), evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices),
@@ -214,12 +219,6 @@ def _run(model: nn.Module, x: Tensor, seed: int) -> Seen:
         torch.manual_seed(seed)
         run(x)
     return seen
-
-
-def _look(name: str, rows: int, seen: Seen, module: nn.Module, inputs: Any, output: Any) -> None:
-    """Look at what attention gives; a forward hook, once it has its first three arguments."""
-    read, gave = (_first_row(one, rows) for one in (inputs[0] if inputs else None, output))
-    seen.append((f"{name or 'the model'} ({type(module).__name__})", read, gave))
 
 
 def _first_row(x: Any, rows: int) -> Tensor | None:

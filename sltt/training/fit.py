@@ -1,5 +1,6 @@
 """Training and evaluation on Lightning Fabric, without a branch on data set or rule; the loop itself is in loop.py."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -202,7 +203,7 @@ def train(
         start_from(model, settings.weights)
     made = first(lambda: runs.old_run(run) if resume else runs.new_run(run, name, config))
     report.line(f"continuing {made}" if resume else f"run {made}")
-    with here.lock_run(made):
+    with runs.lock_run(made) if here.processes.rank == 0 else nullcontext():
         checkpoint = None
         if resume:
             checkpoint, config = first(lambda: _read_run(made, config))

@@ -1,9 +1,8 @@
 """Sessions train and measure networks: processes are started and Fabric is built once for all of it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,6 @@ from sltt.sequence.copies import copy_model
 from sltt.sequence.padding import Padded, pad_batch
 from sltt.training.batches import eval_loader
 from sltt.training.console import Console
-from sltt.training.runs import lock_run
 from sltt.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -86,10 +84,6 @@ class Session:
         if console is not None:
             instance("report", console, Console)
         return (console or Console()) if self.processes.rank == 0 else Console(quiet=True)
-
-    def lock_run(self, run: Path) -> AbstractContextManager[None]:
-        """Keep all but these processes from training the run inside this block."""
-        return lock_run(run) if self.processes.rank == 0 else nullcontext()
 
     @property
     def place(self) -> dict[str, Any]:

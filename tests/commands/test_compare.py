@@ -96,7 +96,7 @@ def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(cap
         seen.append([str(phase.rule or training.rule) for phase in training.phases])
         return types.SimpleNamespace(history=[{"seconds": 1.0, "validation_accuracy": 0.5}], epoch=1, run=run)
 
-    def measure_split(session, model, data, split, **settings):
+    def measure_split(session, model, data, split, settings):
         seen.append(session.settings)
         model.features[0].register_forward_hook(
             lambda module, x, out: dtypes.add((out.dtype, x[0].is_contiguous(memory_format=torch.channels_last)))

@@ -91,18 +91,14 @@ def test_numbers_that_differ_from_what_was_started_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_groups_are_closed_at_the_end_where_they_are_ours(ours, monkeypatch):
-    monkeypatch.setattr(processes, "_ours", set() if ours else {os.getppid()})  # a forked process has its parent's
+def test_groups_are_closed_at_the_end_where_they_are_ours(ours):
     for _ in range(2):  # the second time with a control group of its own
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        if ours:
-            processes.disband_at_exit()
         dist.all_reduce(torch.ones(1), group=processes.control())
-        processes.disband()
+        processes.disband(os.getpid() if ours else os.getppid())  # a forked process has its parent's
         assert dist.is_initialized() == (not ours)
         if not ours:
             dist.destroy_process_group()
-    processes.disband()
 
 
 def test_synchronised_statistics_keep_weights_and_names():
