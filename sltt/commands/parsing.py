@@ -167,9 +167,7 @@ def build_run(
     check_modules(run, {name: one for name, one in settings.items() if name not in unread}, code)
     config = parse(parser, settings, words)
     check_named(run, config)
-    for name in ("run", "resume"):
-        config.pop(name)
-    return build(parser, config), yaml.safe_load(parser.dump(config))
+    return build(parser, config), resolve(parser, config)
 
 
 def load_run(
@@ -209,22 +207,19 @@ class Recipe:
 
     def resolve(self, *more: str, rule: str | None = None) -> dict[str, Any]:
         """Return the configuration that `build` builds, as a run keeps it."""
-        return yaml.safe_load(self._parser.dump(self._parse(more, rule)))
+        return resolve(self._parser, self._parse(more, rule))
 
     def _parse(self, more: Sequence[str], rule: str | None) -> Namespace:
         words = [*self.overrides, *more]
         if rule is None:
-            config = parse(self._parser, self.source, words)
-        else:
-            if _names(words, "--rule"):
-                raise UsageError("--rules names the rules here: leave --rule out, or write --rules instead")
-            kind, name, *settings = rule_options(rule)
-            # without the recipe's rule, whose arguments one of the same class would keep
-            config = parse(self._parser, self.source, [kind, name, *words, *settings], without=["rule"])
-            for phase in config.phases or ():
-                phase.rule = None
-        config.pop("run")
-        config.pop("resume")
+            return parse(self._parser, self.source, words)
+        if _names(words, "--rule"):
+            raise UsageError("--rules names the rules here: leave --rule out, or write --rules instead")
+        kind, name, *settings = rule_options(rule)
+        # without the recipe's rule, whose arguments one of the same class would keep
+        config = parse(self._parser, self.source, [kind, name, *words, *settings], without=["rule"])
+        for phase in config.phases or ():
+            phase.rule = None
         return config
 
 
@@ -301,6 +296,12 @@ def build(parser: ArgumentParser, config: Namespace) -> Namespace:
     except ValueError as error:
         raise UsageError(str(error)) from error
     return built
+
+
+def resolve(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
+    """Return a configuration as a run keeps it: plain values, without the folder."""
+    values = yaml.safe_load(parser.dump(config))
+    return {name: value for name, value in values.items() if name not in ("run", "resume")}
 
 
 def allow_only(words: Sequence[str], keys: Sequence[str], command: str, why: str) -> None:

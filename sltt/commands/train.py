@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 
 from sltt.commands.failures import UsageError
 from sltt.commands.fit_parser import make_parser
-from sltt.commands.parsing import allow_only, build, build_run, find_recipe, parse, parse_resume, run_folder
+from sltt.commands.parsing import allow_only, build, build_run, find_recipe, parse, parse_resume, resolve, run_folder
 from sltt.metrics import score_text
 from sltt.parallel.devices import keep_freed_memory
 from sltt.training.card import add_test_score
@@ -37,16 +36,14 @@ def run(words: Sequence[str]) -> None:
     command = f"sltt train {words[0] if named else '[RECIPE]'}"
     if continued:
         checkpoint = None if (continued / CONFIG).exists() else load_checkpoint(continued / LAST)
-        name, folder, (built, resolved) = "", continued, build_run(command, continued, words, code, checkpoint, unread)
+        name, (built, resolved) = "", build_run(command, continued, words, code, checkpoint, unread)
     else:
-        parser = make_parser(command)
-        source = find_recipe(words[0] if named else "digits")
+        parser, source = make_parser(command), find_recipe(words[0] if named else "digits")
         config = parse(parser, source, words[named:])
-        name, folder, _ = source.stem, config.pop("run"), config.pop("resume")
-        built, resolved = build(parser, config), yaml.safe_load(parser.dump(config))
+        name, built, resolved = source.stem, build(parser, config), resolve(parser, config)
     name = f"{name}-{type(built.rule).__name__.lower()}"
     with session(Settings(vars(built))) as here:
-        _train(here, built, folder, name=name, resume=continued is not None, config=resolved)
+        _train(here, built, continued or built.run, name=name, resume=continued is not None, config=resolved)
 
 
 def _train(here: Session, built: Namespace, folder: str | Path | None, **settings: Any) -> None:
