@@ -41,17 +41,6 @@ def test_the_benchmark_of_peers_builds_the_same_network_for_every_case():
     assert cases.build("vgg11-max", "relu")[1].shape == cases.NETWORKS["vgg11-max"][1]
 
 
-def test_cases_take_turns_after_one_that_is_not_counted():
-    turns, asked = load("turns"), []
-
-    def case(name):
-        return lambda: asked.append(name) or float(len(asked))
-
-    assert turns.in_turns([case("a"), case("b")], 2) == [[3, 5], [4, 6]]
-    assert asked == ["a", "b"] * 3
-    assert turns.timed(lambda: None, clock=iter(range(9)).__next__, least=3)() == 1  # three calls in three seconds
-
-
 @pytest.mark.parametrize("case", ["SLTT", "BPTT", "SLTT, fold = 1", "SpikingJelly BPTT"])
 def test_a_case_on_sequences_has_the_gradient_of_its_rule(case):
     pytest.importorskip("spikingjelly" if "Jelly" in case else "torch")
@@ -72,17 +61,6 @@ def test_jax_has_the_gradient_of_its_rule(work):
     assert all(row["seconds"][0] > 0 for row in rows)
 
 
-def test_a_table_of_sequences_has_the_fastest_form():
-    times = {"SLTT": [1.0, 1.0], "JAX SLTT, a": [4.0, 5.0], "JAX SLTT, b": [2.0, 2.5]}
-    assert load("tables").over_fastest(times, "SLTT", "JAX SLTT") == "0.45 (0.40 – 0.50), b"
-
-
-def test_floors_and_peers_are_cases():
-    cases = load("peer_cases").CASES
-    assert {case.floor for case in cases.values()} <= set(cases)
-    assert {case.peer for case in cases.values()} <= {*cases, None}
-
-
 def test_the_checkpoints_of_spikingjelly_give_the_gradient_of_bptt():
     pytest.importorskip("spikingjelly")
     cases = load("peer_cases")
@@ -98,12 +76,6 @@ def test_a_network_that_evaluates_spikes_as_after_a_training():
         sltt.unroll(model, x, steps=2)
     assert len(rates.by_layer()) == 8
     assert all(0.08 < rate < 0.25 for rate in rates.by_layer().values()), rates.by_layer()
-
-
-def test_processor_time_is_of_one_thread(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["peers.py", "--clock", "process", "--threads", "2"])
-    with pytest.raises(SystemExit, match="add --threads 1"):
-        load("peers").main()
 
 
 def test_ratios_are_taken_within_a_turn():
@@ -188,37 +160,6 @@ def test_memory_and_times_are_measured_in_two_calls(run):
     assert all("cosine" not in row for row in again[2:])  # gradients are compared once
 
 
-@pytest.mark.parametrize(
-    ("code", "why"),
-    [
-        ("import time; time.sleep(60)", "more than 0.5 s"),
-        ("import sys; sys.exit(3)", "ended with code 3"),
-        ("import os; os.kill(os.getpid(), 9)", "killed, out of memory"),
-    ],
-)
-def test_a_worker_that_gives_no_answer_says_why(code, why):
-    turns = load("turns")
-    worker = turns.Worker([sys.executable, "-c", code], 0.5 if "sleep" in code else 60)
-    with pytest.raises(turns.EndedError, match=why):
-        worker.ask("time")
-    worker.close()
-
-
-def test_a_worker_answers_each_question():
-    code = "import sys\nfor line in sys.stdin: print(len(line), flush=True)"
-    worker = load("turns").Worker([sys.executable, "-c", code], 60)
-    assert [worker.ask(what) for what in ("time", "memory")] == [5, 7]
-    worker.close()
-
-
-def test_the_figure_of_recall_is_drawn_from_the_recorded_trainings(tmp_path):
-    rows = json.loads((BENCHMARKS.parent / "docs" / "results" / "recall-memory.json").read_text())
-    figure = load("recall_figure")
-    assert {row["rule"] for row in rows} == set(figure.RULES)
-    figure.draw(rows, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
-
-
 def test_the_tables_of_the_documentation_are_those_of_the_results():
     tables, names = load("tables"), set()
     for path in tables.PAGES:
@@ -227,19 +168,6 @@ def test_the_tables_of_the_documentation_are_those_of_the_results():
         names |= {block[2] for block in tables.BLOCK.finditer(page)}
     assert {"resnet18-t6", "resnet18-over-t"} <= names
     assert set(tables.TABLES) <= names
-
-
-def test_a_table_is_made_for_each_setting_of_a_file(run, tmp_path):
-    run([4], {}, cases="relu;SLTT", only="times")
-    _, rows, _ = run([4], {("SLTT", 4): "time"}, cases="relu;SLTT", batch=8)
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    page = "before\n<!-- table rows -->\nold\n<!-- end -->\nafter <!-- table none -->\n<!-- end -->\n"
-    lines = load("tables").filled(page, tmp_path).splitlines()
-    assert [line.split(", ")[1] for line in lines if "DigitsNet" in line] == ["batch 128 × 1×8×8", "batch 8 × 1×8×8"]
-    assert lines.count("| SLTT | 2 s | 1 |") == 1  # with another batch it failed
-    assert lines.count("| ReLU | 2 s | 1 | 200 MB | 200 MB |") == 1
-    assert "old" not in lines
-    assert "Not measured yet." in lines
 
 
 def test_two_rules_are_equal_where_two_one_sided_tests_say_so():
@@ -252,18 +180,6 @@ def test_two_rules_are_equal_where_two_one_sided_tests_say_so():
     assert tables.within_margin(*tables.difference(second, [x + 0.05 for x in first])) == "more"
     assert tables.within_margin(*tables.difference(first, [0.9, 1.0])) == "open"
     assert tables.difference([0.5, 0.5], [0.5, 0.5]) == (0.0, 0.0)
-
-
-def test_new_rows_replace_those_of_the_same_task_and_rule(tmp_path):
-    tasks = load("tasks")
-    rows = json.loads((tasks.RESULTS / "tasks.json").read_text())
-    traces = next(row for row in rows if (row["task"], row["rule"]) == ("recall", "OTTT"))
-    new = {**traces, "accuracies": [0.5, 0.7]}
-    assert tasks.merged(rows, [new]) == [new if row is traces else row for row in rows]
-    (tmp_path / "tasks.json").write_text(json.dumps([new]))
-    filled = load("tables").filled("<!-- table tasks -->\n<!-- end -->\n<!-- table k -->\n<!-- end -->\n", tmp_path)
-    assert "| OTTT | 60.0% ± 14.1% |" in filled
-    assert "Not measured yet." in filled
 
 
 def test_the_steps_on_a_gpu_measure_what_there_is(tmp_path):
@@ -282,23 +198,3 @@ def test_the_steps_on_a_gpu_measure_what_there_is(tmp_path):
     (profiled,) = gpu.measure_profile(torch.device("cpu"))
     assert (profiled["busy"], profiled["launches"]) == (0, 0)
     assert profiled["seconds"] >= profiled["host"] > 0
-
-
-def test_a_step_that_fails_is_tried_again_and_the_others_are_not(monkeypatch, tmp_path):
-    gpu, ran = load("gpu"), []
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu, "PAGE", tmp_path / "gpu.md")
-    monkeypatch.setattr("sys.argv", ["gpu.py", "--device", "cpu"])
-    gpu.PAGE.write_text("<!-- table gpu-steps -->\n<!-- end -->\n")
-    code = "import sys; print('ran'); sys.exit({})"
-    for fails in (True, False, False):
-        steps = {"a": code.format(0), "b": code.format(int(fails))}
-        command = {
-            name: [sys.executable, "-c", f"open({name!r}, 'a').write('x'); {one}"] for name, one in steps.items()
-        }
-        monkeypatch.setattr(gpu, "commands", lambda *given, command=command: command.items())
-        assert gpu.main() == int(fails)
-        ran.append([(tmp_path / name).read_text() for name in steps])
-        page = (tmp_path / "runs" / "gpu-trial" / "gpu.md").read_text()
-        assert ("| `b` | failed: ran |" in page) is fails
-    assert ran == [["x", "x"], ["x", "xx"], ["x", "xx"]]

@@ -88,38 +88,3 @@ def test_counted_multiplications_of_the_paper(paper, monkeypatch):
     monkeypatch.setattr(paper, "TURNS", 2)
     times = paper.seconds(None)["rows"]
     assert [(row["rule"], len(row["seconds"])) for row in times] == [(rule, paper.TURNS) for rule in paper.RULES]
-
-
-def test_a_measurement_of_the_paper_is_made_once_even_where_its_result_is_there(paper, tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(paper, "MEASURES", {"counted": lambda data: made.append(data) or [1]})
-    monkeypatch.setattr("sys.argv", ["paper.py", "counted"])
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "counted.json").write_text("[0]")
-    for _ in range(2):
-        paper.main()
-    assert made == [None]
-    assert json.loads((tmp_path / "results" / "counted.json").read_text()) == [1]
-
-
-def test_a_step_of_the_paper_that_fails_names_its_log(paper, tmp_path, monkeypatch):
-    def command(words):
-        print("a seed died")
-        (Path(words[-1]) / "compare.json").write_text("{}")
-        return 1
-
-    (tmp_path / "runs" / "k-digits").mkdir(parents=True)
-    monkeypatch.setattr(load("turns"), "command", command)
-    monkeypatch.setattr("sys.argv", ["paper.py", "k-digits"])
-    for times in (1, 2):  # what the others found is no result
-        with pytest.raises(SystemExit, match=r"k-digits failed, see .*k-digits\.log"):
-            paper.main()
-        assert (tmp_path / "runs" / "k-digits.log").read_text() == "a seed died\n" * times
-
-
-def test_the_long_steps_of_the_paper_run_only_if_they_are_named(paper):
-    names = [*paper.COMMANDS, *paper.MAP, *paper.ADVICE]
-    asked_for = {name for name in names if not paper.chosen(name, [])}
-    assert {"gradients-cifar10-training", "cifar10-stages", "map-T64-tau5", "advice-T32-tau2"} <= asked_for
-    assert not asked_for & {"gradients-nmnist", "stages", "accuracy-cifar10", "map-T16-tau5", "advice-T4-tau2"}
-    assert all(paper.chosen(name, ["gradients", "cifar10", "map", "advice"]) for name in asked_for)

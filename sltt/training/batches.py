@@ -47,10 +47,7 @@ class EpochSampler(Sampler[Key]):
     """
 
     def __init__(self, length: int, seed: int, lengths: Sequence[int] | None = None, batch_size: int = 1):
-        self.length = length
-        self.seed = seed
-        self.lengths = lengths
-        self.batch_size = batch_size
+        self.length, self.seed, self.lengths, self.batch_size = length, seed, lengths, batch_size
         self.set_epoch(0)
 
     @classmethod
@@ -135,9 +132,7 @@ class _Seeded(Dataset[Any]):
     """Takes keys: reads, crops and mirrors each sample under its seed, and makes a batch under that of the first."""
 
     def __init__(self, data: Dataset[Any], collate: Collate, crop: int | None = None):
-        self.data = data
-        self.collate = collate
-        self.crop = crop
+        self.data, self.collate, self.crop = data, collate, crop
 
     def __getitems__(self, keys: Sequence[Key]) -> Any:
         with _keep_generators():  # once a batch: keeping takes longer than seeding
@@ -177,10 +172,7 @@ class Shares(Sampler[list[Any]]):
     """
 
     def __init__(self, sampler: Iterable[Any], batch_size: int, rank: int = 0, processes: int = 1):
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.rank = rank
-        self.processes = processes
+        self.sampler, self.batch_size, self.rank, self.processes = sampler, batch_size, rank, processes
 
     def __len__(self) -> int:
         return math.ceil(len(self.sampler) / self.batch_size)  # type: ignore[arg-type]

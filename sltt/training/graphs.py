@@ -131,7 +131,7 @@ class Graphs:
             self.problem = "sequences have several lengths"
         if self.problem or isinstance(y, Padded):
             return iteration(x, y)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-        form = _form(x), _form(y)
+        form = [(one.shape, one.dtype, one.stride()) for one in (x, y)]
         if form != self._form:
             self._form, self._ran, self._graph = form, 0, CudaGraph(self.device)
             self._replays: dict[Hashable, Replay | None] = {}
@@ -274,18 +274,18 @@ def model_problem(model: nn.Module) -> str | None:
 def watch(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, str | None]:
     """Run a batch; return its result, and why a graph would not repeat it."""
     before, drawn = _numbers(model), _draws()
-    with _Watch() as seen:
+    with _HostTraffic() as traffic:
         result = run()
     after = _numbers(model)
     if changed := next((name for name in after if after[name] != before.get(name)), None):
         return result, f"a batch changes {changed}"
-    return result, "a batch draws random numbers of Python or NumPy" if _draws() != drawn else seen.found
+    return result, "a batch draws random numbers of Python or NumPy" if _draws() != drawn else traffic.problem
 
 
-class _Watch(DispatchMode):
-    """Sees operations that wait for the device or take data from the host; `found` names one."""
+class _HostTraffic(DispatchMode):
+    """Sees operations that wait for the device or take data from the host; `problem` names one."""
 
-    found: str | None = None
+    problem: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
@@ -295,9 +295,9 @@ class _Watch(DispatchMode):
         reads = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
         copies = name == "lift_fresh" or (name in ("_to_copy", "copy_") and len(devices) > 1)
         if devices != {"cpu"} and copies:
-            self.found = f"a batch copies a tensor from the host or to it ({name})"
+            self.problem = f"a batch copies a tensor from the host or to it ({name})"
         elif devices != {"cpu"} and reads and not by_number:
-            self.found = f"a batch reads values of a tensor ({name})"
+            self.problem = f"a batch reads values of a tensor ({name})"
         return func(*args, **kwargs)
 
 
@@ -315,7 +315,3 @@ def _draws() -> Any:
     """Return the states of generators that no graph knows; PyTorch's own on the host would show by a copy."""
     state: Any = np.random.get_state()
     return random.getstate(), state[1].tobytes(), state[2]
-
-
-def _form(x: Tensor) -> Any:
-    return x.shape, x.dtype, x.stride()

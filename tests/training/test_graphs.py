@@ -201,9 +201,9 @@ def test_what_a_graph_would_not_repeat_is_seen_in_the_second_batch(layer, proble
     ids=["item", "nonzero", "mask", "to the host", "from the host", "index", "on the device", "on the host"],
 )
 def test_looks_at_a_device_are_seen(look, problem):
-    with graphs._Watch() as seen, contextlib.suppress(NotImplementedError, RuntimeError):
+    with graphs._HostTraffic() as seen, contextlib.suppress(NotImplementedError, RuntimeError):
         look(torch.ones(3, device="meta"))
-    assert (seen.found is None) if problem is None else problem in seen.found
+    assert (seen.problem is None) if problem is None else problem in seen.problem
 
 
 class Own(sltt.callbacks.Callback):
