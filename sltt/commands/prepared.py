@@ -44,12 +44,11 @@ class Prepared:
         order = EpochSampler(len(samples), self._seed)
         count = min(size, len(samples))
         x, y = next(iter(train_loader(self.splits, count, order, workers=0)))
-        again = torch.arange(whole_number("batch_size", size, least=1)) % count
+        again, per_step = torch.arange(whole_number("batch_size", size, least=1)) % count, self.splits.per_step
         x = x.index_select(0 if self.splits.static else 1, again)
         if isinstance(y, Padded):
-            per_step = self.splits.per_step
             return self._session.batch(*pad_batch(x, y.rows(again.tolist(), per_step), self._steps, per_step))
-        return self._session.batch(x, y.index_select(1 if self.splits.per_step else 0, again))
+        return self._session.batch(x, y.index_select(1 if per_step else 0, again))
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Any]]:
         """Training batches without an end, loaded as in a training."""

@@ -15,7 +15,7 @@ def write_atomically(path: Path, write: Callable[[io.BufferedRandom], Any]) -> N
 
     Raises OSError, with the path and the state of the old file, when the disk is full or the folder not writable.
     """
-    part = part_of(path)
+    part = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"  # of its own in each process and thread
     try:
         with open(part, "w+b") as file:
             write(file)
@@ -27,8 +27,3 @@ def write_atomically(path: Path, write: Callable[[io.BufferedRandom], Any]) -> N
         raise OSError(f"could not write {path}: {error}; {kept}. Free some space or choose another folder.") from error
     finally:
         part.unlink(missing_ok=True)
-
-
-def part_of(path: Path) -> Path:
-    """Return a name beside `path`, of its own in each process and thread, for what is not whole yet."""
-    return path.parent / f".{path.name}.{secrets.token_hex(4)}.part"

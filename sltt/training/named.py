@@ -83,8 +83,8 @@ def _check_module(run: Path, parts: list[str], code: Path | None, is_class: bool
 
 def _lies_within(run: Path, path: Path) -> bool:
     """Return whether a file or folder is there and part of a run, by its name or by where a link leads."""
-    pairs = [(one(path), one(run)) for one in (os.path.abspath, os.path.realpath)]
-    return path.exists() and any(f"{inner}{os.sep}".startswith(f"{outer}{os.sep}") for inner, outer in pairs)
+    names = os.path.abspath, os.path.realpath
+    return path.exists() and any(Path(one(path)).is_relative_to(one(run)) for one in names)
 
 
 def check_named(run: Path, value: Any) -> None:

@@ -97,7 +97,7 @@ class Progress:
     ) -> Metrics:
         """Return the measurements of all processes, with the score by a metric."""
         total = self.sum_over(processes)
-        spikes, neurons = (sum(pair[i] for pair in total.firing.values()) for i in (0, 1))
+        spikes, neurons = map(sum, zip((0, 0), *total.firing.values(), strict=True))
         return Metrics(
             total.loss / max(total.terms, 1),
             score,
@@ -138,12 +138,9 @@ class BatchMemory:
 
         `size` is that of the input: padded batches have T of their own.
         """
-        if size <= self._longest or not full:
-            return False
-        if not counts_peak(self.device) or is_profiled(self.device):
-            return False
-        self._longest = size
-        return True
+        due = full and size > self._longest and counts_peak(self.device) and not is_profiled(self.device)
+        self._longest = size if due else self._longest
+        return due
 
     def measure(self, batch: Callable[[], A]) -> A:
         """Call `batch` and count its peak memory; return its result."""

@@ -5,7 +5,6 @@ import errno
 import io
 import os
 import re
-import shutil
 import socket
 import sys
 import time
@@ -20,7 +19,7 @@ from torch import nn
 
 from sltt.sequence.layout import spiking_layers
 from sltt.training.description import describe
-from sltt.training.files import BEST, CONFIG, LAST, METRICS, part_of, write_atomically
+from sltt.training.files import BEST, CONFIG, LAST, METRICS, write_atomically
 from sltt.training.settings import RESUMABLE
 
 LOCK = ".lock"
@@ -30,18 +29,19 @@ MADE_IN = "made_in"  # a key of the settings of a run that sltt.fit made: they n
 def new_run(folder: str | Path | None, name: str, config: dict[str, Any]) -> Path:
     """Make the folder of a new run: `folder`, or else `runs/NAME-DATE-TIME`, with a number added if that exists.
 
-    It is there with its configuration, or not at all. An empty folder is taken.
+    An empty folder is taken.
 
     Raises FileExistsError if `folder` exists, OSError if it cannot be made.
     """
     if folder is not None:
-        try:
-            return _make(Path(folder), config)
-        except FileExistsError:
+        taken = os.path.exists(folder) and not os.path.isdir(folder)
+        # a part is what a killed process left of its settings
+        if taken or (os.path.isdir(folder) and not all(name.endswith(".part") for name in os.listdir(folder))):
             raise FileExistsError(
                 f"{folder} exists: a run never overwrites another. Continue it with --resume {quote(str(folder))}, "
                 "in Python with resume=True, or choose another folder."
-            ) from None
+            )
+        return _make(Path(folder), config, exist_ok=True)
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1, 1000):
         with suppress(FileExistsError):
@@ -204,8 +204,9 @@ def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any]) -> Non
 
 def list_changes(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """List changed settings, beyond those that a resumed run may change. None saved means none to compare."""
-    before, now = ({**one, "data": describe(one.get("data"), [], "data")} for one in (saved, saved | given))
-    return list(_differences(_reread(before), _reread(now))) if saved else []
+    both = ({**one, "data": describe(one.get("data"), [], "data")} for one in (saved, saved | given))
+    before, now = (yaml.safe_load(yaml.safe_dump(one)) for one in both)  # as files give them back
+    return list(_differences(before, now)) if saved else []
 
 
 def describe_neurons(model: nn.Module) -> list[str]:
@@ -220,11 +221,6 @@ def find_other_neurons(config: dict[str, Any], model: nn.Module) -> str | None:
     found, trained = describe_neurons(model), config.get("neurons", [])
     pairs = zip(trained, found, strict=False)
     return next((f"{old} in the training, {new} now" for old, new in pairs if old != new), None)
-
-
-def _reread(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration as its file gives it back."""
-    return yaml.safe_load(yaml.safe_dump(config))
 
 
 def _differences(saved: dict[str, Any], found: dict[str, Any], path: str = "") -> Iterator[str]:
@@ -243,28 +239,19 @@ def _differences(saved: dict[str, Any], found: dict[str, Any], path: str = "") -
             yield f"{name} was {saved[key]!r} and is {found[key]!r}"
 
 
-def _make(path: Path, config: dict[str, Any]) -> Path:
-    part = part_of(path)
+def _make(path: Path, config: dict[str, Any], exist_ok: bool = False) -> Path:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(".*.part"):  # which a killed process left
-            with suppress(OSError, ValueError):
-                if (old / LOCK).is_file():
-                    with _locked(old):
-                        shutil.rmtree(old)
-        part.mkdir()
-        with _locked(part):  # the lock stays, so that the folder is not empty, and no other run takes it
-            write_config(part, config)
-        os.rename(part, path)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if os.path.exists(path):  # False for a name that is too long, where that of Path raises
-            raise FileExistsError(f"{path} exists") from None
-        why = error
-        while isinstance(why.__cause__, OSError):  # the system's, behind those of `write_atomically`
+        path.mkdir(parents=True, exist_ok=exist_ok)
+        write_config(path, config)
+    except FileExistsError:
+        raise
+    except BaseException as error:
+        with suppress(OSError):
+            path.rmdir()
+        if not isinstance(error, OSError):
+            raise
+        why: Any = error
+        while isinstance(why.__cause__, OSError):  # the system's, behind that of `write_atomically`
             why = why.__cause__
         raise OSError(f"cannot make the run folder {path}: {why.strerror}. Choose another with --run.") from error
-    except ValueError:  # of the configuration
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return path
