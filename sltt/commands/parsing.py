@@ -23,10 +23,10 @@ from sltt.commands.rule_texts import rule_options, rules
 from sltt.parallel.devices import count_started
 from sltt.training.average import select_weights
 from sltt.training.batches import seed_everything
-from sltt.training.checkpoints import load_checkpoint, load_weights, start_from
+from sltt.training.checkpoints import load_best, load_weights, start_from
 from sltt.training.files import CONFIG
 from sltt.training.named import check_modules, check_named
-from sltt.training.runs import MADE_IN, find_checkpoint, is_run, load_call, read_config
+from sltt.training.runs import MADE_IN, is_run, load_call, read_config
 from sltt.training.settings import OF_TRAINING, check_optimizer
 
 LISTS = "phases", "callbacks", "loggers"
@@ -148,13 +148,12 @@ def build_run(
 ) -> tuple[Namespace, dict[str, Any]]:
     """Make what the settings of a run name, under the options in `words`; return the objects, and the settings to keep.
 
-    Settings `unread` are null, and import no class.
-
-    Code comes from sltt, from the packages that it works with, and from the folder `code`, never from the run.
+    Settings `unread` are those of the words, or null. Code comes from sltt, from the packages that it works with, and
+    from the folder `code`, never from the run.
 
     Raises ValueError for settings that are damaged, not those of the checkpoint, or name other code.
     """
-    parser, settings = make_parser(command, unread), read_config(run, checkpoint)
+    parser, settings = make_parser(command), read_config(run, checkpoint)
     if not settings or MADE_IN in settings:
         raise ValueError(
             f"{run} was made in Python, and does not keep its network and data: go on in Python, by "
@@ -164,7 +163,8 @@ def build_run(
         if not code.is_dir():
             raise UsageError(f"--code {code} is no folder: name the one with the code of the run's classes")
         take_code(code)
-    check_modules(run, {name: one for name, one in settings.items() if name not in unread}, code)
+    settings = {name: one for name, one in settings.items() if name not in unread}
+    check_modules(run, settings, code)
     config = parse(parser, settings, words)
     check_named(run, config)
     return build(parser, config), resolve(parser, config)
@@ -175,8 +175,7 @@ def load_run(
 ) -> tuple[Namespace, Path, dict[str, Any]]:
     """Make what a run trained, with the weights of a checkpoint; return it, the checkpoint's path and content."""
     run = run_folder(name)
-    path = find_checkpoint(run, which)
-    content = load_checkpoint(path)
+    path, content = load_best(run, which)
     built, _ = build_run(command, run, [*words, *ANY_PROCESSES], code, content, OF_TRAINING)
     load_weights(built.model, select_weights(content), path)
     return built, path, content

@@ -63,7 +63,7 @@ def _train(here: Session, built: Namespace, folder: str | Path | None, **setting
     run = result.run
     last = selected = measure_split(here, built.model, built.data, "test", built)
     if splits.validation:
-        load_selected(built.model, run, "last", here.processes)
+        load_selected(built.model, run, here.processes, "last")
         last = measure_split(here, built.model, built.data, "test", built)
     if here.processes.rank > 0:
         return

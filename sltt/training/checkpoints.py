@@ -17,10 +17,10 @@ from sltt.losses import prediction_of
 from sltt.parallel.processes import Processes, shard_like
 from sltt.training.average import select_weights
 from sltt.training.description import describe
-from sltt.training.files import LAST, write_atomically
+from sltt.training.files import BEST, LAST, write_atomically
 from sltt.training.phases import stage_at
 from sltt.training.progress import Progress
-from sltt.training.runs import find_checkpoint
+from sltt.training.runs import find_checkpoint, write_table
 from sltt.training.safeguards import check_weights
 
 if TYPE_CHECKING:
@@ -56,8 +56,10 @@ def save_state(loop: "Loop", *names: str) -> None:
         },
         "config": loop.config,
     }
-    for name in names if loop.processes.rank == 0 else ():
-        save_checkpoint(loop.folder / name, content)
+    if loop.processes.rank == 0:
+        for name in names:
+            save_checkpoint(loop.folder / name, content)
+        write_table(loop.folder, loop.state.history)
     loop.processes.wait()  # a process that went on might end, and its launcher the first one while it writes
     loop.saved = time.monotonic()
 
@@ -174,24 +176,32 @@ def load_optimizer(optim: Any, state: dict[str, Any], path: Path) -> None:
         )
 
 
-def load_selected(model: nn.Module, run: Path, which: str | None = None, processes: Processes | None = None) -> Path:
-    """Load the weights of a run's checkpoint, `best` or `last`; returns its path.
+def load_best(run: Path, which: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """Load the checkpoint `best` or `last` of a run; None is the best, or the last if nothing was held out.
 
-    None is the best, or the last where nothing was held out. The first of several processes reads it.
+    Raises FileNotFoundError where there is none yet, CheckpointError where the best is lost.
     """
+    path = find_checkpoint(run, which)
+    content = load_checkpoint(path)
+    if which is None and path.name == LAST and content["progress"]["best_epoch"]:
+        raise CheckpointError(f"{run / BEST} is gone. {REMEDY}")
+    return path, content
+
+
+def load_selected(model: nn.Module, run: Path, processes: Processes, which: str | None = None) -> None:
+    """Load the weights of `load_best`, which the first of several processes reads."""
 
     def read() -> tuple[Path, dict[str, Any]]:
-        path = find_checkpoint(run, which)
-        return path, select_weights(load_checkpoint(path))
+        path, content = load_best(run, which)
+        return path, select_weights(content)
 
-    path, weights = processes.first(read) if processes else read()
+    path, weights = processes.first(read)
     load_weights(model, weights, path)
-    return path
 
 
 def start_from(model: nn.Module, weights: str | None) -> None:
     """Load the weights of a run's folder, or of a checkpoint, into the model; None leaves it as it is."""
     if weights is not None:
         path = Path(weights).expanduser()
-        path = find_checkpoint(path) if path.is_dir() else path
-        load_weights(model, select_weights(load_checkpoint(path)), path)
+        path, content = load_best(path) if path.is_dir() else (path, load_checkpoint(path))
+        load_weights(model, select_weights(content), path)

@@ -223,7 +223,7 @@ def train(
 
 def _result(loop: Loop) -> Fit:
     """Give the model the weights of the best epoch."""
-    load_selected(loop.learner.model, loop.folder, processes=loop.processes)
+    load_selected(loop.learner.model, loop.folder, loop.processes)
     epoch = loop.state.best_epoch or loop.state.epoch
     if loop.processes.rank == 0:
         write_card(loop, loop.state.history[epoch - 1])

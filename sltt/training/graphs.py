@@ -187,9 +187,7 @@ def graphed(
     problem = rule_problem(rule, length)
     if problem is None and rule.draw(length, 0) is not None:
         problem = f"{rule} draws its steps anew for each batch"
-    if problem:
-        raise ValueError(f"a CUDA graph does not repeat a batch, since {problem}: call the rule itself")
-    batches, parameters = Graphs(model, x.device), list(model.parameters())
+    batches, parameters = Graphs(model, x.device, problem), list(model.parameters())
 
     def iteration(x: Tensor, y: Tensor) -> Output:
         torch.clear_autocast_cache()  # casts of weights are made anew in each replay
@@ -202,11 +200,12 @@ def graphed(
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         for _ in range(EAGER):
-            for p in parameters:
-                p.grad = None
-            batches(iteration, x, y)
-            if problem := batches.problem:
-                raise ValueError(f"a CUDA graph does not repeat a batch, since {problem}: call the rule itself")
+            if not batches.problem:
+                for p in parameters:
+                    p.grad = None
+                batches(iteration, x, y)
+    if batches.problem:
+        raise ValueError(f"a CUDA graph does not repeat a batch, since {batches.problem}: call the rule itself")
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)

@@ -71,7 +71,8 @@ class Loop:
                         log(row)
                         self._show(row, training)
                         interrupt.stop(self.processes.highest(interrupt.requested)[0], self.folder)
-        self._write_table()  # also after a resume that had nothing left to train
+        if first:  # also after a resume that had nothing left to train
+            write_table(self.folder, self.state.history)
 
     def _epoch(self, batches: BatchLoop, loader: DataLoader[Any], interrupt: Interrupt) -> Metrics:
         """Train what is left of an epoch."""
@@ -150,7 +151,7 @@ class Loop:
         improved = self.state.end_epoch(row, validation, quality)
         self.state.pending = bool(self.callbacks)
         # the best before the last: that one says that there is a best
-        self._save(*[BEST] * improved, LAST)
+        save_state(self, *[BEST] * improved, LAST)
         self._show_callbacks()
         return row
 
@@ -160,11 +161,7 @@ class Loop:
             with self._locate_errors(lambda: "callback", self.state.epoch):
                 self._call("on_epoch")
             self.state.pending = False
-            self._save(LAST)
-
-    def _save(self, *names: str) -> None:
-        save_state(self, *names)
-        self._write_table()
+            save_state(self, LAST)
 
     def _show(self, row: dict[str, Any], training: Metrics) -> None:
         self.report.row(row)
@@ -192,10 +189,6 @@ class Loop:
         state.stopped = now.stopped
         if name == "on_epoch" and self.callbacks and any(self.processes.highest(bool(state.stopped))):
             state.stopped = state.stopped or "as asked for in another process"
-
-    def _write_table(self) -> None:
-        if self.processes.rank == 0:
-            write_table(self.folder, self.state.history)
 
     @contextmanager
     def _locate_errors(self, place: Callable[[], str], epoch: int | None = None) -> Iterator[None]:

@@ -185,7 +185,9 @@ def write_config(run: Path, config: dict[str, Any]) -> None:
 
 
 def write_table(run: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the metrics of each epoch as CSV."""
+    """Write the metrics of each epoch as CSV, once there is one."""
+    if not rows:
+        return
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()

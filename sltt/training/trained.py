@@ -17,8 +17,8 @@ from sltt.sequence.padding import check_lengths
 from sltt.sequence.steps import time_steps
 from sltt.training.average import select_weights
 from sltt.training.check import warn_of_leftovers
-from sltt.training.checkpoints import load_checkpoint, load_weights
-from sltt.training.runs import MADE_IN, find_checkpoint, find_other_neurons, read_config
+from sltt.training.checkpoints import load_best, load_weights
+from sltt.training.runs import MADE_IN, find_other_neurons, read_config
 
 log = logging.getLogger("sltt")
 
@@ -63,8 +63,7 @@ def load(
     if checkpoint is not None:
         choice("checkpoint", checkpoint, ("best", "last"))
     run = folder("run", run)
-    path = find_checkpoint(run, checkpoint)
-    content = load_checkpoint(path)
+    path, content = load_best(run, checkpoint)
     config = read_config(run, content)
     network = _network(run, config) if model is None else instance("model", model, nn.Module)
     if other := find_other_neurons(config, network):
