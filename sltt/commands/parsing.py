@@ -27,7 +27,7 @@ from sltt.training.checkpoints import load_best, load_weights, start_from
 from sltt.training.files import CONFIG
 from sltt.training.named import check_modules, check_named
 from sltt.training.runs import MADE_IN, is_run, load_call, read_config
-from sltt.training.settings import OF_TRAINING, check_optimizer
+from sltt.training.settings import OF_TRAINING
 
 LISTS = "phases", "callbacks", "loggers"
 RULES = ["BPTT", "SLTT", "SLTT:k=1"]
@@ -285,16 +285,11 @@ def build(parser: ArgumentParser, config: Namespace) -> Namespace:
     """Make the objects that a configuration names, seeded so that the same configuration gives the same weights."""
     seed_everything(config.seed)
     try:
-        built = parser.instantiate(config)
+        return parser.instantiate(config)
     except ValueError as error:  # of a phase, the parser tells what it tried instead
         if reasons := re.findall(r"^  - (?!Expected)(.*)$", str(error), re.MULTILINE):
             raise ValueError(reasons[0]) from error
         raise
-    try:
-        check_optimizer(built.optimizer)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    return built
 
 
 def resolve(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:

@@ -135,16 +135,15 @@ def run_names(found: Gathered) -> dict[Path, str]:
 
 
 def rule_of(config: dict[str, Any]) -> str:
-    """Return the rule of a run's settings, of a recipe or made in Python, as for `sltt compare`: SLTT:k=1."""
+    """Return the rule of a run's settings, of a recipe or made in Python, as for `sltt compare`: SLTT:k=1.
+
+    It has the settings that are not the defaults. The rule is not made.
+    """
     if not isinstance(rule := config.get("rule"), dict):
         return str(rule or "own rule")
-    settings = {name: value for name, value in rule.items() if name not in ("class_path", "class")}
-    return _label(rule.get("class_path") or rule.get("class") or "own rule", settings.get("init_args", settings) or {})
-
-
-def _label(path: str, settings: dict[str, Any]) -> str:
-    """Name a rule and those of its settings that are not the defaults, without making it."""
-    name = path.rpartition(".")[2]
+    own = {name: value for name, value in rule.items() if name not in ("class_path", "class")}
+    settings: dict[str, Any] = own.get("init_args", own) or {}
+    name = str(rule.get("class_path") or rule.get("class") or "own rule").rpartition(".")[2]
     kind = getattr(rules, name, None)
     taken = arguments_of(kind) if isinstance(kind, type) else {}
     defaults = {key: one.default for key, one in taken.items()} | {key: None for key in settings if key not in taken}

@@ -15,11 +15,8 @@ class Preempted(SystemExit):
     """SIGTERM, after a checkpoint was saved; ends the process with the code 75."""
 
     def __init__(self, message: str):
-        super().__init__(PREEMPTED)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
+        super().__init__(message)
+        self.code = PREEMPTED
 
 
 class Interrupt:

@@ -20,7 +20,7 @@ from sltt.sequence.steps import check_input
 from sltt.training.batches import Ahead, EpochSampler, count_parts, cut, join_outputs, seed_batch, share, whole_epoch
 from sltt.training.graphs import make_graphs
 from sltt.training.learner import Learner
-from sltt.training.phases import Stage, freeze_norm
+from sltt.training.phases import Stage, freeze_norm, set_rates
 from sltt.training.progress import BatchMemory, Progress
 from sltt.training.safeguards import check_finite, check_labels, check_length
 from sltt.training.score import Score, count_scored
@@ -76,7 +76,8 @@ class BatchLoop:
         """Train a batch, or this process's share of it; see `_prepare`."""
         learner, rule, processes = self.learner, self.stage.rule, self.learner.processes
         settings, loss_of, length = learner.settings, learner.loss, self.sampler.length
-        learner.set_rates(self.stage, state.epoch + state.batch / self.batches)
+        epoch = state.epoch + state.batch / self.batches
+        set_rates(learner.optim, learner.initial, self.stage, settings.schedule, epoch)
         learner.optim.zero_grad()
         largest = min(settings.batch_size, length)
         size = min(largest, length - state.batch * settings.batch_size)

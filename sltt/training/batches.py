@@ -29,11 +29,7 @@ from sltt.sequence.padding import Padded
 POOL = 50  # batches that are sorted by length together
 
 
-class Key(NamedTuple):
-    """Key of a sample: its place in the data, and the seed of its random numbers."""
-
-    place: int
-    seed: int
+Key = tuple[int, int]  # of a sample: its place in the data, and the seed of its random numbers
 
 
 class EpochSampler(Sampler[Key]):
@@ -70,8 +66,7 @@ class EpochSampler(Sampler[Key]):
         if self.lengths is not None:
             order = by_length(order, self.lengths, self.batch_size, generator)
         seeds = torch.randint(2**62, (self.length,), generator=generator).tolist()
-        for index, seed in zip(order[self.start : self.stop], seeds[self.start : self.stop], strict=True):
-            yield Key(index, seed)
+        yield from zip(order[self.start : self.stop], seeds[self.start : self.stop], strict=True)
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
@@ -234,7 +229,7 @@ def train_loader(
 
 def eval_loader(dataset: Any, splits: Splits, batch_size: int, workers: int, **here: Any) -> DataLoader[Any]:
     """Every sample of a data set once, in order; what is random is the same each time."""
-    order = [Key(i, i) for i in range(len(dataset))]
+    order = [(i, i) for i in range(len(dataset))]
     return _loader(_Seeded(dataset, splits.collate_of(dataset)), order, batch_size, workers, **here)
 
 
@@ -255,7 +250,7 @@ def _loader(
         num_workers=workers,
         collate_fn=_identity,
         # memory to copy from while the GPU works; not what lies on it already
-        pin_memory=cuda and samples.__getitems__([Key(0, 0)])[0].device.type == "cpu",
+        pin_memory=cuda and samples.__getitems__([(0, 0)])[0].device.type == "cpu",
         persistent_workers=workers > 0,
         worker_init_fn=_outlive_sigterm,
         # a generator of its own: the loader draws from it, and so leaves the run's random numbers alone

@@ -20,7 +20,7 @@ from sltt.training.description import describe
 from sltt.training.files import BEST, LAST, write_atomically
 from sltt.training.phases import stage_at
 from sltt.training.progress import Progress
-from sltt.training.runs import find_checkpoint, write_table
+from sltt.training.runs import refuse_links, write_table
 from sltt.training.safeguards import check_weights
 
 if TYPE_CHECKING:
@@ -181,7 +181,11 @@ def load_best(run: Path, which: str | None = None) -> tuple[Path, dict[str, Any]
 
     Raises FileNotFoundError where there is none yet, CheckpointError where the best is lost.
     """
-    path = find_checkpoint(run, which)
+    refuse_links(run)
+    names = [BEST, LAST] if which is None else [f"{which}.ckpt"]
+    path = next((run / name for name in names if (run / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"no checkpoint in {run}: looked for {' and '.join(names)}; has it trained an epoch?")
     content = load_checkpoint(path)
     if which is None and path.name == LAST and content["progress"]["best_epoch"]:
         raise CheckpointError(f"{run / BEST} is gone. {REMEDY}")

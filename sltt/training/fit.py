@@ -20,13 +20,13 @@ from sltt.parallel.devices import Device, Graph, Precision, Strategy
 from sltt.rules import SLTT, Rule
 from sltt.schedules import Cosine, Schedule
 from sltt.training import runs, safeguards
-from sltt.training.batches import keep_generators, seed_everything
+from sltt.training.batches import check_crop, keep_generators, seed_everything
 from sltt.training.card import write_card
 from sltt.training.check import check
 from sltt.training.checkpoints import load_checkpoint, load_selected, restore_state, start_from
 from sltt.training.console import Console
 from sltt.training.description import describe
-from sltt.training.graphs import check_graph
+from sltt.training.graphs import CudaGraph
 from sltt.training.learner import Learner
 from sltt.training.logs import Logger
 from sltt.training.loop import Loop
@@ -179,8 +179,8 @@ def _config(model: nn.Module, data: Data, settings: Settings, resume: bool, unto
         for name, value in {"data": data, **vars(settings)}.items()
         if name not in OF_TRAINING and not (resume and value is None and name in RESUMABLE)
     }
-    network = {} if resume else {"model": type(model).__name__, "neurons": runs.describe_neurons(model)}
-    return {runs.MADE_IN: "Python, by sltt.fit", **network, **told}
+    network = {} if resume else {"model": type(model).__name__}
+    return {runs.MADE_IN: "Python, by sltt.fit", **network, "neurons": runs.describe_neurons(model), **told}
 
 
 def train(
@@ -209,8 +209,6 @@ def train(
             checkpoint, config = first(lambda: _read_run(made, config))
             if checkpoint is None:  # it stopped before the first
                 start_from(model, settings.weights)
-            if other := runs.find_other_neurons(config, model):
-                raise ValueError(f"{made} is of other neurons: {other}. Resume it with its own, or start a new run")
         seed_everything(settings.seed)
         loop = Loop(Learner(here, settings, model), data, splits, made, config, report)
         if checkpoint:
@@ -218,17 +216,12 @@ def train(
         if resume and config and here.processes.rank == 0:
             runs.write_config(made, config)
         loop.run()
-        return _result(loop)
-
-
-def _result(loop: Loop) -> Fit:
-    """Give the model the weights of the best epoch."""
-    load_selected(loop.learner.model, loop.folder, loop.processes)
-    epoch = loop.state.best_epoch or loop.state.epoch
-    if loop.processes.rank == 0:
-        write_card(loop, loop.state.history[epoch - 1])
-        write_sample(loop)
-    return Fit(loop.folder, loop.state.history, epoch)
+        load_selected(model, made, here.processes)
+        epoch = loop.state.best_epoch or loop.state.epoch
+        if here.processes.rank == 0:
+            write_card(loop, loop.state.history[epoch - 1])
+            write_sample(loop)
+        return Fit(made, loop.state.history, epoch)
 
 
 def _check(here: Session, model: nn.Module, data: Data, settings: Settings, report: Console) -> tuple[Session, Splits]:
@@ -247,7 +240,8 @@ def _check(here: Session, model: nn.Module, data: Data, settings: Settings, repo
             )
         if whole := next((name for name in ("ema", "quantised") if getattr(settings, name) is not None), None):
             raise ValueError(f"{whole} needs whole weights, which fsdp does not keep: use ddp")
-    check_graph(here)
+    if here.settings.graph == "on" and not CudaGraph.runs_on(here.fabric.device):
+        raise ValueError(f"graph='on' needs a CUDA device, and this is {here.fabric.device.type}: leave graph out")
     if settings.batch_size < count:
         raise ValueError(f"batch_size={settings.batch_size} is shared by {count} processes: expected a sample for each")
     if settings.accumulate > 1 and (online := next((s.rule for s in stages if s.rule.online), None)):
@@ -271,7 +265,10 @@ def _check(here: Session, model: nn.Module, data: Data, settings: Settings, repo
     for callback in settings.callbacks or ():
         if callback.needs_validation and splits.validation is None:
             raise ValueError(f"{type(callback).__name__} needs validation samples: hold some out, as by validation=0.1")
-    safeguards.check_stages(model, samples, stages)
+    for stage in stages:  # now, and not after the epochs before it
+        if stage.crop is not None:
+            check_crop(samples[0][0], stage.crop)
+        stage.rule.check(model, stage.steps)
     safeguards.check_static(model, splits, samples, settings.loss, stages[0].steps)
     safeguards.check_last_batch(model, splits, samples, settings.batch_size, stages)
     x = splits.collate(samples)[0].to(next((p.device for p in model.parameters()), "cpu"))

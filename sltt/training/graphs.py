@@ -232,26 +232,15 @@ def make_graphs(
     mode, device = here.settings.graph, here.fabric.device
     if mode == "off" or not CudaGraph.runs_on(device):
         return None
-    problem = rule_problem(rule, steps) or _session_problem(here)
+    problem, settings, several = rule_problem(rule, steps), here.settings, here.processes.count > 1
+    if settings.precision == "16-mixed":
+        problem = problem or "16-mixed scales the loss anew for each batch: use bf16-mixed"
+    if several and (settings.sync_batchnorm or settings.strategy == "fsdp"):
+        problem = problem or "processes exchange tensors within a batch"
     if mode == "auto" and not problem:
         own = next((type(one).__name__ for one in callbacks if not type(one).__module__.startswith("sltt.")), None)
         problem = f"{own} may change the network (graph='on' if not)" if own else model_problem(model)
     return Graphs(model, device, problem)
-
-
-def check_graph(here: Session) -> None:
-    """Raise ValueError where graphs are demanded and the device has none."""
-    device = here.fabric.device
-    if here.settings.graph == "on" and not CudaGraph.runs_on(device):
-        raise ValueError(f"graph='on' needs a CUDA device, and this is {device.type}: leave graph out")
-
-
-def _session_problem(here: Session) -> str | None:
-    settings, several = here.settings, here.processes.count > 1
-    if settings.precision == "16-mixed":
-        return "16-mixed scales the loss anew for each batch: use bf16-mixed"
-    exchanges = several and (settings.sync_batchnorm or settings.strategy == "fsdp")
-    return "processes exchange tensors within a batch" if exchanges else None
 
 
 def rule_problem(rule: Rule, steps: int) -> str | None:

@@ -11,7 +11,6 @@ from sltt.parallel.processes import gather_parts, synchronise
 from sltt.training.average import Average, select_weights
 from sltt.training.checkpoints import load_optimizer, load_weights
 from sltt.training.parameters import parameter_groups
-from sltt.training.phases import Stage, set_rates
 from sltt.training.quantised import round_weights
 from sltt.training.session import Session
 from sltt.training.settings import Settings
@@ -24,6 +23,7 @@ class Learner:
         net: the network for calls under the precision of the session.
         average: of the weights, where the training has one.
         averaged: the network with these, for such calls; else `net`.
+        initial: learning rate and weight decay of each group of parameters.
         scaled: whether a scaler leaves out steps that are not finite.
     """
 
@@ -38,11 +38,7 @@ class Learner:
         self.averaged = session.set_up(self.average.module) if self.average else self.net
         self.loss = session.set_up_loss(settings.loss)
         self.scaled = session.settings.precision == "16-mixed"
-        self._initial = [(group["lr"], group.get("weight_decay", 0.0)) for group in self.optim.param_groups]
-
-    def set_rates(self, stage: Stage, epoch: float) -> None:
-        """Set the learning rate and the weight decay at `epoch`, a fraction in the middle of one."""
-        set_rates(self.optim, self._initial, stage, self.settings.schedule, epoch)
+        self.initial = [(group["lr"], group.get("weight_decay", 0.0)) for group in self.optim.param_groups]
 
     def round_weights(self) -> AbstractContextManager[None]:
         """Round the weights inside a block, in a training that is quantised."""

@@ -8,7 +8,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
@@ -65,15 +65,7 @@ def lock_run(run: Path) -> Iterator[None]:
 
     The system releases what a killed process held. Parts of files that such a process left are removed.
     """
-    _refuse_links(run)
-    with _locked(run):
-        for part in run.glob(".*.part"):
-            part.unlink()
-        yield
-
-
-@contextmanager
-def _locked(run: Path) -> Iterator[None]:
+    refuse_links(run)
     path = run / LOCK
     path.touch()
     # before the file is opened: the system's lock does not tell threads apart, and would go as a second one closes it
@@ -87,6 +79,8 @@ def _locked(run: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
             file.flush()
+            for part in run.glob(".*.part"):
+                part.unlink()
             yield
     finally:
         _held.remove(here)
@@ -113,22 +107,9 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def find_checkpoint(run: Path, which: str | None = None) -> Path:
-    """Return the `best` or `last` checkpoint of a run; by default the best, or the last where nothing was held out.
-
-    Raises FileNotFoundError where there is none yet.
-    """
-    _refuse_links(run)
-    names = [BEST, LAST] if which is None else [f"{which}.ckpt"]
-    found = next((run / name for name in names if (run / name).is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"no checkpoint in {run}: looked for {' and '.join(names)}; has it trained an epoch?")
-    return found
-
-
 def find_last(run: Path) -> Path | None:
     """Return the last checkpoint of a run; None where it stopped before the first. Raises ValueError if it is lost."""
-    _refuse_links(run)
+    refuse_links(run)
     if (run / LAST).is_file():
         return run / LAST
     if (run / METRICS).exists():
@@ -144,7 +125,7 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (CONFIG, LAST))
 
 
-def _refuse_links(run: Path) -> None:
+def refuse_links(run: Path) -> None:
     """Raise ValueError for a link in the folder of a run, through which a command would write somewhere else."""
     if link := next((path for path in run.iterdir() if path.is_symlink()), None):
         raise ValueError(f"{link} is a link: put in its place what it leads to, or remove it")
@@ -218,26 +199,20 @@ def describe_neurons(model: nn.Module) -> list[str]:
     return [re.sub(" at 0x[0-9a-f]+", "", text) for text in texts]
 
 
-def find_other_neurons(config: dict[str, Any], model: nn.Module) -> str | None:
-    """Say which neurons of a network are not those of the training; None where all are, or that is not known."""
-    found, trained = describe_neurons(model), config.get("neurons", [])
-    pairs = zip(trained, found, strict=False)
-    return next((f"{old} in the training, {new} now" for old, new in pairs if old != new), None)
-
-
-def _differences(saved: dict[str, Any], found: dict[str, Any], path: str = "") -> Iterator[str]:
+def _differences(saved: Mapping[Any, Any], found: Mapping[Any, Any], path: str = "") -> Iterator[str]:
     other_class = "class" in saved and saved["class"] != found.get("class")  # whose other arguments say nothing
     for key in ["class"] if other_class else [*saved, *(key for key in found if key not in saved)]:
         name = f"{path}{key}"
         if name in RESUMABLE and name != "data":
             continue
+        before, now = (dict(enumerate(v)) if isinstance(v := one.get(key), list) else v for one in (saved, found))
         if key not in found:
             yield f"{name} is missing"
         elif key not in saved:
             yield f"{name} is new"
-        elif isinstance(saved[key], dict) and isinstance(found[key], dict):
-            yield from _differences(saved[key], found[key], f"{name}.")
-        elif saved[key] != found[key]:
+        elif isinstance(before, dict) and isinstance(now, dict):
+            yield from _differences(before, now, f"{name}.")
+        elif before != now:
             yield f"{name} was {saved[key]!r} and is {found[key]!r}"
 
 

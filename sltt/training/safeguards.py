@@ -15,7 +15,6 @@ from sltt.rules.batch import sequence_loss
 from sltt.schedules import Schedule
 from sltt.sequence.copies import copy_model
 from sltt.sequence.padding import Padded
-from sltt.training.batches import check_crop
 from sltt.training.phases import Stage
 
 SAMPLES = 5  # that are looked at before a training; a number that few other dimensions have
@@ -89,14 +88,6 @@ def check_length(x: Tensor, y: Any, splits: Splits, steps: int) -> None:
             f"expected sequences of steps={steps} time steps, but the data gives {len(x)}: set steps={len(x)}, "
             f"or let the data load sequences of {steps}; sequences of several lengths: from_datasets(…, pad=True)"
         )
-
-
-def check_stages(model: nn.Module, samples: list[Any], stages: Sequence[Stage]) -> None:
-    """Raise ValueError for a stage that cannot be trained: not after the epochs before it."""
-    for stage in stages:
-        if stage.crop is not None:
-            check_crop(samples[0][0], stage.crop)
-        stage.rule.check(model, stage.steps)
 
 
 def check_mean(loss: Any) -> None:

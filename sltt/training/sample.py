@@ -73,13 +73,10 @@ def write_sample(loop: Loop) -> None:
 def read_sample(run: Path) -> Sample:
     """Read what `write_sample` wrote.
 
-    Raises FileNotFoundError where a run has no sample yet, ValueError for a damaged file.
+    Raises FileNotFoundError where a run has no sample yet.
     """
     with np.load(run / SAMPLE) as arrays:
-        of_layers = {
-            kind: {name.removeprefix(kind): arrays[name] for name in arrays.files if name.startswith(kind)}
-            for kind in ("spikes.", "rate.")
-        }
+        spikes = {name[7:]: arrays[name] for name in arrays.files if name.startswith("spikes.")}
+        rates = {name[5:]: float(arrays[name]) for name in arrays.files if name.startswith("rate.")}
         label = int(arrays["label"]) if "label" in arrays.files else None
-        rates = {name: float(rate) for name, rate in of_layers["rate."].items()}
-        return Sample(of_layers["spikes."], rates, arrays["x"], arrays["logits"], label)
+        return Sample(spikes, rates, arrays["x"], arrays["logits"], label)
