@@ -140,7 +140,10 @@ def score_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     made: list[Row] = []
     for row in rows:
         reached = SCORES if row["accuracies"] else {}
-        cells = {heading: Cell(percent(row[name]), statistics.mean(row[name])) for name, heading in reached.items()}
+        cells = {
+            heading: Cell(scores_text(row[name]).replace("%", ""), statistics.mean(row[name]))
+            for name, heading in reached.items()
+        }
         made.append({"rule": row["rule"], **(cells or {SCORES["base"]: Cell("died", "")})})
     return Table(made, "fscil", "accuracy in %, mean ± standard deviation over seeds")
 
@@ -157,8 +160,3 @@ def print_few_shots(found: Mapping[str, Any], report: Console) -> None:
             means = (number(100 * statistics.mean(several), ".1f") for several in zip(*row["accuracies"], strict=True))
             rows.append({"classes seen": row["rule"], **dict(zip(seen, means, strict=True))})
     Table(rows).show(report)
-
-
-def percent(values: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds, in %."""
-    return scores_text(values).replace("%", "")

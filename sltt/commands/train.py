@@ -51,8 +51,7 @@ def _train(here: Session, built: Namespace, folder: str | Path | None, **setting
     splits = here.splits(built.data, built.steps)
     report = here.console(None)
     several = f", {here.processes.count} processes" if here.processes.count > 1 else ""
-    parameters = sum(p.numel() for p in built.model.parameters())
-    network = f"{type(built.model).__name__} with {parameters:,} parameters"
+    network = f"{type(built.model).__name__} with {sum(p.numel() for p in built.model.parameters()):,} parameters"
     report.line(f"{network}, {built.rule}, T = {built.steps}{several}")
     sizes = ", ".join(f"{size} {name}" for name, size in splits.sizes.items())
     report.line(f"samples: {sizes} (split {splits.fingerprint})")

@@ -1,6 +1,6 @@
 """The batches of a stage: from a loader to gradients, and to an update of the weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sltt.analysis import FiringRates
-from sltt.callbacks import Callback
 from sltt.data import Splits
 from sltt.losses import is_per_step, prediction_of, to_score
 from sltt.rules import Output
@@ -35,17 +34,10 @@ class BatchLoop:
         score: of the epoch in progress, and `firing` its firing rates.
     """
 
-    def __init__(
-        self,
-        learner: Learner,
-        stage: Stage,
-        splits: Splits,
-        sampler: EpochSampler,
-        batches: int,
-        callbacks: Sequence[Callback],
-    ):
+    def __init__(self, learner: Learner, stage: Stage, splits: Splits, sampler: EpochSampler, batches: int):
         self.learner, self.stage, self.splits, self.sampler, self.batches = learner, stage, splits, sampler, batches
         self.memory = BatchMemory(learner.session.fabric.device)
+        callbacks = learner.settings.callbacks or ()
         self.graphs = make_graphs(learner.session, learner.model, stage.rule, stage.steps, callbacks)
         self.fold = None
         self._spiking = spiking_layers(learner.model)

@@ -132,7 +132,7 @@ class Loop:
             state.best, state.best_epoch, state.first = [], None, state.epoch  # metrics at another T do not compare
         if self.learner.average and new and state.epoch == stage.start == stage.span[0]:
             self.learner.average.copy_to(self.learner.model)
-        batches = BatchLoop(self.learner, stage, self.splits, self.sampler, count, self.callbacks)
+        batches = BatchLoop(self.learner, stage, self.splits, self.sampler, count)
         loader = train_loader(self.splits, size, self.sampler, here.settings.workers, stage.crop, **here.place)
         held_out = self.splits.validation
         return batches, loader, None if held_out is None else here.eval_loader(held_out, self.splits, size)

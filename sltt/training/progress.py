@@ -92,9 +92,7 @@ class Progress:
             self.loss, self.terms, self.firing = 0.0, 0, {}
         return self
 
-    def metrics(
-        self, metric: str, score: Any, processes: Processes, seconds: float, peak_memory: int | None
-    ) -> Metrics:
+    def metrics(self, metric: str, score: Any, processes: Processes, seconds: float, peak: int | None) -> Metrics:
         """Return the measurements of all processes, with the score by a metric."""
         total = self.sum_over(processes)
         spikes, neurons = map(sum, zip((0, 0), *total.firing.values(), strict=True))
@@ -104,7 +102,7 @@ class Progress:
             metric,
             spikes / neurons if neurons else 0.0,
             seconds,
-            int(processes.highest(peak_memory or 0)[0]) or None,
+            int(processes.highest(peak or 0)[0]) or None,
             {name: spikes / count for name, (spikes, count) in total.firing.items() if count},
         )
 

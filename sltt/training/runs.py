@@ -34,9 +34,8 @@ def new_run(folder: str | Path | None, name: str, config: dict[str, Any]) -> Pat
     Raises FileExistsError if `folder` exists, OSError if it cannot be made.
     """
     if folder is not None:
-        taken = os.path.exists(folder) and not os.path.isdir(folder)
-        # a part is what a killed process left of its settings
-        if taken or (os.path.isdir(folder) and not all(name.endswith(".part") for name in os.listdir(folder))):
+        there = os.listdir(folder) if os.path.isdir(folder) else [""] * os.path.exists(folder)
+        if not all(name.endswith(".part") for name in there):  # which a killed process left of its settings
             raise FileExistsError(
                 f"{folder} exists: a run never overwrites another. Continue it with --resume {quote(str(folder))}, "
                 "in Python with resume=True, or choose another folder."
