@@ -110,4 +110,6 @@ register(
     check=_check,
     translate=_translate,
 )
-set_role(neuron.BaseNode, replace(role_of(base.MemoryModule), advance=adapter_of("v", _translate, _constants)))
+set_role(
+    neuron.BaseNode, replace(role_of(base.MemoryModule), advance=adapter_of("v", _translate, _constants))
+)
