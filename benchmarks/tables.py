@@ -258,7 +258,8 @@ def few_shots(results: Path) -> str:
     for name, label in {"digits": "digits", "nmnist": "N-MNIST", "cifar10": "CIFAR-10"}.items():
         for row in load(results, f"paper/fscil-{name}")["rows"]:
             if row["rule"] != "chance":
-                rows.append([label, shown(row["rule"]), *(scores_text(row[score]).replace("%", "") for score in SCORES)])
+                scores = (scores_text(row[score]).replace("%", "") for score in SCORES)
+                rows.append([label, shown(row["rule"]), *scores])
     return markdown(["data", "rule", *SCORES.values()], rows)
 
 

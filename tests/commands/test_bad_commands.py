@@ -106,9 +106,9 @@ CASES = f"""
 2 | torch.no_such_module | train --optimizer torch.no_such_module.Muon
 2 | unknown class 'mine.Nothing' | train --model mine.Nothing
 2 | does not correspond to a subclass of Data | train --data sltt.SLTT
-2 | optimizer: KeyError: 'momentums' | train --optimizer mine.Greedy
-2 | optimizer: Invalid learning rate: -1.0 | train --optimizer.lr -1
-2 | optimizer: TypeError | train --optimizer.lr null
+1 | optimizer: KeyError: 'momentums' | train --optimizer mine.Greedy
+1 | optimizer: Invalid learning rate: -1.0 | train --optimizer.lr -1
+1 | optimizer: TypeError | train --optimizer.lr null
 2 | unknown class 'resnet18'; did you mean sltt.models.resnet18? | train --model resnet18
 2 | 'os.system' is not allowed | train --rule os.system
 2 | loggers: Import path does not implement protocol Logger | train --loggers+=sltt.SLTT
