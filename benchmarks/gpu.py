@@ -58,7 +58,7 @@ def commands(device: str, results: Path, runs: Path, data: str | None) -> Iterat
     if small or data:
         recipe = ["digits", "--epochs", "1"] if small else ["cifar10", "--precision", "bf16-mixed"]
         root, run = ["--data.root", str(data)] if data else [], runs / "cifar10"
-        again = ["--resume", str(run)] if (run / "manifest.txt").exists() else [*recipe, *root, "--run", str(run)]
+        again = ["--resume", str(run)] if (run / "config.yaml").exists() else [*recipe, *root, "--run", str(run)]
         yield "cifar10", [*python, "-m", "sltt", "train", *again, "--device", device]
 
 

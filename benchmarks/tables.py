@@ -22,7 +22,7 @@ from peer_tables import Rows, cases_table, ratio, steps_table
 from scipy.stats import ttest_ind
 from turns import quotient
 
-from sltt.commands.fscil import SCORES, percent
+from sltt.commands.fscil import SCORES
 from sltt.commands.results import scores_text
 from sltt.commands.verdict import MARGIN
 from sltt.training.console import megabytes
@@ -258,7 +258,8 @@ def few_shots(results: Path) -> str:
     for name, label in {"digits": "digits", "nmnist": "N-MNIST", "cifar10": "CIFAR-10"}.items():
         for row in load(results, f"paper/fscil-{name}")["rows"]:
             if row["rule"] != "chance":
-                rows.append([label, shown(row["rule"]), *(percent(row[score]) for score in SCORES)])
+                scores = (scores_text(row[score]).replace("%", "") for score in SCORES)
+                rows.append([label, shown(row["rule"]), *scores])
     return markdown(["data", "rule", *SCORES.values()], rows)
 
 

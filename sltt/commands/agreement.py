@@ -26,10 +26,10 @@ from sltt.metrics import finite_scores, name_of
 from sltt.neurons import LIF
 from sltt.rules import BPTT, TBPTT, Mixed, Rule
 from sltt.training.console import Console
-from sltt.training.evaluation import measure_settings, measure_split
+from sltt.training.evaluation import measure_split
 from sltt.training.fit import Fit, train
 from sltt.training.session import Session, session
-from sltt.training.settings import Execution, Training
+from sltt.training.settings import Settings
 
 
 def options() -> CommandOptions:
@@ -63,7 +63,7 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
     taus: list[float | None] = asked.taus or [None]
     steps: list[int] = asked.steps or [own.steps]
     at_epochs: list[int] = asked.at_epochs
-    with session(Execution.of(vars(own))) as here:
+    with session(Settings(vars(own))) as here:
         for tau, T, epochs in itertools.product(taus, steps, at_epochs):
             build = partial(_build, recipe, own.data, tau)  # the data is read once
             built = build()
@@ -124,7 +124,7 @@ def _train(here: Session, built: Any, steps: int, epochs: int, rule: Rule, repor
     """Train what was built for some epochs with a rule, in a folder that is not kept."""
     settings = {**vars(built), "epochs": epochs, "steps": steps, "rule": rule, "phases": None, "weights": None}
     with TemporaryDirectory() as folder:
-        return train(here, built.model, built.data, Training.of(settings), f"{folder}/run", config={}, report=report)
+        return train(here, built.model, built.data, Settings(settings), f"{folder}/run", config={}, report=report)
 
 
 def _contestants(rules: Sequence[Rule], found: Sequence[Agreement], proposal: Proposal | None) -> list[Rule]:
@@ -147,8 +147,8 @@ def _run_trial(
     trial = Trial(epochs, [], {repr(rule): [] for rule in rules}, {repr(rule): [] for rule in rules})
     for seed in map(str, range(seeds)):
         built = build("--seed", seed)
-        sizes = {**measure_settings(built), "steps": steps}
-        trial.start.append(measure_split(here, built.model, built.data, "train", **sizes).loss)
+        settings = Settings(vars(built), steps=steps)
+        trial.start.append(measure_split(here, built.model, built.data, "train", settings).loss)
         for rule in rules:
             report.line(f"trial: {rule}, seed {seed}")
             try:

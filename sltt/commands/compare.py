@@ -28,11 +28,11 @@ from sltt.metrics import higher_is_better, name_of
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.padding import lengths_of
 from sltt.training.console import Console, megabytes
-from sltt.training.evaluation import measure_settings, measure_split
+from sltt.training.evaluation import measure_split
 from sltt.training.fit import Fit, train
 from sltt.training.runs import list_changes, read_config
 from sltt.training.session import Session, session
-from sltt.training.settings import Execution, Training
+from sltt.training.settings import Settings
 
 
 def options() -> CommandOptions:
@@ -54,7 +54,7 @@ def run(words: Sequence[str]) -> None:
     asked = known.rules or ([None] if known.vary else RULES)
     each = [(rule, one) for rule in asked for one in varied]
     for rule, one in each:  # what is wrong with an option or a rule ends this before a training begins
-        Training.of(vars(recipe.build(*to_options(one), rule=rule)))
+        Settings(vars(recipe.build(*to_options(one), rule=rule))).stages()
     report = Console(quiet=known.json)
     found = compared_json(recipe, [compare(rule, one, known.seeds, known.save, recipe, report) for rule, one in each])
     give(found, known, "compare.json", lambda report: print_compared(found, report))
@@ -95,13 +95,13 @@ def compare(
     }
     name, seconds = label_row(row["rule"], varied), []
     first = recipe.build(*to_options(varied), rule=rule)
-    with session(Execution.of(vars(first))) as here:
+    with session(Settings(vars(first))) as here:
         if here.splits(first.data, first.steps).test is None:
             raise ValueError(f"{first.data} has no test samples, on which rules are compared: choose other data")
         for seed in range(seeds):
             try:
                 built, result = train_one(here, rule, varied, seed, folder, recipe, report)
-                measured = measure_split(here, built.model, built.data, "test", **measure_settings(built))
+                measured = measure_split(here, built.model, built.data, "test", built)
                 row["scores"].append(measured.score)
                 row["runs"].append(result.run.name)
                 row["validation"].append(result.history[result.epoch - 1][f"validation_{name_of(built.metric)}"])
@@ -141,7 +141,7 @@ def train_one(
     if classes is not None:
         data = Classes(data, classes)
         config["data"] = {"class_path": "sltt.data.Classes", "init_args": {"data": config["data"], "classes": classes}}
-    training, resume = Training.of(vars(built)), run.exists()
+    training, resume = Settings(vars(built)), run.exists()
     if resume:
         _check_continues(run, config)
     return built, train(here, built.model, data, training, run, resume=resume, config=config, report=report)

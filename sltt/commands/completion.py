@@ -34,18 +34,9 @@ def run(words: Sequence[str]) -> None:
     known = options().parse_args(words)
     if known.shell == "zsh":
         print("autoload -Uz compinit bashcompinit; (( $+functions[compdef] )) || compinit; bashcompinit")
-    print(
-        SCRIPT.format(
-            commands="\n".join(COMMANDS),
-            of_runs="eval predict export report data doctor completion",  # which take no recipe there
-            options="\n".join(_options()),
-            recipes="\n".join(shipped_recipes()),
-        )
-    )
-
-
-def _options() -> list[str]:
-    """Return the options of all commands: those of a training, and what a command takes besides."""
     modules = [import_module(f"sltt.commands.{name}") for name in COMMANDS]
     own = [word for module in modules if hasattr(module, "options") for word in module.options().own]
-    return list(dict.fromkeys([*(f"--{name}" for name in fit_arguments()), *(w for w in own if w.startswith("--"))]))
+    every = dict.fromkeys([*(f"--{name}" for name in fit_arguments()), *(word for word in own if word[:2] == "--")])
+    lists = {"commands": COMMANDS, "options": every, "recipes": shipped_recipes()}
+    of_runs = "eval predict export report data doctor completion"  # which take no recipe there
+    print(SCRIPT.format(of_runs=of_runs, **{name: "\n".join(words) for name, words in lists.items()}))

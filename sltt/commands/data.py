@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from sltt.commands.failures import UsageError
-from sltt.commands.fit_parser import make_parser
-from sltt.commands.parsing import allow_only, build, find_recipe, parse
+from sltt.commands.parsing import Recipe, allow_only
 from sltt.training.console import Console
 
 USAGE = "usage: sltt data check RECIPE [--data.root DIR] [--steps T]"
@@ -17,8 +16,7 @@ def run(words: Sequence[str]) -> None:
     if list(words[:1]) != ["check"] or len(words) < 2 or words[1].startswith("-"):
         raise UsageError(USAGE)
     allow_only(words[2:], ("data", "steps"), "sltt data check", "the others do not change the data")
-    parser = make_parser(f"sltt data check {words[1]}")
-    built = build(parser, parse(parser, find_recipe(words[1]), words[2:]))
+    built = Recipe(f"sltt data check {words[1]}", words[1], words[2:]).build()
     splits = built.data.splits(built.steps)
     report = Console()
     for name, size in splits.sizes.items():

@@ -6,9 +6,9 @@ from inspect import signature
 from sltt.commands.parsing import CommandOptions, allow_only, begin, load_run
 from sltt.metrics import score_text
 from sltt.training.console import Console, as_json, megabytes
-from sltt.training.evaluation import evaluate, measure_settings, measure_split
+from sltt.training.evaluation import evaluate, measure_split
 from sltt.training.session import session
-from sltt.training.settings import PROCESSES, Execution
+from sltt.training.settings import PROCESSES, Settings
 
 VIEWS = ("mirror", "shift")
 # what a split is measured with; the processes are those that were started
@@ -33,9 +33,9 @@ def run(words: Sequence[str]) -> None:
     known, overrides = options().parse_known_args(words)
     allow_only(overrides, KEYS, "sltt eval", "the others belong to the training")
     built, path, _ = load_run("sltt eval", folder, known.code, known.checkpoint, overrides)
-    with session(Execution.of(vars(built))) as here:
+    with session(Settings(vars(built))) as here:
         seen = {name: getattr(known, name) for name in VIEWS}
-        metrics = measure_split(here, built.model, built.data, known.split, **measure_settings(built), **seen)
+        metrics = measure_split(here, built.model, built.data, known.split, built, **seen)
     if here.processes.rank > 0:
         return
     if known.json:

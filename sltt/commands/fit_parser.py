@@ -1,9 +1,7 @@
 """The parser whose options are the arguments of `sltt.fit`, and its help."""
 
 import argparse
-import inspect
 import re
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +12,7 @@ import sltt
 from sltt.commands import yamltext
 from sltt.data.loaders import BATCH_SIZE
 from sltt.rules import SHIPPED
+from sltt.training.settings import fit_settings
 
 *FIRST, LAST = (rule.__name__ for rule in SHIPPED)
 MATTER_FIRST = f"""Options override the recipe's values. These matter first:
@@ -69,8 +68,8 @@ def _as_class(value: Any) -> dict[str, Any]:
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": given}
 
 
-def make_parser(prog: str, unread: Sequence[str] = ()) -> ArgumentParser:
-    """Return a parser whose options are the arguments of `sltt.fit`; those `unread` are null, and import no class."""
+def make_parser(prog: str) -> ArgumentParser:
+    """Return a parser whose options are the arguments of `sltt.fit`."""
     for name in sltt.__all__:  # pyright: ignore[reportAttributeAccessIssue]  # the parser knows a class by its name once it is imported
         getattr(sltt, name)
     set_parsing_settings(import_path_denylist=[])  # a class_path never imports what the parser's own list denies
@@ -85,14 +84,11 @@ def make_parser(prog: str, unread: Sequence[str] = ()) -> ArgumentParser:
         parser_mode="sltt",
     )
     parser.add_argument("--config", action="config", help="YAML file whose values override the recipe's")
-    parser.add_function_arguments(
-        sltt.fit, skip={"data", "run", "resume", "config", "report", *unread}, fail_untyped=False
-    )
-    for name in unread:
-        parser.add_argument(f"--{name}", type=lambda value: None)
+    parser.add_function_arguments(sltt.fit, skip={"data", "run", "resume", "config", "report"}, fail_untyped=False)
     # a default that is an object would not be written into the configuration of a run
-    arguments, objects = inspect.signature(sltt.fit).parameters, ("rule", "loss", "optimizer", "schedule", "metric")
-    parser.set_defaults({name: _as_class(arguments[name].default) for name in objects})
+    defaults = {name: argument.default for name, argument in fit_settings().items()}
+    plain = bool | int | float | str | None
+    parser.set_defaults({name: _as_class(one) for name, one in defaults.items() if not isinstance(one, plain)})
     parser.set_defaults({"batch_size": BATCH_SIZE})  # a recipe's data is no loader
     parser.add_argument("--data", type=sltt.data.Data, required=True, help="the data set and its splits")
     parser.add_argument("--run", type=str | None, help="folder of the run; default: runs/RECIPE-RULE-DATE")

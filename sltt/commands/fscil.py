@@ -28,7 +28,7 @@ from sltt.sequence.padding import Padded
 from sltt.training.batches import finish_loaders
 from sltt.training.console import Console
 from sltt.training.session import Session, session
-from sltt.training.settings import Execution
+from sltt.training.settings import Settings
 
 SCORES = {"base": "A_base", "new": "A_new", "harmonic": "A_h", "last": "A_last", "average": "A_avg"}
 CHANCE, PIXELS = "chance", "pixels"
@@ -91,7 +91,7 @@ class Task:
 def few_shots(task: Task, rules: Sequence[str], seeds: int, folder: Path, report: Console) -> list[dict[str, Any]]:
     """Train every rule with every seed on the base classes, and classify; then the baselines: rows of `fscil.json`."""
     recipe, rows = task.recipe, []
-    with session(Execution.of(vars(recipe.build()))) as here:
+    with session(Settings(vars(recipe.build()))) as here:
         for rule in rules:
             found: list[FewShot] = []
             errors: list[str] = []
@@ -140,7 +140,10 @@ def score_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     made: list[Row] = []
     for row in rows:
         reached = SCORES if row["accuracies"] else {}
-        cells = {heading: Cell(percent(row[name]), statistics.mean(row[name])) for name, heading in reached.items()}
+        cells = {
+            heading: Cell(scores_text(row[name]).replace("%", ""), statistics.mean(row[name]))
+            for name, heading in reached.items()
+        }
         made.append({"rule": row["rule"], **(cells or {SCORES["base"]: Cell("died", "")})})
     return Table(made, "fscil", "accuracy in %, mean ± standard deviation over seeds")
 
@@ -157,8 +160,3 @@ def print_few_shots(found: Mapping[str, Any], report: Console) -> None:
             means = (number(100 * statistics.mean(several), ".1f") for several in zip(*row["accuracies"], strict=True))
             rows.append({"classes seen": row["rule"], **dict(zip(seen, means, strict=True))})
     Table(rows).show(report)
-
-
-def percent(values: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds, in %."""
-    return scores_text(values).replace("%", "")

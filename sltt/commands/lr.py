@@ -16,7 +16,7 @@ from sltt.commands.results import give
 from sltt.commands.tables import Table, number
 from sltt.training.console import Console
 from sltt.training.session import session
-from sltt.training.settings import Execution, Training
+from sltt.training.settings import Settings
 
 SHOWN = 12  # rows of the table
 
@@ -34,14 +34,14 @@ def run(words: Sequence[str]) -> None:
     known, recipe = options().parse_recipe(words)
     built = recipe.build()
     # the phases that have a rate of their own take no other
-    stage = next((one for one in Training.of(vars(built)).stages if one.lr is None), None)
+    stage = next((one for one in Settings(vars(built)).stages() if one.lr is None), None)
     if stage is None:
         raise ValueError(
             "every phase has a learning rate of its own, and the test finds one for all: give the values of a phase, "
             "such as --phases null --steps 1"
         )
     built.rule = stage.rule
-    with session(Execution.of(vars(built))) as here:
+    with session(Settings(vars(built))) as here:
         ready = Prepared(here, built, stage.steps)
         batches = itertools.islice(ready.batches(built.batch_size), known.batches)
         given = ready.model, batches, ready.loss, ready.rule, ready.optimizer

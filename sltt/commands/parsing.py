@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import itertools
 import os
 import re
 import sys
@@ -22,11 +23,11 @@ from sltt.commands.rule_texts import rule_options, rules
 from sltt.parallel.devices import count_started
 from sltt.training.average import select_weights
 from sltt.training.batches import seed_everything
-from sltt.training.checkpoints import load_checkpoint, load_weights, start_from
-from sltt.training.manifest import ALONE, MANIFEST
-from sltt.training.named import check_named, importing_for
-from sltt.training.runs import MADE_IN, find_checkpoint, load_call, read_config
-from sltt.training.settings import OF_TRAINING, check_optimizer
+from sltt.training.checkpoints import load_best, load_weights, start_from
+from sltt.training.files import CONFIG
+from sltt.training.named import check_modules, check_named
+from sltt.training.runs import MADE_IN, is_run, load_call, read_config
+from sltt.training.settings import OF_TRAINING
 
 LISTS = "phases", "callbacks", "loggers"
 RULES = ["BPTT", "SLTT", "SLTT:k=1"]
@@ -107,8 +108,8 @@ def shipped_recipes() -> dict[str, Path]:
 
 def find_recipe(name: str) -> Path:
     """Return the file of a shipped recipe, or a YAML file of the user's own, which may name classes beside it."""
-    if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())  # last: no file beside the recipe replaces an installed package
+    if not sys.flags.safe_path:
+        take_code(Path())
     known = shipped_recipes()
     if name in known:
         return known[name]
@@ -121,10 +122,19 @@ def find_recipe(name: str) -> Path:
     raise UsageError(f"unknown recipe {name!r}{suggest(name, known)}; `sltt recipes` lists them")
 
 
+def take_code(folder: Path) -> None:
+    """Import modules of a folder too: the last of all, so that no file replaces an installed package.
+
+    By `sys.path`, as Python does: modules import others beside them, and so do the workers of a data loader.
+    """
+    if (path := str(folder.resolve())) not in map(os.path.realpath, sys.path):
+        sys.path.append(path)
+
+
 def run_folder(name: str | Path) -> Path:
     """Return the folder of a run; raise UsageError where it is none."""
-    if not (Path(name) / MANIFEST).exists():
-        raise UsageError(f"{name} is not the folder of a run, as a training prints it: it has no {MANIFEST}. {ALONE}")
+    if not is_run(Path(name)):
+        raise UsageError(f"{name} is not the folder of a run, as a training prints it: it has no {CONFIG}")
     return Path(name)
 
 
@@ -138,13 +148,12 @@ def build_run(
 ) -> tuple[Namespace, dict[str, Any]]:
     """Make what the settings of a run name, under the options in `words`; return the objects, and the settings to keep.
 
-    Settings `unread` are null, and import no class.
-
-    Code comes from sltt, from the packages that it works with, and from the folder `code`, never from the run.
+    Settings `unread` are those of the words, or null. Code comes from sltt, from the packages that it works with, and
+    from the folder `code`, never from the run.
 
     Raises ValueError for settings that are damaged, not those of the checkpoint, or name other code.
     """
-    parser, settings = make_parser(command, unread), read_config(run, checkpoint)
+    parser, settings = make_parser(command), read_config(run, checkpoint)
     if not settings or MADE_IN in settings:
         raise ValueError(
             f"{run} was made in Python, and does not keep its network and data: go on in Python, by "
@@ -153,13 +162,12 @@ def build_run(
     if code is not None:
         if not code.is_dir():
             raise UsageError(f"--code {code} is no folder: name the one with the code of the run's classes")
-        sys.path.insert(0, str(code.resolve()))
-    with importing_for(run, {name: one for name, one in settings.items() if name not in unread}, code):
-        config = parse(parser, settings, words)
-        check_named(run, config)
-        for name in ("run", "resume"):
-            config.pop(name)
-        return build(parser, config), yaml.safe_load(parser.dump(config))
+        take_code(code)
+    settings = {name: one for name, one in settings.items() if name not in unread}
+    check_modules(run, settings, code)
+    config = parse(parser, settings, words)
+    check_named(run, config)
+    return build(parser, config), resolve(parser, config)
 
 
 def load_run(
@@ -167,8 +175,7 @@ def load_run(
 ) -> tuple[Namespace, Path, dict[str, Any]]:
     """Make what a run trained, with the weights of a checkpoint; return it, the checkpoint's path and content."""
     run = run_folder(name)
-    path = find_checkpoint(run, which)
-    content = load_checkpoint(path)
+    path, content = load_best(run, which)
     built, _ = build_run(command, run, [*words, *ANY_PROCESSES], code, content, OF_TRAINING)
     load_weights(built.model, select_weights(content), path)
     return built, path, content
@@ -199,22 +206,19 @@ class Recipe:
 
     def resolve(self, *more: str, rule: str | None = None) -> dict[str, Any]:
         """Return the configuration that `build` builds, as a run keeps it."""
-        return yaml.safe_load(self._parser.dump(self._parse(more, rule)))
+        return resolve(self._parser, self._parse(more, rule))
 
     def _parse(self, more: Sequence[str], rule: str | None) -> Namespace:
         words = [*self.overrides, *more]
         if rule is None:
-            config = parse(self._parser, self.source, words)
-        else:
-            if _names(words, "--rule"):
-                raise UsageError("--rules names the rules here: leave --rule out, or write --rules instead")
-            kind, name, *settings = rule_options(rule)
-            # without the recipe's rule, whose arguments one of the same class would keep
-            config = parse(self._parser, self.source, [kind, name, *words, *settings], without=["rule"])
-            for phase in config.phases or ():
-                phase.rule = None
-        config.pop("run")
-        config.pop("resume")
+            return parse(self._parser, self.source, words)
+        if _names(words, "--rule"):
+            raise UsageError("--rules names the rules here: leave --rule out, or write --rules instead")
+        kind, name, *settings = rule_options(rule)
+        # without the recipe's rule, whose arguments one of the same class would keep
+        config = parse(self._parser, self.source, [kind, name, *words, *settings], without=["rule"])
+        for phase in config.phases or ():
+            phase.rule = None
         return config
 
 
@@ -241,7 +245,7 @@ def parse(
     try:
         if {"-h", "--help"} & set(words):
             parser.set_defaults(values)  # so that the help shows the recipe's values
-        config = parser.parse_args(["--config", _write(values), *_expand(words)])
+        config = parser.parse_args(_empty_lists(words), namespace=parser.parse_object(values))
     except argparse.ArgumentError as error:
         raise UsageError(re.sub(r"\bNone(Type)?\b", "null", explain(str(error), values))) from None
     config.pop("config")
@@ -254,46 +258,26 @@ def parse(
     return config
 
 
-def _write(values: dict[str, Any]) -> str:
-    return yaml.safe_dump(values, sort_keys=False)
-
-
-def _expand(words: Sequence[str]) -> list[str]:
-    """Return the words, with a file of settings as its text, and `--NAME=null` before a list.
-
-    In a list as long as the one before, the parser would keep keys of that.
-    """
-    expanded, left = [], iter(words)
-    for word in left:
+def _empty_lists(words: Sequence[str]) -> list[str]:
+    """Return the words, with `--NAME=null` before a list: the parser would keep keys of the last one as long."""
+    emptied = []
+    for word, after in itertools.zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")
-        name = option.removeprefix("--")
-        if name in (*LISTS, "config") and (equals or (value := next(left, ""))):
-            if name == "config" and os.path.isfile(file := os.path.expanduser(value)):
-                value = _write(_read(Path(file)))
-            given = _load(value)
-            lists = given if name == "config" and isinstance(given, dict) else {name: given}
-            expanded += [f"--{one}=null" for one in LISTS if isinstance(lists.get(one), list)]
-            word = f"{option}={value}"
-        expanded.append(word)
-    return expanded
+        given = _read(value if equals else after) if option == "--config" else [option.removeprefix("--")]
+        emptied += [*(f"--{name}=null" for name in LISTS if name in given), word]
+    return emptied
 
 
-def _load(text: str) -> Any:
-    """Read YAML text; return None where it cannot be read: the parser says why."""
+def _read(source: Path | str) -> dict[str, Any]:
+    """Return the values of a recipe, or of the file or text of --config."""
+    file = os.path.expanduser(source)
     try:
-        return yamltext.load(text)
-    except yaml.YAMLError:
-        return None
-
-
-def _read(source: Path) -> dict[str, Any]:
-    """Return the values of a recipe or of a run's configuration."""
-    try:
-        values = yamltext.load(yamltext.read(source))
+        values = yamltext.load(yamltext.read(Path(file)) if os.path.isfile(file) else str(source))
     except yaml.YAMLError as error:
         raise UsageError(f"{source} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UsageError(f"{source} holds no options: expected lines such as `epochs: 20`; `sltt recipes digits`")
+        what = "holds" if os.path.isfile(file) else "is no file, and holds"
+        raise UsageError(f"{source} {what} no options: expected lines such as `epochs: 20`; `sltt recipes digits`")
     return values
 
 
@@ -301,16 +285,17 @@ def build(parser: ArgumentParser, config: Namespace) -> Namespace:
     """Make the objects that a configuration names, seeded so that the same configuration gives the same weights."""
     seed_everything(config.seed)
     try:
-        built = parser.instantiate(config)
+        return parser.instantiate(config)
     except ValueError as error:  # of a phase, the parser tells what it tried instead
         if reasons := re.findall(r"^  - (?!Expected)(.*)$", str(error), re.MULTILINE):
             raise ValueError(reasons[0]) from error
         raise
-    try:
-        check_optimizer(built.optimizer)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    return built
+
+
+def resolve(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
+    """Return a configuration as a run keeps it: plain values, without the folder."""
+    values = yaml.safe_load(parser.dump(config))
+    return {name: value for name, value in values.items() if name not in ("run", "resume")}
 
 
 def allow_only(words: Sequence[str], keys: Sequence[str], command: str, why: str) -> None:

@@ -36,7 +36,7 @@ class Prepared:
         self.rule: Rule = built.rule
         self.repeat = steps if self.splits.static else None  # the argument `steps` of rules and measurements
         self._steps = steps
-        if session.execution.precision != 32:
+        if session.settings.precision != 32:
             _run_in_precision(self.model, session.fabric)
 
     def batch(self, size: int) -> tuple[Tensor, Any]:
@@ -45,12 +45,11 @@ class Prepared:
         order = EpochSampler(len(samples), self._seed)
         count = min(size, len(samples))
         x, y = next(iter(train_loader(self.splits, count, order, workers=0)))
-        again = torch.arange(whole_number("batch_size", size, least=1)) % count
+        again, per_step = torch.arange(whole_number("batch_size", size, least=1)) % count, self.splits.per_step
         x = x.index_select(0 if self.splits.static else 1, again)
         if isinstance(y, Padded):
-            per_step = self.splits.per_step
             return self._session.batch(*pad_batch(x, y.rows(again.tolist(), per_step), self._steps, per_step))
-        return self._session.batch(x, y.index_select(1 if self.splits.per_step else 0, again))
+        return self._session.batch(x, y.index_select(1 if per_step else 0, again))
 
     def memory(self, size: int, rule: Rule | None = None) -> Memory:
         """Return the memory of a training batch, which counts firing rates, with the recipe's rule or another."""
@@ -61,7 +60,7 @@ class Prepared:
     def batches(self, size: int) -> Iterator[tuple[Tensor, Any]]:
         """Training batches without an end, loaded as in a training."""
         order = EpochSampler.of(self.splits, self._seed, size)
-        loader = train_loader(self.splits, size, order, self._session.execution.workers)
+        loader = train_loader(self.splits, size, order, self._session.settings.workers)
         with finish_loaders(loader):
             while True:
                 for x, y in loader:

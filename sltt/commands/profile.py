@@ -35,7 +35,7 @@ from sltt.sequence.layout import last_fold
 from sltt.sequence.padding import lengths_of
 from sltt.training.console import Console, megabytes
 from sltt.training.session import Session, session
-from sltt.training.settings import Execution
+from sltt.training.settings import Settings
 
 WARMUP = 2
 PHASES = "total", "data", "forward", "backward", "step"
@@ -80,7 +80,7 @@ def profile(
     own = recipe.build()
     steps = steps or [own.steps]
     costs, fits = [], []
-    with session(Execution.of(vars(own))) as here:
+    with session(Settings(vars(own))) as here:
         for T, rule in itertools.product(steps, rules):
             report.line(f"{rule}, T = {T}")
             costs.append(_cost(here, recipe, rule, T, own.batch_size, repeats))

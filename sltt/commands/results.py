@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,8 @@ from sltt.frozen import arguments_of
 from sltt.metrics import finite_scores, is_share
 from sltt.training.checkpoints import load_checkpoint
 from sltt.training.console import Console, as_json
-from sltt.training.manifest import CONFIG, LAST, open_file, was_written, write_file
+from sltt.training.files import CONFIG, LAST, write_atomically
+from sltt.training.runs import find_last
 
 
 def give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Console], None]) -> None:
@@ -25,7 +25,7 @@ def give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Conso
     text = as_json(found)
     if known.save:
         known.save.mkdir(parents=True, exist_ok=True)
-        write_file(known.save / name, lambda file: file.write(text.encode()))
+        write_atomically(known.save / name, lambda file: file.write(text.encode()))
     if known.json:
         print(text)
         return
@@ -111,7 +111,7 @@ def gather(folders: Sequence[Path]) -> Gathered:
 
 def _read_run(run: Path) -> Curve:
     """Read what the report shows of a run, from its last checkpoint."""
-    checkpoint = load_checkpoint(run / LAST) if was_written(run / LAST) else None
+    checkpoint = load_checkpoint(last) if (last := find_last(run)) else None
     if checkpoint is None or not checkpoint["progress"]["history"]:
         raise ValueError("it has not finished an epoch")
     progress = checkpoint["progress"]
@@ -120,8 +120,7 @@ def _read_run(run: Path) -> Curve:
 
 def _read(path: Path) -> dict[str, Any]:
     """Read a command's result; a number that is not finite is None, and what varied is in a rule's name."""
-    with open_file(path) as file:
-        found = json.load(file, parse_constant=lambda name: None)
+    found = json.loads(path.read_bytes(), parse_constant=lambda name: None)
     for row in [*found.get("costs", ()), *found.get("fits", ()), *found.get("rows", ())]:
         if "rule" in row:
             row["rule"] = label_row(row["rule"], row.get("varied", {}))
@@ -136,17 +135,15 @@ def run_names(found: Gathered) -> dict[Path, str]:
 
 
 def rule_of(config: dict[str, Any]) -> str:
-    """Return the rule of a run's settings as it is written for `sltt compare`: SLTT:k=1."""
-    rule = config.get("rule")
-    if isinstance(rule, dict):
-        return _label(rule["class_path"], rule.get("init_args") or {})
-    name, _, shown = str(rule or "own rule").removesuffix(")").partition("(")  # SLTT(k=1), of a run made in Python
-    return ":".join([name, *re.split(r", (?![^{]*})", shown)]) if shown else name
+    """Return the rule of a run's settings, of a recipe or made in Python, as for `sltt compare`: SLTT:k=1.
 
-
-def _label(path: str, settings: dict[str, Any]) -> str:
-    """Name a rule and those of its settings that are not the defaults, without making it."""
-    name = path.rpartition(".")[2]
+    It has the settings that are not the defaults. The rule is not made.
+    """
+    if not isinstance(rule := config.get("rule"), dict):
+        return str(rule or "own rule")
+    own = {name: value for name, value in rule.items() if name not in ("class_path", "class")}
+    settings: dict[str, Any] = own.get("init_args", own) or {}
+    name = str(rule.get("class_path") or rule.get("class") or "own rule").rpartition(".")[2]
     kind = getattr(rules, name, None)
     taken = arguments_of(kind) if isinstance(kind, type) else {}
     defaults = {key: one.default for key, one in taken.items()} | {key: None for key in settings if key not in taken}

@@ -212,7 +212,7 @@ def _spikes(found: Gathered) -> Section:
     for run in preferred:
         try:
             sample = read_sample(run)
-        except (ValueError, OSError) as error:
+        except Exception as error:  # a file may hold anything
             found.notes.append(f"The spikes of {run} are left out: {cause(error)}")
             continue
         section.text.append(f"One sample in the network of {run.name}: a validation sample, if there is one.")

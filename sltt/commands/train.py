@@ -5,22 +5,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 
 from sltt.commands.failures import UsageError
 from sltt.commands.fit_parser import make_parser
-from sltt.commands.parsing import allow_only, build, build_run, find_recipe, parse, parse_resume, run_folder
+from sltt.commands.parsing import allow_only, build, build_run, find_recipe, parse, parse_resume, resolve, run_folder
 from sltt.metrics import score_text
 from sltt.parallel.devices import keep_freed_memory
 from sltt.training.card import add_test_score
 from sltt.training.checkpoints import load_checkpoint, load_selected
 from sltt.training.console import as_json
-from sltt.training.evaluation import measure_settings, measure_split
+from sltt.training.evaluation import measure_split
+from sltt.training.files import CONFIG, LAST, write_atomically
 from sltt.training.fit import train
-from sltt.training.manifest import CONFIG, LAST, write_file
 from sltt.training.session import Session, session
-from sltt.training.settings import RESUMABLE, Execution, Training
+from sltt.training.settings import RESUMABLE, Settings
 
 
 def run(words: Sequence[str]) -> None:
@@ -37,16 +36,14 @@ def run(words: Sequence[str]) -> None:
     command = f"sltt train {words[0] if named else '[RECIPE]'}"
     if continued:
         checkpoint = None if (continued / CONFIG).exists() else load_checkpoint(continued / LAST)
-        name, folder, (built, resolved) = "", continued, build_run(command, continued, words, code, checkpoint, unread)
+        name, (built, resolved) = "", build_run(command, continued, words, code, checkpoint, unread)
     else:
-        parser = make_parser(command)
-        source = find_recipe(words[0] if named else "digits")
+        parser, source = make_parser(command), find_recipe(words[0] if named else "digits")
         config = parse(parser, source, words[named:])
-        name, folder, _ = source.stem, config.pop("run"), config.pop("resume")
-        built, resolved = build(parser, config), yaml.safe_load(parser.dump(config))
+        name, built, resolved = source.stem, build(parser, config), resolve(parser, config)
     name = f"{name}-{type(built.rule).__name__.lower()}"
-    with session(Execution.of(vars(built))) as here:
-        _train(here, built, folder, name=name, resume=continued is not None, config=resolved)
+    with session(Settings(vars(built))) as here:
+        _train(here, built, continued or built.run, name=name, resume=continued is not None, config=resolved)
 
 
 def _train(here: Session, built: Namespace, folder: str | Path | None, **settings: Any) -> None:
@@ -54,26 +51,25 @@ def _train(here: Session, built: Namespace, folder: str | Path | None, **setting
     splits = here.splits(built.data, built.steps)
     report = here.console(None)
     several = f", {here.processes.count} processes" if here.processes.count > 1 else ""
-    parameters = sum(p.numel() for p in built.model.parameters())
-    network = f"{type(built.model).__name__} with {parameters:,} parameters"
+    network = f"{type(built.model).__name__} with {sum(p.numel() for p in built.model.parameters()):,} parameters"
     report.line(f"{network}, {built.rule}, T = {built.steps}{several}")
     sizes = ", ".join(f"{size} {name}" for name, size in splits.sizes.items())
     report.line(f"samples: {sizes} (split {splits.fingerprint})")
-    result = train(here, built.model, built.data, Training.of(vars(built)), folder, **settings, report=report)
+    result = train(here, built.model, built.data, Settings(vars(built)), folder, **settings, report=report)
     if splits.test is None:
         report.line(f"written to {result.run}; there are no test samples to measure it on")
         return
-    run, how = result.run, measure_settings(built)
-    last = selected = measure_split(here, built.model, built.data, "test", **how)
+    run = result.run
+    last = selected = measure_split(here, built.model, built.data, "test", built)
     if splits.validation:
-        load_selected(built.model, run, "last", here.processes)
-        last = measure_split(here, built.model, built.data, "test", **how)
+        load_selected(built.model, run, here.processes, "last")
+        last = measure_split(here, built.model, built.data, "test", built)
     if here.processes.rank > 0:
         return
     name, best, end = selected.metric, score_text(selected.metric, selected.score), score_text(last.metric, last.score)
     summary = {"epoch": result.epoch, f"test_{name}": selected.score, f"last_epoch_test_{name}": last.score}
     add_test_score(run, best)
-    write_file(run / "result.json", lambda file: file.write(as_json(summary).encode()))
+    write_atomically(run / "result.json", lambda file: file.write(as_json(summary).encode()))
     report.line(
         f"test {name} {best} with the weights of epoch {result.epoch}, the best by validation; {end} after the last"
         if splits.validation

@@ -4,6 +4,7 @@ Processes are started by `torchrun` or Slurm, or, with `devices` above 1, by Fab
 each further process. When one ends, messages to it fail in the others, and the launcher ends what is left.
 """
 
+import atexit
 import ctypes
 import logging
 import os
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from sltt.parallel.processes import control, disband_at_exit
+from sltt.parallel.processes import control, disband
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -49,7 +50,12 @@ def make_fabric(
     found = count_started()
     devices = found[0] if devices is None else devices
     num_nodes = found[1] if num_nodes is None else num_nodes
-    _check(device, devices, num_nodes, found)
+    if found != (1, 1) and found != (devices, num_nodes):
+        started = f"{found[0]} processes on {found[1]} machines were started, but {devices=} and {num_nodes=} asked for"
+        raise ValueError(f"{started}: leave both out, and they are taken from torchrun or Slurm")
+    if device == "cuda" and devices > torch.cuda.device_count():
+        seen = f"{devices} processes on this machine need a GPU each, and this one sees {torch.cuda.device_count()}"
+        raise ValueError(f"{seen}; under Slurm, ask for --gpus-per-node rather than --gpus-per-task")
     options: dict[str, Any] = {"precision": precision}
     if precision == "16-mixed":
         options = {"plugins": [MixedPrecision("16-mixed", device, torch.amp.GradScaler(device))]}
@@ -60,7 +66,7 @@ def make_fabric(
         # else each process reports for duty; which one ended is still told
         logging.getLogger("lightning_fabric.utilities").setLevel(logging.WARNING)
         fabric.launch()
-        disband_at_exit()
+        atexit.register(disband, os.getpid())
     return fabric
 
 
@@ -86,15 +92,6 @@ def count_started() -> tuple[int, int]:
         nodes = int(os.environ.get("SLURM_NNODES", 1))
         return int(os.environ.get("SLURM_NTASKS", 1)) // nodes, nodes
     return 1, 1
-
-
-def _check(device: str, devices: int, num_nodes: int, found: tuple[int, int]) -> None:
-    if found != (1, 1) and found != (devices, num_nodes):
-        started = f"{found[0]} processes on {found[1]} machines were started, but {devices=} and {num_nodes=} asked for"
-        raise ValueError(f"{started}: leave both out, and they are taken from torchrun or Slurm")
-    if device == "cuda" and devices > torch.cuda.device_count():
-        seen = f"{devices} processes on this machine need a GPU each, and this one sees {torch.cuda.device_count()}"
-        raise ValueError(f"{seen}; under Slurm, ask for --gpus-per-node rather than --gpus-per-task")
 
 
 def _strategy(name: Strategy, processes: int) -> Any:

@@ -5,7 +5,6 @@ the gradient of the whole batch: the number of processes changes nothing but rou
 however many backward passes it takes, their sum is reduced once, after the last.
 """
 
-import atexit
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
@@ -58,9 +57,9 @@ class Processes:
         """Return the sums over the processes."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
-    def highest(self, value: float) -> float:
-        """Return the largest value of a process."""
-        return self._reduce([value], dist.ReduceOp.MAX)[0]
+    def highest(self, *values: float) -> list[float]:
+        """Return the largest of a process, for each of the values."""
+        return self._reduce(values, dist.ReduceOp.MAX)
 
     def gather(self, value: A) -> list[A]:
         """Return the values of all processes, in their order."""
@@ -132,22 +131,11 @@ def synchronise(model: nn.Module) -> None:
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def disband_at_exit() -> None:
-    """Have the groups of this process closed at its end, by `disband`."""
-    _ours.add(os.getpid())
-
-
-_ours: set[int] = set()
-
-
-def disband() -> None:
+def disband(process: int) -> None:
     """Close the groups, and end their threads: one that frees a tensor while Python ends would abort the process."""
     _control_of.cache_clear()
-    if os.getpid() in _ours and dist.is_initialized():  # and not in a forked process, where the threads are not
+    if process == os.getpid() and dist.is_initialized():  # and not in a forked one, where the threads are not
         dist.destroy_process_group()
-
-
-atexit.register(disband)  # at import: what is registered first runs last, after what a user registers
 
 
 def is_sharded(value: Any) -> "TypeGuard[DTensor]":

@@ -15,11 +15,8 @@ class Preempted(SystemExit):
     """SIGTERM, after a checkpoint was saved; ends the process with the code 75."""
 
     def __init__(self, message: str):
-        super().__init__(PREEMPTED)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
+        super().__init__(message)
+        self.code = PREEMPTED
 
 
 class Interrupt:
@@ -45,7 +42,7 @@ class Interrupt:
             raise KeyboardInterrupt
         self.requested = number
 
-    def stop(self, requested: int, run: Path) -> None:
+    def stop(self, requested: float, run: Path) -> None:
         """Raise what belongs to the signal `requested`, if any; call it after a checkpoint was saved."""
         if requested == signal.SIGTERM:
             raise Preempted(f"stopped by SIGTERM; continue with --resume {quote(str(run))}")

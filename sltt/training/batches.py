@@ -29,11 +29,7 @@ from sltt.sequence.padding import Padded
 POOL = 50  # batches that are sorted by length together
 
 
-class Key(NamedTuple):
-    """Key of a sample: its place in the data, and the seed of its random numbers."""
-
-    place: int
-    seed: int
+Key = tuple[int, int]  # of a sample: its place in the data, and the seed of its random numbers
 
 
 class EpochSampler(Sampler[Key]):
@@ -47,10 +43,7 @@ class EpochSampler(Sampler[Key]):
     """
 
     def __init__(self, length: int, seed: int, lengths: Sequence[int] | None = None, batch_size: int = 1):
-        self.length = length
-        self.seed = seed
-        self.lengths = lengths
-        self.batch_size = batch_size
+        self.length, self.seed, self.lengths, self.batch_size = length, seed, lengths, batch_size
         self.set_epoch(0)
 
     @classmethod
@@ -73,8 +66,7 @@ class EpochSampler(Sampler[Key]):
         if self.lengths is not None:
             order = by_length(order, self.lengths, self.batch_size, generator)
         seeds = torch.randint(2**62, (self.length,), generator=generator).tolist()
-        for index, seed in zip(order[self.start : self.stop], seeds[self.start : self.stop], strict=True):
-            yield Key(index, seed)
+        yield from zip(order[self.start : self.stop], seeds[self.start : self.stop], strict=True)
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
@@ -135,13 +127,7 @@ class _Seeded(Dataset[Any]):
     """Takes keys: reads, crops and mirrors each sample under its seed, and makes a batch under that of the first."""
 
     def __init__(self, data: Dataset[Any], collate: Collate, crop: int | None = None):
-        self.data = data
-        self.collate = collate
-        self.crop = crop
-
-    def __getitem__(self, key: Key) -> Any:
-        with _keep_generators():
-            return self._read(key)
+        self.data, self.collate, self.crop = data, collate, crop
 
     def __getitems__(self, keys: Sequence[Key]) -> Any:
         with _keep_generators():  # once a batch: keeping takes longer than seeding
@@ -181,10 +167,7 @@ class Shares(Sampler[list[Any]]):
     """
 
     def __init__(self, sampler: Iterable[Any], batch_size: int, rank: int = 0, processes: int = 1):
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.rank = rank
-        self.processes = processes
+        self.sampler, self.batch_size, self.rank, self.processes = sampler, batch_size, rank, processes
 
     def __len__(self) -> int:
         return math.ceil(len(self.sampler) / self.batch_size)  # type: ignore[arg-type]
@@ -238,47 +221,36 @@ def join_outputs(outs: Sequence[Output], parts: Sequence[Part]) -> Output:
 
 
 def train_loader(
-    splits: Splits,
-    batch_size: int,
-    sampler: EpochSampler,
-    workers: int,
-    device: torch.device | None = None,
-    rank: int = 0,
-    processes: int = 1,
-    crop: int | None = None,
+    splits: Splits, batch_size: int, sampler: EpochSampler, workers: int, crop: int | None = None, **here: Any
 ) -> DataLoader[Any]:
-    """Training batches in the sampler's order, or a process's share of each, to be copied to the device.
-
-    For the other arguments see `Shares` and `Phase`.
-    """
-    samples = _Seeded(splits.train, splits.collate, crop)
-    return _loader(samples, Shares(sampler, batch_size, rank, processes), workers, device)
+    """Training batches in the sampler's order; for `crop` see `Phase`, for `here` `Session.place`."""
+    return _loader(_Seeded(splits.train, splits.collate, crop), sampler, batch_size, workers, **here)
 
 
-def eval_loader(
-    dataset: Dataset[Any],
-    splits: Splits,
+def eval_loader(dataset: Any, splits: Splits, batch_size: int, workers: int, **here: Any) -> DataLoader[Any]:
+    """Every sample of a data set once, in order; what is random is the same each time."""
+    order = [(i, i) for i in range(len(dataset))]
+    return _loader(_Seeded(dataset, splits.collate_of(dataset)), order, batch_size, workers, **here)
+
+
+def _loader(
+    samples: _Seeded,
+    order: Iterable[Key],
     batch_size: int,
     workers: int,
     device: torch.device | None = None,
     rank: int = 0,
     processes: int = 1,
 ) -> DataLoader[Any]:
-    """Every sample of a data set once, in order, or a process's share of each batch; what is random is so alike."""
-    order = [Key(i, i) for i in range(len(dataset))]  # type: ignore[arg-type]
-    samples = _Seeded(dataset, splits.collate_of(dataset))
-    return _loader(samples, Shares(order, batch_size, rank, processes), workers, device)
-
-
-def _loader(samples: _Seeded, batches: Shares, workers: int, device: torch.device | None) -> DataLoader[Any]:
+    """Batches in an order, or the share of each of a process, to be copied to the device."""
     cuda = device is not None and device.type == "cuda"
     return DataLoader(
         samples,
-        batch_sampler=batches,
+        batch_sampler=Shares(order, batch_size, rank, processes),
         num_workers=workers,
         collate_fn=_identity,
         # memory to copy from while the GPU works; not what lies on it already
-        pin_memory=cuda and samples.__getitems__([Key(0, 0)])[0].device.type == "cpu",
+        pin_memory=cuda and samples.__getitems__([(0, 0)])[0].device.type == "cpu",
         persistent_workers=workers > 0,
         worker_init_fn=_outlive_sigterm,
         # a generator of its own: the loader draws from it, and so leaves the run's random numbers alone

@@ -14,8 +14,8 @@ from sltt.metrics import score_text
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.padding import lengths_of
 from sltt.training.console import metric_of
+from sltt.training.files import write_atomically
 from sltt.training.loop import Loop
-from sltt.training.manifest import open_file, write_file
 from sltt.training.runs import load_call
 
 CARD = "card.md"
@@ -24,7 +24,7 @@ NOT_MEASURED = "not measured"
 
 def write_card(loop: Loop, row: dict[str, Any]) -> None:
     """Write the card of a finished training; `row` is the epoch whose weights the model has."""
-    folder, model, splits, training = loop.folder, loop.model, loop.splits, loop.training
+    folder, model, splits, settings = loop.folder, loop.learner.model, loop.splits, loop.settings
     samples = ", ".join(f"{size:,} {name}" for name, size in splits.sizes.items() if size)
     classes = "" if splits.classes is None else f"; {splits.classes} classes"
     metric = metric_of(row)
@@ -34,28 +34,27 @@ def write_card(loop: Loop, row: dict[str, Any]) -> None:
         "network": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
         "rule": ", then ".join(rules),
         "data": f"{loop.data}, split {splits.fingerprint}: {samples} samples{classes}",
-        "epoch": f"{row['epoch']} of {training.epochs}",
+        "epoch": f"{row['epoch']} of {settings.epochs}",
         f"validation {metric}": "nothing was held out" if score is None else score_text(metric, score),
         f"test {metric}": NOT_MEASURED,
-        **({} if training.ema is None else {"weights": f"exponential moving average, decay {training.ema:g}"}),
-        **({} if training.quantised is None else {"weights": f"rounded to {training.quantised}, for the export to C"}),
+        **({} if settings.ema is None else {"weights": f"exponential moving average, decay {settings.ema:g}"}),
+        **({} if settings.quantised is None else {"weights": f"rounded to {settings.quantised}, for the export to C"}),
         "firing rate": f"{row['firing_rate']:.4f} spikes per neuron and time step, in training",
         "made with": f"sltt {version('sltt')}, PyTorch {torch.__version__}, Python {platform.python_version()}, "
-        f"on {loop.session.fabric.device}",
+        f"on {loop.learner.session.fabric.device}",
         "finished": time.strftime("%Y-%m-%d %H:%M"),
     }
     lines = [f"# {type(model).__name__} in {folder.name}", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     lines += ["", f"Load it: `model = {load_call(folder, loop.config)}`, then `sltt.predict(model, x)`.", ""]
     lines += _energy(loop)
-    write_file(folder / CARD, lambda file: file.write("\n".join(lines).encode()))
+    write_atomically(folder / CARD, lambda file: file.write("\n".join(lines).encode()))
 
 
 def add_test_score(folder: Path, score: str) -> None:
     """Write the metric on the test samples into the card."""
-    with open_file(folder / CARD) as file:
-        text = file.read().decode().replace(NOT_MEASURED, score)
-    write_file(folder / CARD, lambda file: file.write(text.encode()))
+    text = (folder / CARD).read_text(encoding="utf-8").replace(NOT_MEASURED, score)
+    write_atomically(folder / CARD, lambda file: file.write(text.encode()))
 
 
 def _energy(loop: Loop) -> list[str]:
@@ -64,10 +63,10 @@ def _energy(loop: Loop) -> list[str]:
         return ["Energy: not estimated by several processes: sltt profile"]
     try:
         samples = loop.splits.validation or loop.splits.test or loop.splits.train
-        x, y = loop.session.batch(*loop.splits.collate([samples[0]]))
-        steps = loop.training.steps if loop.splits.static else None
-        with evaluation_mode(loop.model):
-            tables = measure_energy(loop.model, x, steps=steps, lengths=lengths_of(y)).tables()
+        x, y = loop.learner.session.batch(*loop.splits.collate([samples[0]]))
+        steps = loop.settings.steps if loop.splits.static else None
+        with evaluation_mode(loop.learner.model):
+            tables = measure_energy(loop.learner.model, x, steps=steps, lengths=lengths_of(y)).tables()
     except Exception as error:  # the training is done, and not lost for a layer that cannot be counted
         return [f"Energy: not estimated: {error}"]
     lines = []

@@ -25,7 +25,7 @@ from sltt.sequence.state import Stateful
 from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence, time_steps
 
-Seen = list[tuple[str, Tensor | None, Tensor | None]]  # of each call of a module, what sample 0 gave it and got
+Call = tuple[str, Tensor | None, Tensor | None]  # of a module: its name, what sample 0 gave it and got
 
 
 def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None = None) -> None:
@@ -202,10 +202,15 @@ def _find_mixing(model: nn.Module, sequence: Sequence) -> str | None:
     return None
 
 
-def _run(model: nn.Module, x: Tensor, seed: int) -> Seen:
+def _run(model: nn.Module, x: Tensor, seed: int) -> list[Call]:
     """Return the calls of modules in a call of the network, in the order in which they end."""
-    seen: Seen = []
-    hooks = [m.register_forward_hook(partial(_look, name, len(x), seen)) for name, m in model.named_modules()]
+    seen: list[Call] = []
+
+    def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        read, gave = (_first_row(one, len(x)) for one in (inputs[0] if inputs else None, output))
+        seen.append((f"{name or 'the model'} ({type(module).__name__})", read, gave))
+
+    hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules()]
     devices = [x.device] if x.is_cuda else []
     with (
         keep_hooks(*hooks), evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices),
@@ -214,12 +219,6 @@ def _run(model: nn.Module, x: Tensor, seed: int) -> Seen:
         torch.manual_seed(seed)
         run(x)
     return seen
-
-
-def _look(name: str, rows: int, seen: Seen, module: nn.Module, inputs: Any, output: Any) -> None:
-    """Look at what attention gives; a forward hook, once it has its first three arguments."""
-    read, gave = (_first_row(one, rows) for one in (inputs[0] if inputs else None, output))
-    seen.append((f"{name or 'the model'} ({type(module).__name__})", read, gave))
 
 
 def _first_row(x: Any, rows: int) -> Tensor | None:

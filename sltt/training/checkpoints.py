@@ -1,11 +1,7 @@
-"""Checkpoints: written whole or not at all, read without running code from them.
+"""Checkpoints: files of `torch.save`, written whole or not at all, read without running code from them."""
 
-A checkpoint is a file of `torch.save` and, behind it, MARK and the SHA-256 of what is before, for use without its run.
-"""
-
-import copy
-import hashlib
 import time
+import zipfile
 from io import BufferedRandom
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,21 +12,19 @@ from torch import nn
 from sltt.callbacks import Callback
 from sltt.checks import to_python
 from sltt.losses import prediction_of
-from sltt.parallel.processes import Processes, gather_parts, shard_like
+from sltt.parallel.processes import Processes, shard_like
 from sltt.training.average import select_weights
 from sltt.training.description import describe
-from sltt.training.manifest import BEST, LAST, MANIFEST, open_file, write_file
+from sltt.training.files import BEST, LAST, write_atomically
 from sltt.training.phases import stage_at
 from sltt.training.progress import Progress
-from sltt.training.runs import find_checkpoint
+from sltt.training.runs import refuse_links, write_table
 from sltt.training.safeguards import check_weights
 
 if TYPE_CHECKING:
     from sltt.training.loop import Loop
 
-
 FORMAT = "sltt-checkpoint-1"
-MARK = b"sltt-sha256:"
 
 
 class CheckpointError(ValueError):
@@ -42,14 +36,9 @@ def save_state(loop: "Loop", *names: str) -> None:
 
     Raises FloatingPointError for weights that are not finite.
     """
-    check_weights(loop.model)
-    with loop.round_weights():
-        quantised = copy.deepcopy(loop.model.state_dict()) if loop.training.quantised else None
+    check_weights(loop.learner.model)
     content = {
-        "model": gather_parts(loop.model.state_dict()),
-        "averaged": loop.average.module.state_dict() if loop.average else quantised,
-        "optimizer": gather_parts(loop.optim.state_dict()),
-        "scaler": loop.session.fabric.strategy.precision.state_dict(),
+        **loop.learner.state_dict(),
         "rules": [stage.rule.state_dict() for stage in loop.stages],
         "callbacks": [[_name(one), one.state_dict()] for one in loop.callbacks],
         "progress": vars(loop.state.sum_over(loop.processes)),
@@ -58,19 +47,21 @@ def save_state(loop: "Loop", *names: str) -> None:
             "steps": stage_at(loop.stages, max(loop.state.epoch - 1, 0)).steps,
             "static": loop.splits.static,
             "classes": loop.splits.classes,
-            "prediction": prediction_of(loop.training.loss),
+            "prediction": prediction_of(loop.settings.loss),
         },
         "config": loop.config,
     }
-    for name in names if loop.processes.rank == 0 else ():
-        save_checkpoint(loop.folder / name, content)
+    if loop.processes.rank == 0:
+        for name in names:
+            save_checkpoint(loop.folder / name, content)
+        write_table(loop.folder, loop.state.history)
     loop.processes.wait()  # a process that went on might end, and its launcher the first one while it writes
     loop.saved = time.monotonic()
 
 
 def restore_state(loop: "Loop", checkpoint: dict[str, Any]) -> None:
     """Take over all that a checkpoint of `save_state` holds."""
-    path, saved_callbacks = loop.folder / LAST, checkpoint["callbacks"]
+    saved_callbacks = checkpoint["callbacks"]
     if checkpoint["fingerprint"] != loop.fingerprint:
         raise CheckpointError(
             f"the run {loop.folder} was trained on the split {checkpoint['fingerprint']}, but the data now gives "
@@ -82,18 +73,12 @@ def restore_state(loop: "Loop", checkpoint: dict[str, Any]) -> None:
             f"the run {loop.folder} was trained with callbacks {', '.join(before) or 'none'}, and is to go on with "
             f"{', '.join(now) or 'none'}: give the same ones, in Python by sltt.fit(…, callbacks=[…], resume=True)"
         )
-    load_weights(loop.model, checkpoint["model"], path)
-    if loop.average:
-        load_weights(loop.average.module, select_weights(checkpoint), path)
-    load_optimizer(loop.optim, checkpoint["optimizer"], path)
-    loop.session.fabric.strategy.precision.load_state_dict(checkpoint["scaler"])
     for stage, state in zip(loop.stages, checkpoint["rules"], strict=False):
         stage.rule.load_state_dict(state)
     for callback, (_, state) in zip(loop.callbacks, saved_callbacks, strict=True):
         callback.load_state_dict(state)
     loop.state = Progress(**checkpoint["progress"]).take_part(loop.processes.rank)
-    if loop.average:
-        loop.average.step = loop.trained_batches
+    loop.learner.load(checkpoint, loop.folder / LAST, loop.trained_batches)
 
 
 def _name(callback: Callback) -> str:
@@ -103,7 +88,7 @@ def _name(callback: Callback) -> str:
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Save a dictionary of tensors and plain values, with a checksum behind it."""
+    """Save a dictionary of tensors and plain values, in a file with a checksum of each."""
 
     def write(file: BufferedRandom) -> None:
         torch.save({"format": FORMAT, **to_python(content)}, file)
@@ -114,10 +99,8 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
                 f"metric, a rule or a module gives others, made by {', '.join(sorted(unsafe))}: give tensors, as "
                 "torch.from_numpy(array), or array.tolist()"
             )
-        file.seek(0)
-        file.write(MARK + hashlib.file_digest(file, "sha256").hexdigest().encode())
 
-    write_file(path, write)
+    write_atomically(path, write)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -125,29 +108,27 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or not a checkpoint of sltt.
     """
-    if path.name in (BEST, LAST) and (path.parent / MANIFEST).exists():
-        file = open_file(path)
-    elif path.is_file():
-        file = path.open("rb")
-    else:
+    if not path.is_file():
         raise FileNotFoundError(
             f"no checkpoint at {path}: name the folder of a run, or a file such as best.ckpt in one"
         )
-    with file:
-        content, _, digest = file.read().rpartition(MARK)
-        if hashlib.sha256(content).hexdigest().encode() != digest:
-            raise CheckpointError(f"{path} is damaged, or no checkpoint: its checksum does not match. {REMEDY}")
-        file.seek(0)
+    with path.open("rb") as file:
         try:
+            if part := zipfile.ZipFile(file).testzip():  # PyTorch writes checksums, and does not compare them
+                raise zipfile.BadZipFile(f"{part} has another checksum")
+            file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler raises almost anything on what torch.save did not write
-            raise CheckpointError(f"{path} is not a checkpoint of sltt. {REMEDY}") from error
+            raise CheckpointError(f"{path} is damaged, or not a checkpoint of sltt. {REMEDY}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not written by this version of sltt: expected the format {FORMAT}. {REMEDY}")
     return content
 
 
-REMEDY = "Restore it from a copy, or start a new run, with --weights from another checkpoint."
+REMEDY = (
+    "Restore it from a copy, take the other one of the run by --checkpoint, in Python checkpoint=, or start a new run, "
+    "with --weights from another checkpoint."
+)
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any], path: Path) -> None:
@@ -185,24 +166,36 @@ def load_optimizer(optim: Any, state: dict[str, Any], path: Path) -> None:
         )
 
 
-def load_selected(model: nn.Module, run: Path, which: str | None = None, processes: Processes | None = None) -> Path:
-    """Load the weights of a run's checkpoint, `best` or `last`; returns its path.
+def load_best(run: Path, which: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """Load the checkpoint `best` or `last` of a run; None is the best, or the last if nothing was held out.
 
-    None is the best, or the last where nothing was held out. The first of several processes reads it.
+    Raises FileNotFoundError where there is none yet, CheckpointError where the best is lost.
     """
+    refuse_links(run)
+    names = [BEST, LAST] if which is None else [f"{which}.ckpt"]
+    path = next((run / name for name in names if (run / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"no checkpoint in {run}: looked for {' and '.join(names)}; has it trained an epoch?")
+    content = load_checkpoint(path)
+    if which is None and path.name == LAST and content["progress"]["best_epoch"]:
+        raise CheckpointError(f"{run / BEST} is gone. {REMEDY}")
+    return path, content
+
+
+def load_selected(model: nn.Module, run: Path, processes: Processes, which: str | None = None) -> None:
+    """Load the weights of `load_best`, which the first of several processes reads."""
 
     def read() -> tuple[Path, dict[str, Any]]:
-        path = find_checkpoint(run, which)
-        return path, select_weights(load_checkpoint(path))
+        path, content = load_best(run, which)
+        return path, select_weights(content)
 
-    path, weights = processes.first(read) if processes else read()
+    path, weights = processes.first(read)
     load_weights(model, weights, path)
-    return path
 
 
 def start_from(model: nn.Module, weights: str | None) -> None:
     """Load the weights of a run's folder, or of a checkpoint, into the model; None leaves it as it is."""
     if weights is not None:
         path = Path(weights).expanduser()
-        path = find_checkpoint(path) if path.is_dir() else path
-        load_weights(model, select_weights(load_checkpoint(path)), path)
+        path, content = load_best(path) if path.is_dir() else (path, load_checkpoint(path))
+        load_weights(model, select_weights(content), path)

@@ -1,5 +1,6 @@
 """Show a run in a terminal or a notebook: a bar while it works, a row for each epoch, warnings in between."""
 
+import itertools
 import json
 import math
 import time
@@ -47,8 +48,10 @@ class Console:
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
         """Show a progress bar, and give a function that moves it on by one; it vanishes at the end."""
         if self._notebook_bar is not None:
-            with self._notebook_bar(title, total, done) as advance:
-                yield advance
+            try:
+                yield partial(self._notebook_bar.advance, title, total, itertools.count(done + 1))
+            finally:
+                self._notebook_bar.show("", "")
             return
         columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
@@ -115,27 +118,17 @@ class NotebookBar:
     """
 
     _place: Any = None
+    _shown = -SECONDS
 
-    @contextmanager
-    def __call__(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
-        """Show the bar, and give a function that moves it on by one; it vanishes at the end."""
-        last = -SECONDS
+    def advance(self, title: str, total: int, counter: Iterator[int]) -> None:
+        """Move the bar on."""
+        done = next(counter)
+        if time.monotonic() - self._shown >= SECONDS:
+            self._shown, text = time.monotonic(), f"{title} {done}/{total}"
+            self.show(f'<progress max="{total}" value="{done}"></progress> <code>{text}</code>', text)
 
-        def advance(by: int = 1) -> None:
-            nonlocal done, last
-            done += by
-            if time.monotonic() - last >= SECONDS:
-                last = time.monotonic()
-                text = f"{title} {done}/{total}"
-                self._show(f'<progress max="{total}" value="{done}"></progress> <code>{text}</code>', text)
-
-        advance(0)
-        try:
-            yield advance
-        finally:
-            self._show("", "")
-
-    def _show(self, html: str, text: str) -> None:
+    def show(self, html: str, text: str) -> None:
+        """Show the bar, or nothing."""
         from IPython.display import display  # pyright: ignore[reportMissingImports]  # there is one in a notebook
 
         content = {"text/html": html, "text/plain": text}

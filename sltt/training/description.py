@@ -73,7 +73,8 @@ def _parts(value: Any) -> dict[str, Any]:
         return {"class": name if taken or hasattr(value, "__dict__") else None, **{k: getattr(value, k) for k in taken}}
     held = {k: v for k, v in getattr(value, "__dict__", {}).items() if k != "_loaded"}
     if isinstance(value, nn.Module):
-        own = {k: v for k, v in held.items() if k not in vars(nn.Module())}
-        held = own | dict(value.named_parameters(recurse=False)) | dict(value.named_buffers(recurse=False))
-        held |= dict(value.named_children())
+        tensors = *value.named_parameters(recurse=False), *value.named_buffers(recurse=False)
+        held = (
+            {k: v for k, v in held.items() if k not in vars(nn.Module())} | dict(tensors) | dict(value.named_children())
+        )
     return {"class": name if held else None, **held}

@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -13,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sltt.analysis import FiringRates, firing_rates
+from sltt.analysis import firing_rates
 from sltt.checks import choice, flag, instance, whole_number
 from sltt.data import Data, Splits
-from sltt.data.loaders import Loaders, as_data, batch_size_of
+from sltt.data.loaders import Loaders, as_data
 from sltt.kernels import Compile, Sparse
-from sltt.losses import CrossEntropyMSE, check_loss, prediction_of, to_score
+from sltt.losses import CrossEntropyMSE, prediction_of, to_score
 from sltt.metrics import Accuracy, Metric, check_metric, name_of
 from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import unroll
@@ -31,7 +30,7 @@ from sltt.training.progress import BatchMemory, Metrics, Progress
 from sltt.training.safeguards import check_length
 from sltt.training.score import Score, count_scored
 from sltt.training.session import Session, session
-from sltt.training.settings import Execution
+from sltt.training.settings import Settings
 from sltt.training.trained import Trained
 
 log = logging.getLogger("sltt")
@@ -80,7 +79,7 @@ def evaluate(
     Raises:
         ValueError: the split is empty, or `mirror` or `shift` is given and the samples are no images.
     """
-    given, known, size = {**locals()}, getattr(model, "trained", None), batch_size_of(data, batch_size)
+    given, known = {**locals()}, getattr(model, "trained", None)
     if isinstance(known, Trained):
         steps = known.steps if steps is None else steps
         if prediction_of(loss) != known.prediction:
@@ -89,9 +88,9 @@ def evaluate(
                 "%s: give evaluate its loss", known.prediction, prediction_of(loss)
             )  # fmt: skip
     steps = 4 if steps is None else steps
-    asked = {"loss": loss, "metric": metric, "steps": steps, "batch_size": size, "mirror": mirror, "shift": shift}
-    with session(Execution.of({**given, "sync_batchnorm": False, "graph": "off"})) as here:
-        return measure_split(here, model, data, split, **asked)
+    settings = Settings({**given, "steps": steps, "metric": Accuracy()})
+    with session(settings) as here:
+        return measure_split(here, model, data, split, settings, metric, mirror=mirror, shift=shift)
 
 
 def measure_split(
@@ -99,25 +98,21 @@ def measure_split(
     model: nn.Module,
     data: Data | Loaders,
     split: Split,
-    *,
-    loss: nn.Module,
-    metric: Any,
-    steps: int,
-    batch_size: int,
+    settings: Any,
+    metric: Any = None,
     mirror: bool = False,
     shift: int = 0,
 ) -> Metrics:
-    """Do as `sltt.evaluate`, in a session."""
+    """Do as `sltt.evaluate`, in a session, with the loss, the batch size and T of the settings, and their metric."""
     instance("model", model, nn.Module)
-    data = as_data(data, batch_size)
+    data, steps, size = as_data(data, settings.batch_size), settings.steps, settings.batch_size
     choice("split", split, get_args(Split))
-    check_loss(loss)
+    metric = settings.metric if metric is None else metric
     metrics = list(metric) if isinstance(metric, list | tuple) else [metric]
     for one in metrics:
         check_metric(one)
     if len(names := set(map(name_of, metrics))) < len(metrics) or not metrics:
         raise ValueError(f"expected one metric or several of different names, got {', '.join(names) or 'none'}")
-    whole_number("batch_size", batch_size, least=1)
     flag("mirror", mirror)
     whole_number("shift", shift, least=0)
     splits = here.splits(data, steps)
@@ -131,20 +126,15 @@ def measure_split(
     if split == "train":
         dataset = splits.unaugmented_train
     here = here.choose_format(model, lambda: splits.collate_of(dataset)([dataset[0]])[0], splits.static)
-    loader = here.eval_loader(dataset, splits, batch_size)
-    net, loss = here.set_up(model), here.set_up_loss(loss)
+    loader = here.eval_loader(dataset, splits, size)
+    net, loss = here.set_up(model), here.set_up_loss(settings.loss)
     memory = BatchMemory(here.fabric.device)
     before = [*plain_tensors(model)]
     look = partial(views, static=splits.static, mirror=mirror, shift=shift)
     with finish_loaders(loader):
         found = measure(here, net, loader, splits, loss, metrics, steps, look, selects=False, memory=memory)
-    warn_of_leftovers(model, before, (splits.sizes[split] - 1) % batch_size + 1)
+    warn_of_leftovers(model, before, (splits.sizes[split] - 1) % size + 1)
     return found
-
-
-def measure_settings(built: Any) -> dict[str, Any]:
-    """Return the arguments of `measure_split` of what a recipe built."""
-    return {name: getattr(built, name) for name in ("loss", "metric", "steps", "batch_size")}
 
 
 def measure(
@@ -168,7 +158,7 @@ def measure(
     processes = here.processes
     batches: Any = loader.batch_sampler
     state = Progress()
-    first, *others = (Score(metric, processes, state, selects) for metric in metrics)
+    scores = {name_of(metric): Score(metric, processes, state, selects) for metric in metrics}
     began = time.monotonic()
     with evaluation_mode(net), firing_rates(net.module) as firing, torch.no_grad():
         for x, y in whole_epoch(loader):
@@ -177,27 +167,19 @@ def measure(
             size = min(batches.batch_size, len(batches.sampler) - state.batch * batches.batch_size)
             _, count = share(size, processes.rank, processes.count)
             run = partial(_logits, net, look(x), steps if splits.static else None)
-            with count_samples(firing, count):
-                logits = memory.measure(run) if memory and memory.is_due(len(x)) else run()
+            fired = None if count else firing.state_dict()
+            logits = memory.measure(run) if memory and memory.is_due(len(x)) else run()
+            if fired is not None:  # another process counts these samples
+                firing.load_state_dict(fired)
             pair, counted = to_score(loss, logits, y), count_scored(loss, y, count)
-            score = first.batch(*pair, counted)
-            for other in others:
-                other.batch(*pair, counted)
-            state.count(sequence_loss(loss, logits, y).item(), score, counted, y)
+            for score in scores.values():
+                score.add(*pair, counted)
+            state.count(sequence_loss(loss, logits, y).item(), counted, y)
     state.firing = firing.state_dict()
     seconds, peak = time.monotonic() - began, memory.peak if memory else None
-    name, *names = map(name_of, metrics)
-    found = first.of(state.metrics(name, processes, seconds, peak))
-    return replace(found, scores={name: found.score} | {n: one.value() for n, one in zip(names, others, strict=True)})
-
-
-@contextmanager
-def count_samples(firing: FiringRates, samples: int) -> Iterator[None]:
-    """Let the spikes in this block count, unless another process counts those samples."""
-    before = None if samples else firing.state_dict()
-    yield
-    if before is not None:
-        firing.load_state_dict(before)
+    values = {name: score.value() for name, score in scores.items()}
+    first = next(iter(values))
+    return replace(state.metrics(first, values[first], processes, seconds, peak), scores=values)
 
 
 def _logits(net: Any, seen: list[tuple[float, Tensor]], steps: int | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Training and evaluation on Lightning Fabric, without a branch on data set or rule; the loop itself is in loop.py."""
 
-import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import nn
 from sltt.callbacks import Callback
 from sltt.checks import flag, folder, instance
 from sltt.data import Data, Splits
-from sltt.data.loaders import Loaders, as_data, batch_size_of
+from sltt.data.loaders import Loaders, as_data
 from sltt.kernels import Compile, Sparse
 from sltt.losses import CrossEntropyMSE, is_per_step
 from sltt.metrics import Accuracy, Metric
@@ -20,21 +20,21 @@ from sltt.parallel.devices import Device, Graph, Precision, Strategy
 from sltt.rules import SLTT, Rule
 from sltt.schedules import Cosine, Schedule
 from sltt.training import runs, safeguards
-from sltt.training.batches import keep_generators
+from sltt.training.batches import check_crop, keep_generators, seed_everything
 from sltt.training.card import write_card
 from sltt.training.check import check
 from sltt.training.checkpoints import load_checkpoint, load_selected, restore_state, start_from
 from sltt.training.console import Console
 from sltt.training.description import describe
-from sltt.training.graphs import check_graph
+from sltt.training.graphs import CudaGraph
+from sltt.training.learner import Learner
 from sltt.training.logs import Logger
 from sltt.training.loop import Loop
-from sltt.training.manifest import LAST, was_written
 from sltt.training.phases import Phase
 from sltt.training.quantised import Quantised
 from sltt.training.sample import write_sample
 from sltt.training.session import Session, session
-from sltt.training.settings import OF_TRAINING, RESUMABLE, Execution, OptimizerFactory, Training
+from sltt.training.settings import OF_TRAINING, RESUMABLE, OptimizerFactory, Settings
 
 
 @dataclass
@@ -153,43 +153,41 @@ def fit(
 
     When another process of the training fails or dies, this one ends too, with the exit code 1.
     """
-    given = {**locals(), "batch_size": batch_size_of(data, batch_size)}
-    training, execution = Training.of(given), Execution.of(given)
+    settings = Settings(locals())
     instance("model", model, nn.Module)
     flag("resume", resume)
     if config is not None:
         instance("config", config, dict)
-    data = as_data(data, training.batch_size)
-    with keep_generators(), session(execution) as here:
+    data = as_data(data, settings.batch_size)
+    with keep_generators(), session(settings) as here:
         if config is None:
             untold: list[str] = []
-            config = _settings(model, data, vars(training) | vars(execution), resume, untold)
+            config = _config(model, data, settings, resume, untold)
             if untold:
                 here.console(report).line(f"on resume, sltt cannot tell whether these changed: {', '.join(untold)}")
-        return train(here, model, data, training, run, resume=resume, config=config, report=report)
+        return train(here, model, data, settings, run, resume=resume, config=config, report=report)
 
 
-def _settings(model: nn.Module, data: Data, given: dict[str, Any], resume: bool, untold: list[str]) -> dict[str, Any]:
-    """Return what the folder of a run that is made in Python keeps: plain settings, and objects as text.
+def _config(model: nn.Module, data: Data, settings: Settings, resume: bool, untold: list[str]) -> dict[str, Any]:
+    """Return what the folder of a run that is made in Python keeps: plain settings, and objects by their arguments.
 
-    Of a run that is resumed, they are compared, objects by their arguments; None leaves one that may change as it was.
+    Of a run that is resumed, what it is compared with; None leaves a setting that may change as it was.
     """
-    plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str | None)}
-    objects = {"data": data} | {name: value for name, value in given.items() if name not in plain}
-    told = {name: describe(value, untold, name) for name, value in objects.items() if name not in OF_TRAINING}
-    made = {runs.MADE_IN: "Python, by sltt.fit", "arguments": told}
-    if resume:
-        return made | {name: value for name, value in plain.items() if value is not None or name not in RESUMABLE}
-    texts = {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in objects.items()}
-    network = {"model": type(model).__name__, "neurons": runs.describe_neurons(model)}
-    return {**made, **network, **texts, **plain}
+    plain = bool | int | float | str | None
+    told = {
+        name: value if isinstance(value, plain) else describe(value, untold, name)
+        for name, value in {"data": data, **vars(settings)}.items()
+        if name not in OF_TRAINING and not (resume and value is None and name in RESUMABLE)
+    }
+    network = {} if resume else {"model": type(model).__name__}
+    return {runs.MADE_IN: "Python, by sltt.fit", **network, "neurons": runs.describe_neurons(model), **told}
 
 
 def train(
     here: Session,
     model: nn.Module,
     data: Data,
-    training: Training,
+    settings: Settings,
     run: str | Path | None,
     *,
     name: str = "run",
@@ -200,95 +198,96 @@ def train(
     """Train in a new folder: `run`, or one under `runs` whose name begins with `name`; or go on in `run`."""
     run = run if run is None else folder("run", run)
     report, first = here.console(report), here.processes.first
-    here, splits = _check(here, model, data, training, report)
+    here, splits = _check(here, model, data, settings, report)
     if not resume:
-        start_from(model, training.weights)
+        start_from(model, settings.weights)
     made = first(lambda: runs.old_run(run) if resume else runs.new_run(run, name, config))
     report.line(f"continuing {made}" if resume else f"run {made}")
-    with here.lock_run(made):
+    with runs.lock_run(made) if here.processes.rank == 0 else nullcontext():
         checkpoint = None
         if resume:
-            checkpoint = first(lambda: _last_checkpoint(made, config))
-            saved = checkpoint["config"] if checkpoint else runs.read_config(made)
-            config = saved | {name: config[name] for name in RESUMABLE if name in config} if saved else config
+            checkpoint, config = first(lambda: _read_run(made, config))
             if checkpoint is None:  # it stopped before the first
-                start_from(model, training.weights)
-            if other := runs.find_other_neurons(config, model):
-                raise ValueError(f"{made} is of other neurons: {other}. Resume it with its own, or start a new run")
-        loop = Loop(here, training, model, data, splits, made, config, report)
+                start_from(model, settings.weights)
+        seed_everything(settings.seed)
+        loop = Loop(Learner(here, settings, model), data, splits, made, config, report)
         if checkpoint:
             restore_state(loop, checkpoint)
         if resume and config and here.processes.rank == 0:
             runs.write_config(made, config)
         loop.run()
-        return _result(loop)
+        load_selected(model, made, here.processes)
+        epoch = loop.state.best_epoch or loop.state.epoch
+        if here.processes.rank == 0:
+            write_card(loop, loop.state.history[epoch - 1])
+            write_sample(loop)
+        return Fit(made, loop.state.history, epoch)
 
 
-def _result(loop: Loop) -> Fit:
-    """Give the model the weights of the best epoch."""
-    load_selected(loop.model, loop.folder, processes=loop.processes)
-    epoch = loop.state.best_epoch or loop.state.epoch
-    if loop.processes.rank == 0:
-        write_card(loop, loop.state.history[epoch - 1])
-        write_sample(loop)
-    return Fit(loop.folder, loop.state.history, epoch)
-
-
-def _check(here: Session, model: nn.Module, data: Data, training: Training, report: Console) -> tuple[Session, Splits]:
+def _check(here: Session, model: nn.Module, data: Data, settings: Settings, report: Console) -> tuple[Session, Splits]:
     """Return the session in the network's memory format, and the splits of the first stage.
 
     Raises ValueError for what cannot be trained, before there is a folder.
     """
-    stages, count = training.stages, here.processes.count
+    stages, count = settings.stages(), here.processes.count
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no parameter to train: give it a layer with weights, or requires_grad_(True)")
-    if count > 1 and here.execution.strategy == "fsdp":
+    if count > 1 and here.settings.strategy == "fsdp":
         if rule := next((s.rule for s in stages if s.rule.recompute or s.rule.hoist), None):  # weights come and go
             raise ValueError(
                 f"{rule} does not run under fsdp, since recompute=True and hoist=True run layers in an order of their "
                 "own: use ddp"
             )
-        if whole := next((name for name in ("ema", "quantised") if getattr(training, name) is not None), None):
+        if whole := next((name for name in ("ema", "quantised") if getattr(settings, name) is not None), None):
             raise ValueError(f"{whole} needs whole weights, which fsdp does not keep: use ddp")
-    check_graph(here)
-    if training.batch_size < count:
-        raise ValueError(f"batch_size={training.batch_size} is shared by {count} processes: expected a sample for each")
-    if training.accumulate > 1 and (online := next((s.rule for s in stages if s.rule.online), None)):
+    if here.settings.graph == "on" and not CudaGraph.runs_on(here.fabric.device):
+        raise ValueError(f"graph='on' needs a CUDA device, and this is {here.fabric.device.type}: leave graph out")
+    if settings.batch_size < count:
+        raise ValueError(f"batch_size={settings.batch_size} is shared by {count} processes: expected a sample for each")
+    if settings.accumulate > 1 and (online := next((s.rule for s in stages if s.rule.online), None)):
         raise ValueError(
             f"{online} updates the weights at every time step, and accumulate once a batch: leave accumulate out, or "
             "use a rule without online"
         )
-    if training.accumulate > 1 or count > 1:
-        safeguards.check_mean(training.loss)
+    if settings.accumulate > 1 or count > 1:
+        safeguards.check_mean(settings.loss)
     if count > 1:
         here.processes.check_same("; ".join(f"{k} {[*v.shape]}" for k, v in model.state_dict().items()), "the network")
     splits = here.splits(data, stages[0].steps)
     samples = safeguards.first_samples(splits, stages[0].steps)
-    if splits.per_step != is_per_step(training.loss):
+    if splits.per_step != is_per_step(settings.loss):
         raise ValueError(
             "the data has a target for each time step: wrap the loss, sltt.losses.PerStep(loss)"
             if splits.per_step
-            else f"{type(training.loss).__name__} needs a target for each time step, and the data has one for all: "
+            else f"{type(settings.loss).__name__} needs a target for each time step, and the data has one for all: "
             "sltt.data.from_datasets(…, per_step=True)"
         )
-    for callback in training.callbacks or ():
+    for callback in settings.callbacks or ():
         if callback.needs_validation and splits.validation is None:
             raise ValueError(f"{type(callback).__name__} needs validation samples: hold some out, as by validation=0.1")
-    safeguards.check_stages(model, samples, stages)
-    safeguards.check_static(model, splits, samples, training.loss, stages[0].steps)
-    safeguards.check_last_batch(model, splits, samples, training.batch_size, stages)
+    for stage in stages:  # now, and not after the epochs before it
+        if stage.crop is not None:
+            check_crop(samples[0][0], stage.crop)
+        stage.rule.check(model, stage.steps)
+    safeguards.check_static(model, splits, samples, settings.loss, stages[0].steps)
+    safeguards.check_last_batch(model, splits, samples, settings.batch_size, stages)
     x = splits.collate(samples)[0].to(next((p.device for p in model.parameters()), "cpu"))
     check(model, x, rule=stages[0].rule, steps=stages[0].steps if splits.static else None)
     chosen = here.choose_format(model, lambda: x, splits.static)
-    if chosen.execution.channels_last and not here.execution.channels_last:
+    if chosen.settings.channels_last and not here.settings.channels_last:
         report.line("images and weights are channels-last, for speed; channels_last=False switches this off")
     return chosen, splits
 
 
-def _last_checkpoint(run: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the last checkpoint of a run, of the same settings; None if it stopped before the first."""
-    checkpoint = load_checkpoint(run / LAST) if was_written(run / LAST) else None
+def _read_run(run: Path, config: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Return the last checkpoint of a run, None if it stopped before the first, and the settings to go on with.
+
+    Raises ValueError where those that are given are others than the run's.
+    """
+    checkpoint = load_checkpoint(last) if (last := runs.find_last(run)) else None
     saved = runs.read_config(run, checkpoint)
     if runs.MADE_IN in saved or runs.MADE_IN not in config:  # arguments in Python do not repeat a recipe
         runs.check_config(run, saved, {name: value for name, value in config.items() if name in saved})
-    return checkpoint
+    same = {"data"} if runs.MADE_IN in config else set()  # by its description, which has no places
+    changed = {name: config[name] for name in RESUMABLE if name in config and name not in same}
+    return checkpoint, saved | changed if saved else config

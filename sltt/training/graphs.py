@@ -131,7 +131,7 @@ class Graphs:
             self.problem = "sequences have several lengths"
         if self.problem or isinstance(y, Padded):
             return iteration(x, y)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-        form = _form(x), _form(y)
+        form = [(one.shape, one.dtype, one.stride()) for one in (x, y)]
         if form != self._form:
             self._form, self._ran, self._graph = form, 0, CudaGraph(self.device)
             self._replays: dict[Hashable, Replay | None] = {}
@@ -187,9 +187,7 @@ def graphed(
     problem = rule_problem(rule, length)
     if problem is None and rule.draw(length, 0) is not None:
         problem = f"{rule} draws its steps anew for each batch"
-    if problem:
-        raise ValueError(f"a CUDA graph does not repeat a batch, since {problem}: call the rule itself")
-    batches, parameters = Graphs(model, x.device), list(model.parameters())
+    batches, parameters = Graphs(model, x.device, problem), list(model.parameters())
 
     def iteration(x: Tensor, y: Tensor) -> Output:
         torch.clear_autocast_cache()  # casts of weights are made anew in each replay
@@ -202,11 +200,12 @@ def graphed(
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         for _ in range(EAGER):
-            for p in parameters:
-                p.grad = None
-            batches(iteration, x, y)
-            if problem := batches.problem:
-                raise ValueError(f"a CUDA graph does not repeat a batch, since {problem}: call the rule itself")
+            if not batches.problem:
+                for p in parameters:
+                    p.grad = None
+                batches(iteration, x, y)
+    if batches.problem:
+        raise ValueError(f"a CUDA graph does not repeat a batch, since {batches.problem}: call the rule itself")
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
@@ -230,29 +229,18 @@ def make_graphs(
     here: Session, model: nn.Module, rule: Rule, steps: int, callbacks: Iterable[Callback]
 ) -> Graphs | None:
     """Return what runs the batches of a phase; None where nobody wants graphs."""
-    mode, device = here.execution.graph, here.fabric.device
+    mode, device = here.settings.graph, here.fabric.device
     if mode == "off" or not CudaGraph.runs_on(device):
         return None
-    problem = rule_problem(rule, steps) or _session_problem(here)
+    problem, settings, several = rule_problem(rule, steps), here.settings, here.processes.count > 1
+    if settings.precision == "16-mixed":
+        problem = problem or "16-mixed scales the loss anew for each batch: use bf16-mixed"
+    if several and (settings.sync_batchnorm or settings.strategy == "fsdp"):
+        problem = problem or "processes exchange tensors within a batch"
     if mode == "auto" and not problem:
         own = next((type(one).__name__ for one in callbacks if not type(one).__module__.startswith("sltt.")), None)
         problem = f"{own} may change the network (graph='on' if not)" if own else model_problem(model)
     return Graphs(model, device, problem)
-
-
-def check_graph(here: Session) -> None:
-    """Raise ValueError where graphs are demanded and the device has none."""
-    device = here.fabric.device
-    if here.execution.graph == "on" and not CudaGraph.runs_on(device):
-        raise ValueError(f"graph='on' needs a CUDA device, and this is {device.type}: leave graph out")
-
-
-def _session_problem(here: Session) -> str | None:
-    execution, several = here.execution, here.processes.count > 1
-    if execution.precision == "16-mixed":
-        return "16-mixed scales the loss anew for each batch: use bf16-mixed"
-    exchanges = several and (execution.sync_batchnorm or execution.strategy == "fsdp")
-    return "processes exchange tensors within a batch" if exchanges else None
 
 
 def rule_problem(rule: Rule, steps: int) -> str | None:
@@ -274,18 +262,18 @@ def model_problem(model: nn.Module) -> str | None:
 def watch(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, str | None]:
     """Run a batch; return its result, and why a graph would not repeat it."""
     before, drawn = _numbers(model), _draws()
-    with _Watch() as seen:
+    with _HostTraffic() as traffic:
         result = run()
     after = _numbers(model)
     if changed := next((name for name in after if after[name] != before.get(name)), None):
         return result, f"a batch changes {changed}"
-    return result, "a batch draws random numbers of Python or NumPy" if _draws() != drawn else seen.found
+    return result, "a batch draws random numbers of Python or NumPy" if _draws() != drawn else traffic.problem
 
 
-class _Watch(DispatchMode):
-    """Sees operations that wait for the device or take data from the host; `found` names one."""
+class _HostTraffic(DispatchMode):
+    """Sees operations that wait for the device or take data from the host; `problem` names one."""
 
-    found: str | None = None
+    problem: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
@@ -295,9 +283,9 @@ class _Watch(DispatchMode):
         reads = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
         copies = name == "lift_fresh" or (name in ("_to_copy", "copy_") and len(devices) > 1)
         if devices != {"cpu"} and copies:
-            self.found = f"a batch copies a tensor from the host or to it ({name})"
+            self.problem = f"a batch copies a tensor from the host or to it ({name})"
         elif devices != {"cpu"} and reads and not by_number:
-            self.found = f"a batch reads values of a tensor ({name})"
+            self.problem = f"a batch reads values of a tensor ({name})"
         return func(*args, **kwargs)
 
 
@@ -315,7 +303,3 @@ def _draws() -> Any:
     """Return the states of generators that no graph knows; PyTorch's own on the host would show by a copy."""
     state: Any = np.random.get_state()
     return random.getstate(), state[1].tobytes(), state[2]
-
-
-def _form(x: Tensor) -> Any:
-    return x.shape, x.dtype, x.stride()

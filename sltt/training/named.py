@@ -7,13 +7,12 @@ import inspect
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc import locate
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import yaml
@@ -39,36 +38,29 @@ KINDS = (
 OURS = str(Path(__file__).parents[1]), str(Path(os.__file__).parent), "site-packages", "dist-packages"
 
 
-@contextmanager
-def importing_for(run: Path, settings: Any, code: Path | None = None) -> Iterator[None]:
-    """Import no module of the working directory or of the run inside this block; those of `code` first.
-
-    Raises ValueError, before anything is imported, where the settings name a module that is not allowed.
-    """
+def check_modules(run: Path, settings: Mapping[str, Any], code: Path | None = None) -> None:
+    """Raise ValueError, before anything is imported, where the settings of a run name a module that they may not."""
     if "config" in settings:
         raise ValueError(f"the settings of {run} have the key config, by which the parser would read another file")
-    here = os.path.realpath("")  # an empty entry of PYTHONPATH is this too, which nobody meant to name
-    folders = [one for one in sys.path if os.path.realpath(one) != here and not _lies_within(run, Path(one))]
     # from now on, in the whole process: the parser refuses what its own list denies, instead of warning
     set_parsing_settings(import_path_denylist=[])
-    with patch.object(sys, "path", folders if code is None else [str(code.resolve()), *folders]):
-        _check_modules(run, settings, code)
-        yield
-
-
-def _check_modules(run: Path, value: Any, code: Path | None, key: str = "") -> None:
-    """Raise ValueError for text in the settings of a run by which the parser would import what a run may not name."""
-    if isinstance(value, Mapping | list | tuple):
-        for name, one in value.items() if isinstance(value, Mapping) else enumerate(value):
-            _check_modules(run, one, code, str(name))
-    elif isinstance(value, str):
+    for key, text in _texts(settings):
         with suppress(yaml.YAMLError):
-            loaded = yaml.safe_load(value)
-            if isinstance(loaded, Mapping | list) or (isinstance(loaded, str) and loaded != value.strip()):
-                raise ValueError(f"the settings of {run} have the text {value!r}, which the parser would read again")
-        parts = value.strip().split(".")[:-1]
-        if parts and all(part.isidentifier() for part in value.strip().split(".")):
-            _check_module(run, parts, code, is_class=key.endswith("class_path"))
+            loaded = yaml.safe_load(text)
+            if isinstance(loaded, Mapping | list) or (isinstance(loaded, str) and loaded != text.strip()):
+                raise ValueError(f"the settings of {run} have the text {text!r}, which the parser would read again")
+        parts = text.strip().split(".")
+        if len(parts) > 1 and all(part.isidentifier() for part in parts):
+            _check_module(run, parts[:-1], code, is_class=key.endswith("class_path"))
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each text in nested settings, with its key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping | list | tuple):
+        for name, one in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _texts(one, str(name))
 
 
 def _check_module(run: Path, parts: list[str], code: Path | None, is_class: bool) -> None:
@@ -77,7 +69,9 @@ def _check_module(run: Path, parts: list[str], code: Path | None, is_class: bool
     paths = [Path(code, *parts[: i + 1]) for i in range(len(parts))] if code else []
     if file := next((p for one in paths for p in (one, one.with_suffix(".py")) if _lies_within(run, p)), None):
         raise ValueError(f"the settings of {run} name {file}, which lies within the run: a run is data, and no code")
-    known = first in PACKAGES or (name in sys.modules and first not in sys.stdlib_module_names)
+    # a file of the working directory, which Python may have on its path, is none of these packages
+    ours = first in PACKAGES and (first in sys.modules or not PathFinder.find_spec(first, [os.getcwd()]))
+    known = ours or (name in sys.modules and first not in sys.stdlib_module_names)
     if "__main__" not in parts[1:] and (known or (code and PathFinder.find_spec(first, [str(code)]))):
         return
     if is_class or find_spec(first):
@@ -89,19 +83,18 @@ def _check_module(run: Path, parts: list[str], code: Path | None, is_class: bool
 
 def _lies_within(run: Path, path: Path) -> bool:
     """Return whether a file or folder is there and part of a run, by its name or by where a link leads."""
-    pairs = [(one(path), one(run)) for one in (os.path.abspath, os.path.realpath)]
-    return path.exists() and any(f"{inner}{os.sep}".startswith(f"{outer}{os.sep}") for inner, outer in pairs)
+    names = os.path.abspath, os.path.realpath
+    return path.exists() and any(Path(one(path)).is_relative_to(one(run)) for one in names)
 
 
 def check_named(run: Path, value: Any) -> None:
     """Raise ValueError where parsed settings of a run name code that is no setting, such as os.system."""
-    if isinstance(value, Namespace | Mapping):
-        items: Mapping[str, Any] = vars(value) if isinstance(value, Namespace) else value
-        if isinstance(path := items.get("class_path"), str):
+    value = vars(value) if isinstance(value, Namespace) else value
+    if isinstance(value, Mapping):
+        if isinstance(path := value.get("class_path"), str):
             _check_kind(run, path, locate(path))
-        for one in items.values():
-            check_named(run, one)
-    elif isinstance(value, list | tuple):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
         for one in value:
             check_named(run, one)
     elif callable(value):

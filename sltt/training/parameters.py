@@ -26,18 +26,16 @@ def parameter_groups(model: nn.Module, norm_weight_decay: float | None, norm_bia
     norms = [m for m in model.modules() if isinstance(m, _NORMS)]
     decay: dict[str, Any] = {} if norm_weight_decay is None else {"weight_decay": norm_weight_decay, "norm": True}
     biases = [m.bias for m in norms if norm_bias_lr != 1 and isinstance(getattr(m, "bias", None), nn.Parameter)]
-    of_bias = set(map(id, biases))
-    decayed = [p for m in norms if decay for p in m.parameters() if id(p) not in of_bias]
-    for name, missing, what in (
-        ("norm_bias_lr", norm_bias_lr != 1 and not biases, "a bias"),
-        ("norm_weight_decay", decay and not biases and not decayed, "parameters"),
-    ):
-        if missing:
-            raise ValueError(f"{name} is given, but no normalisation layer of the model has {what}: leave it out")
-    own = of_bias | set(map(id, decayed))
-    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in own]}]
-    if decayed:
-        groups.append({"params": decayed, **decay})
-    if biases:
-        groups.append({"params": biases, **decay, "lr_factor": norm_bias_lr})
-    return groups
+    own = set(map(id, biases))
+    decayed = [p for m in norms if decay for p in m.parameters() if id(p) not in own]
+    if norm_bias_lr != 1 and not biases:
+        raise ValueError("norm_bias_lr is given, but no normalisation layer of the model has a bias: leave it out")
+    if decay and not biases and not decayed:
+        raise ValueError("norm_weight_decay is given, but no normalisation layer has parameters: leave it out")
+    own |= set(map(id, decayed))
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) not in own]},
+        {"params": decayed, **decay},
+        {"params": biases, **decay, "lr_factor": norm_bias_lr},
+    ]
+    return [groups[0], *(group for group in groups[1:] if group["params"])]

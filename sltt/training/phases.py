@@ -87,10 +87,8 @@ def plan(phases: Sequence[Phase] | None, epochs: int, steps: int, rule: Rule) ->
         last = min((j for j in new if j > i), default=len(phases))
         filled = {"steps": phase.steps or steps, "rule": phase.rule or rule, "lr": phases[first].lr}
         bound = {"start": bounds[i], "stop": bounds[i + 1], "span": (bounds[first], bounds[last])}
-        stage = Stage(**vars(phase) | filled | bound)
-        if stage.start < stage.stop:
-            stages.append(stage)
-    return stages
+        stages.append(Stage(**vars(phase) | filled | bound))
+    return [stage for stage in stages if stage.start < stage.stop]
 
 
 def stage_at(stages: Sequence[Stage], epoch: int) -> Stage:

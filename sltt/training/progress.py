@@ -60,9 +60,7 @@ class Progress:
     epoch: int = 0  # finished epochs
     batch: int = 0  # finished batches of the epoch in progress, and what they sum to
     loss: float = 0.0
-    correct: float = 0  # the metric, by which a sample counts 0 or 1 for accuracy
-    samples: int = 0
-    score: dict[str, Any] = field(default_factory=dict)  # what a metric has collected, of all processes
+    score: dict[str, Any] = field(default_factory=dict)  # of `Score`, of all processes
     terms: float = 0  # what the loss is a mean over: samples, or their real steps
     seconds: float = 0.0
     firing: dict[str, tuple[int, int]] = field(default_factory=dict)  # spikes, and neurons times steps, by layer
@@ -73,42 +71,38 @@ class Progress:
     stopped: str | None = None  # why a callback ended the training
     pending: bool = False  # callbacks have yet to see the last epoch
 
-    def count(self, loss: float, score: float, samples: int, target: Any) -> None:
-        """Add a batch whose score is a mean over so many; 0 where another process counts them."""
-        self.batch += 1
-        if samples:
-            terms = target.steps if isinstance(target, Padded) else samples
-            self.loss += loss * terms
-            self.terms += terms
-            self.correct += round(score * samples, 12)  # right predictions add up to whole numbers
-            self.samples += samples
+    def count(self, loss: float, samples: int, target: Any) -> None:
+        """Add a batch of so many samples; 0 where another process counts them."""
+        terms = target.steps if samples and isinstance(target, Padded) else samples
+        self.batch, self.loss, self.terms = self.batch + 1, self.loss + loss * terms, self.terms + terms
 
     def sum_over(self, processes: Processes) -> Self:
         """Return a copy, with the sums over all processes."""
-        loss, correct, samples, terms = processes.sum([self.loss, self.correct, self.samples, self.terms])
+        loss, terms = processes.sum([self.loss, self.terms])
         counts = processes.sum([number for pair in self.firing.values() for number in pair])
         pairs = zip(map(int, counts[::2]), map(int, counts[1::2]), strict=True)
         firing = dict(zip(self.firing, pairs, strict=True))
-        sums = {"loss": loss, "correct": correct, "samples": int(samples), "terms": terms, "firing": firing}
-        return type(self)(**asdict(self) | sums)  # in plain types: a metric's state may have dataclasses
+        return type(self)(
+            **asdict(self) | {"loss": loss, "terms": terms, "firing": firing}
+        )  # in plain types: a metric's state may have dataclasses
 
     def take_part(self, rank: int) -> Self:
         """Return the part of a process in sums over all: the first takes them over, the others begin with nothing."""
         if rank:
-            self.loss, self.correct, self.samples, self.terms, self.firing = 0.0, 0, 0, 0, {}
+            self.loss, self.terms, self.firing = 0.0, 0, {}
         return self
 
-    def metrics(self, metric: str, processes: Processes, seconds: float, peak_memory: int | None) -> Metrics:
-        """Return the measurements of all processes; `metric` is the name of the score."""
+    def metrics(self, metric: str, score: Any, processes: Processes, seconds: float, peak: int | None) -> Metrics:
+        """Return the measurements of all processes, with the score by a metric."""
         total = self.sum_over(processes)
-        spikes, neurons = (sum(pair[i] for pair in total.firing.values()) for i in (0, 1))
+        spikes, neurons = map(sum, zip((0, 0), *total.firing.values(), strict=True))
         return Metrics(
             total.loss / max(total.terms, 1),
-            total.correct / max(total.samples, 1),
+            score,
             metric,
             spikes / neurons if neurons else 0.0,
             seconds,
-            int(processes.highest(peak_memory or 0)) or None,
+            int(processes.highest(peak or 0)[0]) or None,
             {name: spikes / count for name, (spikes, count) in total.firing.items() if count},
         )
 
@@ -116,8 +110,7 @@ class Progress:
         """Start the next epoch; true if this one is the best so far: in quality, more is better, then in loss."""
         self.history = [*self.history, row]
         self.epoch += 1
-        self.batch, self.loss, self.correct, self.samples, self.terms, self.seconds = 0, 0.0, 0, 0, 0, 0.0
-        self.firing, self.score = {}, {}
+        self.batch, self.loss, self.terms, self.seconds, self.firing, self.score = 0, 0.0, 0, 0.0, {}, {}
         if validation is None:
             return False
         score = [-math.inf if math.isnan(one) else one for one in (quality, -validation.loss)]

@@ -5,11 +5,10 @@ import errno
 import io
 import os
 import re
-import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
@@ -19,9 +18,8 @@ import yaml
 from torch import nn
 
 from sltt.sequence.layout import spiking_layers
-from sltt.training import manifest
 from sltt.training.description import describe
-from sltt.training.files import part_of
+from sltt.training.files import BEST, CONFIG, LAST, METRICS, write_atomically
 from sltt.training.settings import RESUMABLE
 
 LOCK = ".lock"
@@ -31,18 +29,18 @@ MADE_IN = "made_in"  # a key of the settings of a run that sltt.fit made: they n
 def new_run(folder: str | Path | None, name: str, config: dict[str, Any]) -> Path:
     """Make the folder of a new run: `folder`, or else `runs/NAME-DATE-TIME`, with a number added if that exists.
 
-    It is there with its configuration, or not at all. An empty folder is taken.
+    An empty folder is taken.
 
     Raises FileExistsError if `folder` exists, OSError if it cannot be made.
     """
     if folder is not None:
-        try:
-            return _make(Path(folder), config)
-        except FileExistsError:
+        there = os.listdir(folder) if os.path.isdir(folder) else [""] * os.path.exists(folder)
+        if not all(name.endswith(".part") for name in there):  # which a killed process left of its settings
             raise FileExistsError(
                 f"{folder} exists: a run never overwrites another. Continue it with --resume {quote(str(folder))}, "
                 "in Python with resume=True, or choose another folder."
-            ) from None
+            )
+        return _make(Path(folder), config, exist_ok=True)
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1, 1000):
         with suppress(FileExistsError):
@@ -55,7 +53,7 @@ def old_run(folder: str | Path | None) -> Path:
     if folder is None:
         raise ValueError("resume=True needs the folder of the run to continue: run=...")
     run = Path(folder)
-    if not (run / manifest.MANIFEST).exists():
+    if not is_run(run):
         raise ValueError(f"resume=True continues a run, and {run} is not the folder of one: leave it out for a new run")
     return run
 
@@ -66,15 +64,7 @@ def lock_run(run: Path) -> Iterator[None]:
 
     The system releases what a killed process held. Parts of files that such a process left are removed.
     """
-    manifest.read_manifest(run)  # which refuses a link, before the lock is written through one
-    with _locked(run):
-        for part in run.glob(".*.part"):
-            part.unlink()
-        yield
-
-
-@contextmanager
-def _locked(run: Path) -> Iterator[None]:
+    refuse_links(run)
     path = run / LOCK
     path.touch()
     # before the file is opened: the system's lock does not tell threads apart, and would go as a second one closes it
@@ -88,6 +78,8 @@ def _locked(run: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
             file.flush()
+            for part in run.glob(".*.part"):
+                part.unlink()
             yield
     finally:
         _held.remove(here)
@@ -114,17 +106,28 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def find_checkpoint(run: Path, which: str | None = None) -> Path:
-    """Return the `best` or `last` checkpoint of a run; by default the best, or the last where nothing was held out.
+def find_last(run: Path) -> Path | None:
+    """Return the last checkpoint of a run; None where it stopped before the first. Raises ValueError if it is lost."""
+    refuse_links(run)
+    if (run / LAST).is_file():
+        return run / LAST
+    if (run / METRICS).exists():
+        raise ValueError(
+            f"{run / LAST} is gone, and the run has trained: restore it from a copy, or start a new run from the best "
+            f"by --weights {quote(str(run / BEST))}"
+        )
+    return None
 
-    Raises FileNotFoundError where there is none yet.
-    """
-    manifest.read_manifest(run)  # there, or no file of the run is known
-    names = [manifest.BEST, manifest.LAST] if which is None else [f"{which}.ckpt"]
-    found = next((run / name for name in names if manifest.was_written(run / name)), None)
-    if found is None:
-        raise FileNotFoundError(f"no checkpoint in {run}: looked for {' and '.join(names)}; has it trained an epoch?")
-    return found
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is that of a run."""
+    return any((folder / name).exists() for name in (CONFIG, LAST))
+
+
+def refuse_links(run: Path) -> None:
+    """Raise ValueError for a link in the folder of a run, through which a command would write somewhere else."""
+    if link := next((path for path in run.iterdir() if path.is_symlink()), None):
+        raise ValueError(f"{link} is a link: put in its place what it leads to, or remove it")
 
 
 def load_call(run: Path, config: dict[str, Any]) -> str:
@@ -138,14 +141,15 @@ def read_config(run: Path, checkpoint: dict[str, Any] | None = None) -> dict[str
     Raises ValueError for a damaged file, and where the checkpoint was trained with other settings.
     """
     saved = checkpoint["config"] if checkpoint else {}
-    if not (run / manifest.CONFIG).exists():
+    if not (run / CONFIG).exists():
         return saved
-    with manifest.open_file(run / manifest.CONFIG) as file:
-        try:
-            config = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            why = getattr(error, "problem", None) or error
-            raise ValueError(f"{run / manifest.CONFIG} is damaged: {why}. {manifest.REMEDY}") from error
+    why, config = "no settings", None
+    try:
+        config = yaml.safe_load((run / CONFIG).read_bytes())
+    except yaml.YAMLError as error:
+        why = getattr(error, "problem", None) or error
+    if not isinstance(config, dict):
+        raise ValueError(f"{run / CONFIG} is damaged: {why}. Restore it, or delete it: the last checkpoint has a copy.")
     if checkpoint:
         check_config(run, saved, config)
     return saved | config  # a default would replace what the file leaves out
@@ -157,16 +161,18 @@ def write_config(run: Path, config: dict[str, Any]) -> None:
         text = yaml.safe_dump(config, sort_keys=False)
     except yaml.YAMLError as error:
         raise ValueError(f"config must hold numbers, texts, lists and dictionaries of these alone: {error}") from error
-    manifest.write_file(run / manifest.CONFIG, lambda file: file.write(text.encode()))
+    write_atomically(run / CONFIG, lambda file: file.write(text.encode()))
 
 
 def write_table(run: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the metrics of each epoch as CSV."""
+    """Write the metrics of each epoch as CSV, once there is one."""
+    if not rows:
+        return
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    manifest.write_file(run / manifest.METRICS, lambda file: file.write(text.getvalue().encode()))
+    write_atomically(run / METRICS, lambda file: file.write(text.getvalue().encode()))
 
 
 def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
@@ -180,8 +186,9 @@ def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any]) -> Non
 
 def list_changes(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """List changed settings, beyond those that a resumed run may change. None saved means none to compare."""
-    before, now = ({**one, "data": describe(one.get("data"), [], "data")} for one in (saved, saved | given))
-    return list(_differences(_reread(before), _reread(now))) if saved else []
+    both = ({**one, "data": describe(one.get("data"), [], "data")} for one in (saved, saved | given))
+    before, now = (yaml.safe_load(yaml.safe_dump(one)) for one in both)  # as files give them back
+    return list(_differences(before, now)) if saved else []
 
 
 def describe_neurons(model: nn.Module) -> list[str]:
@@ -191,56 +198,36 @@ def describe_neurons(model: nn.Module) -> list[str]:
     return [re.sub(" at 0x[0-9a-f]+", "", text) for text in texts]
 
 
-def find_other_neurons(config: dict[str, Any], model: nn.Module) -> str | None:
-    """Say which neurons of a network are not those of the training; None where all are, or that is not known."""
-    found, trained = describe_neurons(model), config.get("neurons", [])
-    pairs = zip(trained, found, strict=False)
-    return next((f"{old} in the training, {new} now" for old, new in pairs if old != new), None)
-
-
-def _reread(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration as its file gives it back."""
-    return yaml.safe_load(yaml.safe_dump(config))
-
-
-def _differences(saved: dict[str, Any], found: dict[str, Any], path: str = "") -> Iterator[str]:
+def _differences(saved: Mapping[Any, Any], found: Mapping[Any, Any], path: str = "") -> Iterator[str]:
     other_class = "class" in saved and saved["class"] != found.get("class")  # whose other arguments say nothing
     for key in ["class"] if other_class else [*saved, *(key for key in found if key not in saved)]:
         name = f"{path}{key}"
         if name in RESUMABLE and name != "data":
             continue
+        before, now = (dict(enumerate(v)) if isinstance(v := one.get(key), list) else v for one in (saved, found))
         if key not in found:
             yield f"{name} is missing"
         elif key not in saved:
             yield f"{name} is new"
-        elif isinstance(saved[key], dict) and isinstance(found[key], dict):
-            yield from _differences(saved[key], found[key], f"{name}.")
-        elif saved[key] != found[key]:
+        elif isinstance(before, dict) and isinstance(now, dict):
+            yield from _differences(before, now, f"{name}.")
+        elif before != now:
             yield f"{name} was {saved[key]!r} and is {found[key]!r}"
 
 
-def _make(path: Path, config: dict[str, Any]) -> Path:
-    part = part_of(path)
+def _make(path: Path, config: dict[str, Any], exist_ok: bool = False) -> Path:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(".*.part"):  # which a killed process left
-            with suppress(OSError, ValueError):
-                if (old / LOCK).is_file():
-                    with _locked(old):
-                        shutil.rmtree(old)
-        part.mkdir()
-        with _locked(part):  # the lock stays, so that the folder is not empty, and no other run takes it
-            write_config(part, config)
-        os.rename(part, path)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if os.path.exists(path):  # False for a name that is too long, where that of Path raises
-            raise FileExistsError(f"{path} exists") from None
-        why = error
-        while isinstance(why.__cause__, OSError):  # the system's, behind those of `write_atomically`
+        path.mkdir(parents=True, exist_ok=exist_ok)
+        write_config(path, config)
+    except FileExistsError:
+        raise
+    except BaseException as error:
+        with suppress(OSError):
+            path.rmdir()
+        if not isinstance(error, OSError):
+            raise
+        why: Any = error
+        while isinstance(why.__cause__, OSError):  # the system's, behind that of `write_atomically`
             why = why.__cause__
         raise OSError(f"cannot make the run folder {path}: {why.strerror}. Choose another with --run.") from error
-    except ValueError:  # of the configuration
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return path

@@ -16,7 +16,6 @@ from sltt.rules.batch import sequence_loss
 from sltt.schedules import Schedule
 from sltt.sequence.copies import copy_model
 from sltt.sequence.padding import Padded
-from sltt.training.batches import check_crop
 from sltt.training.phases import Stage
 
 SAMPLES = 5  # that are looked at before a training; a number that few other dimensions have
@@ -24,13 +23,12 @@ SAMPLES = 5  # that are looked at before a training; a number that few other dim
 
 def extreme_layers(rates: dict[str, float]) -> list[str]:
     """Return a warning for each layer that never fired, or always, in a whole epoch."""
-    cause = {0.0: "never", 1.0: "always"}
-    remedy = {0.0: "lower v_threshold, or check the normalisation before it", 1.0: "raise v_threshold"}
-    return [
-        f"layer {name} {cause[rate]} fired in this epoch, so nothing passes it: {remedy[rate]}"
-        for name, rate in rates.items()
-        if rate in cause
-    ]
+    known = {
+        0.0: ("never", "lower v_threshold, or check the normalisation before it"),
+        1.0: ("always", "raise v_threshold"),
+    }
+    said = "layer {} {} fired in this epoch, so nothing passes it: {}".format
+    return [said(name, *known[rate]) for name, rate in rates.items() if rate in known]
 
 
 def rising_loss(losses: Sequence[float], rule: Rule) -> list[str]:
@@ -74,15 +72,11 @@ def check_weights(model: nn.Module, remedy: str = "lower the learning rate or se
 
 def check_labels(labels: Tensor, classes: int | None) -> None:
     """Before they go to a GPU, where an assertion would end the process without saying which."""
-    if (
-        classes is not None
-        and not labels.is_floating_point()
-        and labels.numel()
-        and not 0 <= int(labels.min()) <= int(labels.max()) < classes
-    ):
-        raise ValueError(
-            f"labels must be in 0 … {classes - 1}, got {int(labels.min())} … {int(labels.max())}: the data is damaged"
-        )
+    if classes is None or labels.is_floating_point() or not labels.numel():
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if not 0 <= low <= high < classes:
+        raise ValueError(f"labels must be in 0 … {classes - 1}, got {low} … {high}: the data is damaged")
 
 
 def first_samples(splits: Splits, steps: int) -> list[Any]:
@@ -90,15 +84,14 @@ def first_samples(splits: Splits, steps: int) -> list[Any]:
 
     Raises ValueError if there is nothing to train on or to test, or if T is not that of the data.
     """
-    found = {}
-    for name, most in (("train", SAMPLES), ("test", 1)):
-        if (samples := getattr(splits, name)) is None:
-            continue
-        if not len(samples):
-            raise ValueError(f"there are no {name} samples: expected one or more")
-        found[name] = [samples[i] for i in range(min(most, len(samples)))]
-        check_length(*splits.collate(found[name][:1]), splits, steps)
-    return found["train"]
+    first: list[Any] = []
+    for name, most in (("test", 1), ("train", SAMPLES)):
+        if (samples := getattr(splits, name)) is not None:
+            if not len(samples):
+                raise ValueError(f"there are no {name} samples: expected one or more")
+            first = [samples[i] for i in range(min(most, len(samples)))]
+            check_length(*splits.collate(first[:1]), splits, steps)
+    return first
 
 
 def check_length(x: Tensor, y: Any, splits: Splits, steps: int) -> None:
@@ -108,14 +101,6 @@ def check_length(x: Tensor, y: Any, splits: Splits, steps: int) -> None:
             f"expected sequences of steps={steps} time steps, but the data gives {len(x)}: set steps={len(x)}, "
             f"or let the data load sequences of {steps}; sequences of several lengths: from_datasets(…, pad=True)"
         )
-
-
-def check_stages(model: nn.Module, samples: list[Any], stages: Sequence[Stage]) -> None:
-    """Raise ValueError for a stage that cannot be trained: not after the epochs before it."""
-    for stage in stages:
-        if stage.crop is not None:
-            check_crop(samples[0][0], stage.crop)
-        stage.rule.check(model, stage.steps)
 
 
 def check_mean(loss: Any) -> None:

@@ -12,8 +12,8 @@ from sltt.sequence.layout import spiking_layers
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.padding import target_of
 from sltt.sequence.spikes import observe_spikes
+from sltt.training.files import write_atomically
 from sltt.training.loop import Loop
-from sltt.training.manifest import open_file, write_file
 
 SAMPLE = "sample.npz"
 NEURONS = 2048  # of each layer that are kept
@@ -47,12 +47,12 @@ def write_sample(loop: Loop) -> None:
         return
     splits, fired = loop.splits, {}
     try:
-        x, y = loop.session.batch(*splits.collate([(splits.validation or splits.train)[0]]))
+        x, y = loop.learner.session.batch(*splits.collate([(splits.validation or splits.train)[0]]))
         with (
-            evaluation_mode(loop.model),
-            observe_spikes(spiking_layers(loop.model), lambda name, s: fired.setdefault(name, []).append(s)),
+            evaluation_mode(loop.learner.model),
+            observe_spikes(spiking_layers(loop.learner.model), lambda name, s: fired.setdefault(name, []).append(s)),
         ):
-            logits = unroll(loop.model, x, steps=loop.training.steps if splits.static else None).flatten(1)
+            logits = unroll(loop.learner.model, x, steps=loop.settings.steps if splits.static else None).flatten(1)
     except Exception as error:
         loop.report.warn(f"the spikes of a sample are not kept: {error}")
         return
@@ -67,19 +67,16 @@ def write_sample(loop: Loop) -> None:
     if splits.classes is not None and not splits.per_step:
         arrays["label"] = torch.as_tensor(int(target_of(y)))
     kept: dict[str, Any] = {name: one.cpu().numpy() for name, one in arrays.items()}
-    write_file(loop.folder / SAMPLE, lambda file: np.savez_compressed(file, **kept))
+    write_atomically(loop.folder / SAMPLE, lambda file: np.savez_compressed(file, **kept))
 
 
 def read_sample(run: Path) -> Sample:
     """Read what `write_sample` wrote.
 
-    Raises FileNotFoundError where a run has no sample yet, ValueError for a damaged file.
+    Raises FileNotFoundError where a run has no sample yet.
     """
-    with open_file(run / SAMPLE) as file, np.load(file) as arrays:
-        of_layers = {
-            kind: {name.removeprefix(kind): arrays[name] for name in arrays.files if name.startswith(kind)}
-            for kind in ("spikes.", "rate.")
-        }
+    with np.load(run / SAMPLE) as arrays:
+        spikes = {name[7:]: arrays[name] for name in arrays.files if name.startswith("spikes.")}
+        rates = {name[5:]: float(arrays[name]) for name in arrays.files if name.startswith("rate.")}
         label = int(arrays["label"]) if "label" in arrays.files else None
-        rates = {name: float(rate) for name, rate in of_layers["rate."].items()}
-        return Sample(of_layers["spikes."], rates, arrays["x"], arrays["logits"], label)
+        return Sample(spikes, rates, arrays["x"], arrays["logits"], label)

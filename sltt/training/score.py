@@ -4,7 +4,6 @@ import copy
 import numbers
 import warnings
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from sltt.losses import is_per_step
 from sltt.metrics import collects, name_of
 from sltt.parallel.processes import Processes
 from sltt.sequence.padding import Padded
-from sltt.training.progress import Metrics, Progress
+from sltt.training.progress import Progress
 
 
 class Score:
@@ -34,21 +33,24 @@ class Score:
     """
 
     def __init__(self, metric: Any, processes: Processes, progress: Progress, selects: bool = True):
-        self.selects, self.total, self.samples = selects, 0.0, 0
-        self.metric, self.processes, self.collecting = metric, processes, collects(metric)
+        self.metric, self.processes, self.selects, self.collecting = metric, processes, selects, collects(metric)
         self.looked, self.empty = progress.batch > 0, not progress.score
         self.partial = self.collecting and self.looked and self.empty
+        # of a mean; the first process takes over the sums of all
+        sums = progress.score if processes.rank == 0 and not self.collecting else {}
+        self.total, self.samples = sums.get("total", 0.0), sums.get("samples", 0)
         if self.collecting:
             self.metric = _empty(metric)
             if progress.score:
                 self.metric.load_state_dict(progress.score)
 
-    def batch(self, prediction: Tensor, target: Any, samples: int) -> float:
-        """Return the mean of a batch, of which so many samples count here; 0 where the metric collects them."""
+    def add(self, prediction: Tensor, target: Any, samples: int) -> None:
+        """Add a batch, of which so many samples count here."""
         if not self.collecting:
-            mean = self._number(self.metric(prediction, target))
-            self.total, self.samples = self.total + mean * samples, self.samples + samples
-            return mean
+            # right predictions add up to whole numbers
+            self.total += round(self._number(self.metric(prediction, target)) * samples, 12)
+            self.samples += samples
+            return
         own = (prediction.detach().cpu(), target.cpu() if isinstance(target, Tensor) else target) if samples else None
         for part in self.processes.gather(own):
             if part is not None:
@@ -56,24 +58,19 @@ class Score:
                 self.metric.update(*part)
         if not self.looked:
             self._look()
-        return 0.0
-
-    def of(self, metrics: Metrics) -> Metrics:
-        """Return the measurements with the score of all samples; None where the metric has seen none after a resume."""
-        if not self.collecting:
-            return metrics
-        return replace(metrics, score=None if self.empty else self.value())
 
     def value(self) -> Any:
-        """Return the score of all samples since this was made, of all processes."""
+        """Return the score of all samples, of all processes; None of a metric that has seen none after a resume."""
         if self.collecting:
-            return self._number(self.metric.compute())
-        total, samples = self.processes.sum([self.total, self.samples])
-        return total / max(samples, 1)
+            return None if self.empty else self._number(self.metric.compute())
+        sums = self.state()
+        return sums["total"] / max(sums["samples"], 1)
 
     def state(self) -> dict[str, Any]:
-        """Return what was collected, for a checkpoint; nothing of a metric that cannot save it."""
-        return dict(self.metric.state_dict()) if self.collecting and hasattr(self.metric, "load_state_dict") else {}
+        """Return what all processes have collected, for a checkpoint; nothing of a metric that cannot save it."""
+        if self.collecting:
+            return dict(self.metric.state_dict()) if hasattr(self.metric, "load_state_dict") else {}
+        return dict(zip(("total", "samples"), self.processes.sum([self.total, self.samples]), strict=True))
 
     def _look(self) -> None:
         """Raise ValueError at the first batch, and not after an epoch, where the metric gives no single number."""

@@ -1,14 +1,13 @@
 """Sessions train and measure networks: processes are started and Fabric is built once for all of it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from sltt.checks import instance
 from sltt.data import Data, Splits
@@ -20,8 +19,7 @@ from sltt.sequence.copies import copy_model
 from sltt.sequence.padding import Padded, pad_batch
 from sltt.training.batches import eval_loader
 from sltt.training.console import Console
-from sltt.training.runs import lock_run
-from sltt.training.settings import Execution
+from sltt.training.settings import Settings
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 class Session:
     """The device and the processes that are there, and what is put on them. `session` makes it."""
 
-    execution: Execution
+    settings: Settings
     fabric: "Fabric"
     processes: Processes
 
@@ -43,23 +41,23 @@ class Session:
 
     @property
     def _sharded(self) -> bool:
-        return self.execution.strategy == "fsdp" and self.processes.count > 1
+        return self.settings.strategy == "fsdp" and self.processes.count > 1
 
     def choose_format(self, model: nn.Module, read: Callable[[], Tensor], static: bool) -> "Session":
         """Return this session with `channels_last` decided, where the settings leave it open.
 
         `read` gives images [B, C, H, W], or sequences of them, time first, if they are not `static`.
         """
-        if self.execution.channels_last is not None:
+        if self.settings.channels_last is not None:
             return self
         fits = prefers_channels_last(self.fabric.device) and not self._sharded
         fits = fits and any(isinstance(module, nn.Conv2d) for module in model.modules())
         last = fits and _runs_channels_last(model, read() if static else read()[0])
-        return replace(self, execution=replace(self.execution, channels_last=last))
+        return replace(self, settings=Settings(vars(self.settings), channels_last=last))
 
     def set_up(self, model: nn.Module) -> Any:
         """Return the model on its device, for calls under the precision of the session."""
-        if self.execution.channels_last and not self._sharded:  # sharded weights are contiguous
+        if self.settings.channels_last and not self._sharded:  # sharded weights are contiguous
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
         return self.fabric.setup_module(model)
 
@@ -73,11 +71,11 @@ class Session:
         Padded sequences have the same T in all processes, which do each time step together.
         """
         if isinstance(y, Padded):
-            x, y = pad_batch(x, y, int(self.processes.highest(len(x))), per_step)
+            x, y = pad_batch(x, y, int(*self.processes.highest(len(x))), per_step)
         x, y = self.fabric.to_device((x, y))
-        if self.execution.channels_last and x.ndim == 4:
+        if self.settings.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        elif self.execution.channels_last and x.ndim == 5:
+        elif self.settings.channels_last and x.ndim == 5:
             x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
         return x, y
 
@@ -87,14 +85,14 @@ class Session:
             instance("report", console, Console)
         return (console or Console()) if self.processes.rank == 0 else Console(quiet=True)
 
-    def lock_run(self, run: Path) -> AbstractContextManager[None]:
-        """Keep all but these processes from training the run inside this block."""
-        return lock_run(run) if self.processes.rank == 0 else nullcontext()
+    @property
+    def place(self) -> dict[str, Any]:
+        """Return for which device and process a loader is."""
+        return {"device": self.fabric.device, "rank": self.processes.rank, "processes": self.processes.count}
 
-    def eval_loader(self, dataset: Dataset[Any], splits: Splits, batch_size: int) -> DataLoader[Any]:
+    def eval_loader(self, dataset: Any, splits: Splits, batch_size: int) -> DataLoader[Any]:
         """Every sample of a validation or test set once, in order, or this process's share of each batch."""
-        ranks = self.processes.rank, self.processes.count
-        return eval_loader(dataset, splits, batch_size, self.execution.workers, self.fabric.device, *ranks)
+        return eval_loader(dataset, splits, batch_size, self.settings.workers, **self.place)
 
 
 def prefers_channels_last(device: torch.device) -> bool:
@@ -114,44 +112,25 @@ def _runs_channels_last(model: nn.Module, x: Tensor) -> bool:
 
 
 @contextmanager
-def session(execution: Execution) -> Iterator[Session]:
+def session(settings: Settings) -> Iterator[Session]:
     """Start the processes; inside the block, the kernels are compiled as asked for.
 
     Raises ValueError for a device that is not there, or that cannot do what was asked for.
     """
-    fabric = make_fabric(
-        execution.device, execution.devices, execution.num_nodes, execution.strategy, execution.precision
-    )
-    if execution.sync_batchnorm and fabric.world_size > 1 and fabric.device.type != "cuda":
+    asked = settings.device, settings.devices, settings.num_nodes, settings.strategy, settings.precision
+    fabric = make_fabric(*asked)
+    if settings.sync_batchnorm and fabric.world_size > 1 and fabric.device.type != "cuda":
         raise ValueError(
             f"sync_batchnorm=True for {fabric.world_size} processes on {fabric.device.type}, but PyTorch's "
             "SyncBatchNorm runs on CUDA devices only: leave it out, and each process takes the statistics of its share"
         )
-    with using(compile=execution.compile, sparse=execution.sparse), _on_the_host(), _trying_convolutions():
-        yield Session(execution, fabric, Processes(fabric))
-
-
-@contextmanager
-def _trying_convolutions() -> Iterator[None]:
-    """Let cuDNN time its algorithms once for each shape inside this block, unless results are to be the same again."""
     cudnn: Any = torch.backends.cudnn
-    before = cudnn.benchmark
-    cudnn.benchmark = before or not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
-    try:
-        yield
-    finally:
-        cudnn.benchmark = before
-
-
-@contextmanager
-def _on_the_host() -> Iterator[None]:
-    """Make new tensors on the CPU inside this block, whatever `torch.set_default_device` says."""
-    default = torch.get_default_device()
-    if default.type == "cpu":
-        yield
-        return
-    torch.set_default_device(None)
-    try:
-        yield
-    finally:
-        torch.set_default_device(default)
+    with using(compile=settings.compile, sparse=settings.sparse), ExitStack() as before:
+        # new tensors are on the CPU, whatever the user has set; and cuDNN times its algorithms once for each shape,
+        # unless results are to be the same again
+        if (default := torch.get_default_device()).type != "cpu":
+            before.callback(torch.set_default_device, default)
+            torch.set_default_device(None)
+        before.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+        cudnn.benchmark |= not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
+        yield Session(settings, fabric, Processes(fabric))

@@ -17,8 +17,8 @@ from sltt.sequence.padding import check_lengths
 from sltt.sequence.steps import time_steps
 from sltt.training.average import select_weights
 from sltt.training.check import warn_of_leftovers
-from sltt.training.checkpoints import load_checkpoint, load_weights
-from sltt.training.runs import MADE_IN, find_checkpoint, find_other_neurons, read_config
+from sltt.training.checkpoints import load_best, load_weights
+from sltt.training.runs import MADE_IN, describe_neurons, read_config
 
 log = logging.getLogger("sltt")
 
@@ -63,12 +63,11 @@ def load(
     if checkpoint is not None:
         choice("checkpoint", checkpoint, ("best", "last"))
     run = folder("run", run)
-    path = find_checkpoint(run, checkpoint)
-    content = load_checkpoint(path)
+    path, content = load_best(run, checkpoint)
     config = read_config(run, content)
     network = _network(run, config) if model is None else instance("model", model, nn.Module)
-    if other := find_other_neurons(config, network):
-        log.warning("%s was trained with other neurons: %s", run, other)
+    if (neurons := describe_neurons(network)) != config.get("neurons", neurons):
+        log.warning("%s was trained with other neurons: %s, and now %s", run, config["neurons"], neurons)
     load_weights(network, select_weights(content), path)
     network.trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
     return network.eval()
@@ -82,15 +81,15 @@ def _network(run: Path, config: dict[str, Any]) -> nn.Module:
         )
     from jsonargparse import ArgumentParser
 
-    from sltt.training.named import check_named, importing_for
+    from sltt.training.named import check_modules, check_named
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model", type=nn.Module)
     settings = {"model": config["model"]}
-    with importing_for(run, settings):
-        parsed = parser.parse_object(settings)
-        check_named(run, parsed)
-        return parser.instantiate(parsed).model
+    check_modules(run, settings)
+    parsed = parser.parse_object(settings)
+    check_named(run, parsed)
+    return parser.instantiate(parsed).model
 
 
 def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: Sequence[int] | None = None) -> Tensor:

@@ -77,7 +77,6 @@ def test_a_training_that_dies_leaves_the_others_in_the_trial(monkeypatch, capsys
             raise FloatingPointError("the loss is inf")
         return types.SimpleNamespace(history=[{"train_loss": 0.5, "train_accuracy": 0.9}])
 
-    monkeypatch.setattr(agreement, "measure_settings", lambda built: {})
     monkeypatch.setattr(agreement, "measure_split", lambda *args, **kwargs: types.SimpleNamespace(loss=2.0))
     monkeypatch.setattr(agreement, "_train", train)
     rules, built = [sltt.SLTT(), sltt.BPTT()], types.SimpleNamespace(model=None, data=None)

@@ -67,7 +67,7 @@ CASES = f"""
 2 | maximum nesting depth | train deep.yaml
 2 | required: model, data | train nothing.yaml
 2 | binary.yaml is no YAML that can be read | train binary.yaml
-2 | File does not exist | train --config nowhere.yaml
+2 | nowhere.yaml is no file, and holds no options | train --config nowhere.yaml
 # values of the wrong kind
 2 | optimizer.lr: expected float, got abc | train --optimizer.lr abc
 2 | rule.k: expected int or null, got 1.5 | train --rule.k 1.5
@@ -78,8 +78,8 @@ CASES = f"""
 2 | unknown class 'sltt.data.Digit'; did you mean sltt.data.Digits? | train --data sltt.data.Digit
 2 | optimizer: No module named 'no_such_package' | train --optimizer no_such_package.optim.Muon
 2 | unknown class 'mine.Nothing' | train --model mine.Nothing
-2 | optimizer: KeyError: 'momentums' | train --optimizer mine.Greedy
-2 | optimizer: Invalid learning rate: -1.0 | train --optimizer.lr -1
+1 | optimizer: KeyError: 'momentums' | train --optimizer mine.Greedy
+1 | optimizer: Invalid learning rate: -1.0 | train --optimizer.lr -1
 2 | 'os.system' is not allowed | train --rule os.system
 2 | optimizer: Expected 'torch.nn.Linear' to be a subclass of <class 'Optimizer'> | train --optimizer torch.nn.Linear
 # values out of their range

@@ -19,7 +19,6 @@ from sltt.commands.rule_texts import rule_options, rules
 from sltt.training.console import Console, as_json
 from tests.conftest import LOSS
 from tests.data.recordings import nmnist
-from tests.training.blobs import execution
 
 
 @pytest.mark.parametrize(("steps", "k"), [(4, None), (1, 1), (6, 3)])
@@ -85,7 +84,7 @@ def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, her
     assert [rows[i]["energy"] and len(rows[i]["energy"]["ratios"]) for i in range(3)] == [4, None, 4]
 
     # what is trained is measured again, and not trained again
-    monkeypatch.setattr("sltt.training.loop.Loop._batch", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("sltt.training.batch_loop.BatchLoop._train", lambda *_: pytest.fail("trained again"))
     assert main([*WORDS, "--rules", "SLTT:k=1", "--seeds", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["scores"] == rows[2]["scores"]
 
@@ -97,8 +96,8 @@ def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(cap
         seen.append([str(phase.rule or training.rule) for phase in training.phases])
         return types.SimpleNamespace(history=[{"seconds": 1.0, "validation_accuracy": 0.5}], epoch=1, run=run)
 
-    def measure_split(session, model, data, split, **settings):
-        seen.append(session.execution)
+    def measure_split(session, model, data, split, settings):
+        seen.append(session.settings)
         model.features[0].register_forward_hook(
             lambda module, x, out: dtypes.add((out.dtype, x[0].is_contiguous(memory_format=torch.channels_last)))
         )
@@ -110,7 +109,7 @@ def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(cap
     words = [*WORDS, "--phases", phases, "--precision", "bf16-mixed", "--channels_last", "true", "--compile", "off"]
     assert main([*words, "--rules", "SLTT:k=1", "--json"]) == 0
     assert seen[0] == ["SLTT(k=1)", "SLTT(k=1)"]
-    assert seen[1] == execution(device="cpu", channels_last=True, precision="bf16-mixed", compile="off")
+    assert (seen[1].channels_last, seen[1].precision, seen[1].compile) == (True, "bf16-mixed", "off")
     assert dtypes == {(torch.bfloat16, True)}
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert 0 < row["cosine"] < 1

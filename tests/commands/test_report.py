@@ -12,7 +12,6 @@ import sltt
 from sltt.commands import main
 from sltt.commands.results import gather
 from sltt.training.checkpoints import load_checkpoint, save_checkpoint
-from sltt.training.manifest import write_file
 from tests.commands.tiny import edit
 from tests.training.blobs import train
 
@@ -24,7 +23,7 @@ SMALL = ["--model.width", "2", "--device", "cpu"]
 def write(path, text):
     """Write a file of results as a command does."""
     path.parent.mkdir(exist_ok=True)
-    write_file(path, lambda file: file.write(text.encode()))
+    path.write_text(text)
 
 
 def history(checkpoint):
@@ -91,7 +90,7 @@ def test_a_run_by_itself_and_what_is_left_out(measured, tmp_path, capsys):
     (run / "sample.npz").write_bytes(b"")
     assert main(["report", str(run)]) == 0
     assert "The spikes of" in capsys.readouterr().out
-    assert "sample.npz is damaged" in (run / "report" / "report.html").read_text()
+    assert "No data left in file" in (run / "report" / "report.html").read_text()
 
 
 def test_runs_of_two_metrics_have_two_charts_and_each_has_a_name(measured, tmp_path, monkeypatch):
@@ -112,7 +111,7 @@ def test_runs_of_two_metrics_have_two_charts_and_each_has_a_name(measured, tmp_p
         (None, "own rule"),
         ({"class_path": "no_such.Mine", "init_args": {"k": 2, "rescale": None}}, "Mine:k=2"),
         ({"class_path": "sltt.SLTT", "init_args": {"k": 1, "hoist": False}}, "SLTT:k=1"),
-        ("Own(k=2, windows={'a': 1, 'b': 2})", "Own:k=2:windows={&#39;a&#39;: 1, &#39;b&#39;: 2}"),
+        ({"class": "Own", "k": 2, "windows": {"a": 1, "b": 2}}, "Own:k=2:windows={&#39;a&#39;: 1, &#39;b&#39;: 2}"),
     ],
 )
 def test_a_rule_has_a_name_whether_it_is_here_or_not(rule, name, measured, tmp_path, capsys):
@@ -130,24 +129,17 @@ def test_the_spikes_are_those_of_the_next_run_where_one_has_none(measured, tmp_p
     spikes = sections(found)[-1]
     assert spikes.text == ["One sample in the network of BPTT-seed0: a validation sample, if there is one."]
     assert len(spikes.charts) == 2
-    assert [note for note in found.notes if "SLTT-k-1-seed0 are left out: " in note and "sample.npz is gone" in note]
+    assert [note for note in found.notes if "SLTT-k-1-seed0 are left out: " in note and "sample.npz" in note]
 
 
 @pytest.mark.parametrize("name", ["compare", "profile", "agreement"])
 def test_a_damaged_result_is_named_and_the_others_are_shown(name, measured, tmp_path):
     folder = shutil.copytree(measured, tmp_path / "all", ignore=shutil.ignore_patterns("*-seed*", "report"))
     path = folder / f"{name}.json"
-    text = path.read_text()
     for damaged in ("{", "[]", "7", "null", 2000 * "["):
         write(path, damaged)
         assert len(sections(found_there := gather([folder]))) > 1
         assert found_there.notes[0].startswith(f"{path} is left out: ")
-    number = re.search(r"\d\.\d+", text)
-    path.write_text(text[: number.start()] + "7" + text[number.start() + 1 :])
-    assert gather([folder]).notes == [
-        f"{path} is left out: {path} is damaged: manifest.txt has another SHA-256. Restore it from a copy, or run the "
-        "command that wrote it again."
-    ]
 
 
 def test_dollars_in_a_name_are_no_formula(tmp_path):
@@ -191,7 +183,7 @@ def test_a_comparison_with_a_rule_that_died(tmp_path, monkeypatch, capsys):
     [
         (None, "there is no folder a"),
         ({}, "a has nothing to report"),
-        ({"compare.json": "{}"}, "a/compare.json is left out: a has no manifest.txt"),
+        ({"compare.json": "{"}, "a/compare.json is left out: "),
     ],
 )
 def test_a_folder_that_cannot_be_read_is_named(content, message, tmp_path, monkeypatch, capsys):

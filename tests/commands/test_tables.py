@@ -9,7 +9,6 @@ from sltt.commands.fscil import SCORES, print_few_shots
 from sltt.commands.profile import fits_table, print_profile
 from sltt.commands.tables import Cell, Table, number
 from sltt.training.console import Console
-from sltt.training.manifest import write_file
 from tests.commands.tiny import run
 
 
@@ -120,7 +119,7 @@ def test_a_profile_names_the_t_of_its_layers_and_the_paths(capsys):
 
 def test_a_report_without_its_packages_says_what_to_install(here, capsys, monkeypatch):
     (here / "a").mkdir()
-    write_file(here / "a" / "lr.json", lambda file: file.write(b"{}"))
+    (here / "a" / "lr.json").write_text("{}")
     for name in {"matplotlib", *(one for one in sys.modules if one.startswith("matplotlib."))}:
         monkeypatch.setitem(sys.modules, name, None)
     for name in ("sections", "page", "figures"):

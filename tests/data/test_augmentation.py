@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from sltt.data import CIFAR10, ImageFolder, Mixup
-from sltt.training.batches import Key, _Seeded
+from sltt.training.batches import _Seeded
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def test_training_images_change_and_others_do_not(folder, kwargs):
     for options in ({"crop_padding": kwargs.get("crop_padding")}, kwargs):
         splits = ImageFolder(folder, size=32, validation=0.25, **options).splits(1)
         train = _Seeded(splits.train, splits.collate)
-        images = torch.stack([train[Key(i, 7)][0] for i in range(len(splits.train))])
-        assert torch.equal(images[1], train[Key(1, 7)][0])  # by the sample's seed alone
+        images = torch.stack([train.__getitems__([(i, 7)])[0][0] for i in range(len(splits.train))])
+        assert torch.equal(images[1], train.__getitems__([(1, 7)])[0][0])  # by the sample's seed alone
         drawn.append(images)
         for split in (splits.validation, splits.test):
             assert torch.equal(split[0][0], split[0][0])

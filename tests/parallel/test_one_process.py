@@ -20,7 +20,8 @@ from sltt.parallel.signals import Interrupt
 from sltt.sequence.state import Stateful
 from sltt.training.batches import EpochSampler, Shares, eval_loader, share, train_loader
 from sltt.training.session import session
-from tests.training.blobs import equal, execution
+from sltt.training.settings import Settings
+from tests.training.blobs import equal
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -28,7 +29,7 @@ def test_convolutions_are_timed_in_a_session_unless_results_are_to_be_the_same_a
     cudnn = torch.backends.cudnn
     monkeypatch.setattr(cudnn, "deterministic", deterministic)
     assert not cudnn.benchmark
-    with session(execution(device="cpu")) as here:
+    with session(Settings(device="cpu")) as here:
         assert cudnn.benchmark is not deterministic
         splits = sltt.data.Digits().splits(2)
         assert not here.eval_loader(splits.test, splits, 8).pin_memory
@@ -38,10 +39,10 @@ def test_convolutions_are_timed_in_a_session_unless_results_are_to_be_the_same_a
 def test_batches_for_a_gpu_are_pinned_unless_they_lie_on_one():
     host, there = (Splits(*[[(torch.zeros(3, device=d), 0)] * 8] * 3, True, 2, "") for d in ("cpu", "meta"))
     cuda, sampler = torch.device("cuda"), EpochSampler(8, 0)
-    assert train_loader(host, 4, sampler, 0, cuda).pin_memory
-    assert eval_loader(host.test, host, 4, 0, cuda).pin_memory
-    assert not train_loader(there, 4, sampler, 0, cuda).pin_memory
-    assert not eval_loader(host.test, host, 4, 0, torch.device("cpu")).pin_memory
+    assert train_loader(host, 4, sampler, 0, device=cuda).pin_memory
+    assert eval_loader(host.test, host, 4, 0, device=cuda).pin_memory
+    assert not train_loader(there, 4, sampler, 0, device=cuda).pin_memory
+    assert not eval_loader(host.test, host, 4, 0, device=torch.device("cpu")).pin_memory
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
@@ -63,15 +64,14 @@ def test_shares_are_every_sample_once(samples, processes):
 
 def test_sharded_weights_are_not_trained_in_16_mixed():
     with pytest.raises(ValueError, match="use 'bf16-mixed'"):
-        execution(device="cpu", devices=2, strategy="fsdp", precision="16-mixed")
+        Settings(device="cpu", devices=2, strategy="fsdp", precision="16-mixed")
 
 
 @pytest.mark.parametrize("rule", [sltt.SLTT(recompute=True), sltt.BPTT(hoist=True)])
 def test_rules_that_sharded_weights_cannot_serve_are_refused(rule):
-    here = SimpleNamespace(processes=SimpleNamespace(count=2), execution=execution(strategy="fsdp"))
-    training = SimpleNamespace(stages=[SimpleNamespace(rule=rule)])
+    here = SimpleNamespace(processes=SimpleNamespace(count=2), settings=Settings(strategy="fsdp"))
     with pytest.raises(ValueError, match="does not run under fsdp"):
-        sltt.training.fit._check(here, torch.nn.Linear(2, 2), None, training, None)
+        sltt.training.fit._check(here, torch.nn.Linear(2, 2), None, Settings(rule=rule), None)
 
 
 def test_a_batchnorm_of_ones_own_is_not_replaced():
@@ -91,18 +91,14 @@ def test_numbers_that_differ_from_what_was_started_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_groups_are_closed_at_the_end_where_they_are_ours(ours, monkeypatch):
-    monkeypatch.setattr(processes, "_ours", set() if ours else {os.getppid()})  # a forked process has its parent's
+def test_groups_are_closed_at_the_end_where_they_are_ours(ours):
     for _ in range(2):  # the second time with a control group of its own
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        if ours:
-            processes.disband_at_exit()
         dist.all_reduce(torch.ones(1), group=processes.control())
-        processes.disband()
+        processes.disband(os.getpid() if ours else os.getppid())  # a forked process has its parent's
         assert dist.is_initialized() == (not ours)
         if not ours:
             dist.destroy_process_group()
-    processes.disband()
 
 
 def test_synchronised_statistics_keep_weights_and_names():
@@ -118,7 +114,7 @@ def test_synchronised_statistics_need_gpus(monkeypatch):
     monkeypatch.setattr("sltt.training.session.make_fabric", lambda *args: two)
     with (
         pytest.raises(ValueError, match="sync_batchnorm=True for 2 processes on cpu"),
-        session(execution(device="cpu", devices=2, sync_batchnorm=True)),
+        session(Settings(device="cpu", devices=2, sync_batchnorm=True)),
     ):
         pass
 

@@ -1,6 +1,5 @@
 """Small data sets, a network and a training for the tests of this folder."""
 
-import inspect
 import signal
 from dataclasses import replace
 from functools import partial
@@ -12,11 +11,6 @@ import sltt
 from sltt.data import Data, Splits
 from sltt.training.checkpoints import load_checkpoint
 from sltt.training.console import Console
-from sltt.training.settings import Execution
-
-
-def execution(**given):
-    return Execution.of({name: p.default for name, p in inspect.signature(sltt.fit).parameters.items()} | given)
 
 
 class Blobs(Data):

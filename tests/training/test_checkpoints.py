@@ -1,5 +1,5 @@
-import hashlib
 import random
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -32,17 +32,11 @@ def foreign(path):
     torch.save({"state_dict": {}}, path)
 
 
-def without_checksum(path):
-    torch.save({"format": checkpoints.FORMAT, "model": {}}, path)
-
-
 def pickled(path):
     torch.save({"format": checkpoints.FORMAT, "model": Blobs()}, path)
 
 
-@pytest.mark.parametrize(
-    "write", [truncated, foreign, without_checksum, pickled, lambda p: p.write_text("hello"), lambda p: p.touch()]
-)
+@pytest.mark.parametrize("write", [truncated, foreign, pickled, lambda p: p.write_text("hello"), lambda p: p.touch()])
 def test_a_damaged_or_foreign_checkpoint_is_named(write, tmp_path):
     path = tmp_path / "last.ckpt"
     write(path)
@@ -54,17 +48,13 @@ def test_a_flipped_bit_never_loads_as_another_value(tmp_path):
     path = tmp_path / "last.ckpt"
     saved = {"w": torch.randn(500, generator=torch.Generator().manual_seed(0))}
     save_checkpoint(path, {"model": saved})
-    whole, alone = path.read_bytes(), tmp_path / "alone.ckpt"
+    whole = path.read_bytes()
     for place in random.Random(0).sample(range(8 * len(whole)), 300):
         damaged = bytearray(whole)
         damaged[place // 8] ^= 1 << place % 8
-        for run in (path, alone):  # with its manifest, and by itself
-            run.write_bytes(damaged)
-            with pytest.raises(ValueError, match=r"is damaged.* Restore it from a copy"):
-                load_checkpoint(run)
-    for run in (path, alone):
-        run.write_bytes(whole)
-        assert equal(load_checkpoint(run)["model"], saved)
+        path.write_bytes(damaged)
+        with suppress(CheckpointError):
+            assert equal(load_checkpoint(path)["model"], saved)  # a bit between the tensors
 
 
 def test_a_checkpoint_is_read_by_torch_alone(tmp_path):
@@ -74,8 +64,7 @@ def test_a_checkpoint_is_read_by_torch_alone(tmp_path):
 
 def test_the_message_about_a_checkpoint_with_objects_does_not_advise_to_execute_them(tmp_path):
     pickled(path := tmp_path / "last.ckpt")
-    path.write_bytes(path.read_bytes() + checkpoints.MARK + hashlib.sha256(path.read_bytes()).hexdigest().encode())
-    with pytest.raises(CheckpointError, match="is not a checkpoint of sltt") as caught:
+    with pytest.raises(CheckpointError, match="not a checkpoint of sltt") as caught:
         load_checkpoint(path)
     assert "weights_only" not in str(caught.value)
 
@@ -86,7 +75,7 @@ def test_an_array_of_numpy_is_refused_before_a_checkpoint_is_replaced(tmp_path):
     with pytest.raises(ValueError, match=r"made by .*numpy.ndarray: give tensors, as torch.from_numpy"):
         save_checkpoint(path, {**whole, "callbacks": [["Kept", {"losses": np.zeros(3)}]]})
     assert load_checkpoint(path).items() >= whole.items()
-    assert {p.name for p in tmp_path.iterdir()} == {"last.ckpt", "manifest.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"last.ckpt"}
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
@@ -100,4 +89,4 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"could not write .*last\.ckpt.*No space left.*written before is intact"):
         save_checkpoint(path, {"model": 2})
     assert load_checkpoint(path)["model"] == 1
-    assert {p.name for p in tmp_path.iterdir()} == {"last.ckpt", "manifest.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"last.ckpt"}

@@ -8,7 +8,7 @@ from torch import nn
 
 import sltt
 from sltt.parallel.devices import make_fabric
-from sltt.training import loop
+from sltt.training import batch_loop
 from sltt.training.batches import Ahead
 from sltt.training.session import Session
 from tests.training.blobs import Blobs, Ends, ending, network, noting, train, weights
@@ -92,7 +92,7 @@ def test_sequences_of_another_length_than_steps_are_refused(measured, tmp_path):
 
 
 def test_the_next_batch_is_on_the_device_before_the_host_waits_for_a_loss(tmp_path, monkeypatch):
-    reads, copies, check, batch = [0], [0], loop.check_finite, Session.batch
+    reads, copies, check, batch = [0], [0], batch_loop.check_finite, Session.batch
 
     class Counts(Ends):
         def __getitem__(self, index):
@@ -108,7 +108,7 @@ def test_the_next_batch_is_on_the_device_before_the_host_waits_for_a_loss(tmp_pa
         copies[-1] += 1
         return batch(*args)
 
-    monkeypatch.setattr(loop, "check_finite", waits)
+    monkeypatch.setattr(batch_loop, "check_finite", waits)
     monkeypatch.setattr(Session, "batch", copied)
     data = Blobs(validation=0)
     splits = data.load(4)

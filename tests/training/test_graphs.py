@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 import sltt
 from sltt.analysis import FiringRates
 from sltt.training import graphs
+from sltt.training.settings import Settings
 from tests.conftest import LOSS
 from tests.test_waits import CAPTURE, assert_same_weights_and_gradients, example
 from tests.test_waits import train as train_plain
-from tests.training.blobs import equal, execution, network, rows, train, weights
+from tests.training.blobs import equal, network, rows, train, weights
 
 FAMILY = [sltt.SLTT(), sltt.BPTT(), sltt.TBPTT(2), sltt.OTTT(), sltt.RateBased()]
 CPU = torch.device("cpu")
@@ -200,9 +201,9 @@ def test_what_a_graph_would_not_repeat_is_seen_in_the_second_batch(layer, proble
     ids=["item", "nonzero", "mask", "to the host", "from the host", "index", "on the device", "on the host"],
 )
 def test_looks_at_a_device_are_seen(look, problem):
-    with graphs._Watch() as seen, contextlib.suppress(NotImplementedError, RuntimeError):
+    with graphs._HostTraffic() as seen, contextlib.suppress(NotImplementedError, RuntimeError):
         look(torch.ones(3, device="meta"))
-    assert (seen.found is None) if problem is None else problem in seen.found
+    assert (seen.problem is None) if problem is None else problem in seen.problem
 
 
 class Own(sltt.callbacks.Callback):
@@ -242,7 +243,7 @@ def test_what_runs_without_a_graph_says_why(given, problem, demanded, recorded):
     model, rule, callbacks, count = (given.pop(name) for name in ("model", "rule", "callbacks", "count"))
     for mode, expected in (("auto", problem), ("on", demanded)):
         here = SimpleNamespace(
-            execution=execution(graph=mode, **given),
+            settings=Settings(graph=mode, **given),
             fabric=SimpleNamespace(device=CPU),
             processes=SimpleNamespace(count=count),
         )
@@ -272,7 +273,7 @@ def test_the_log_of_a_run_says_why_there_is_no_graph(settings, why, recorded, mo
 
 
 def test_a_cpu_has_no_graphs():
-    here = SimpleNamespace(execution=execution(), fabric=SimpleNamespace(device=CPU))
+    here = SimpleNamespace(settings=Settings(), fabric=SimpleNamespace(device=CPU))
     assert graphs.make_graphs(here, network(), sltt.SLTT(), 4, ()) is None
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import sltt
 from sltt.training.checkpoints import load_checkpoint
-from sltt.training.manifest import BEST, CONFIG, LAST
+from sltt.training.files import BEST, CONFIG, LAST
 from tests.conftest import LINUX
 from tests.training.blobs import Blobs, equal, train
 

@@ -38,7 +38,7 @@ REFUSED = [
     ({"callbacks": ["EarlyStopping"]}, "callbacks"),
     ({"callbacks": EarlyStopping()}, "callbacks"),
     ({"data": Blobs(validation=0), "callbacks": [EarlyStopping()]}, "EarlyStopping needs validation samples: hold"),
-    ({"data": Empty()}, "there are no train samples"),
+    ({"data": Empty()}, "there are no test samples"),
     ({"batch_size": 1, "phases": [Phase(1, batches=1)]}, ONE),
     ({"batch_size": 59, "phases": [Phase(1, batches=1), Phase(1)], "epochs": 2}, ONE),
     ({"batch_size": 59, "phases": [Phase(1, batches=2)]}, ONE),

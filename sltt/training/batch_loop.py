@@ -1,0 +1,141 @@
+"""The batches of a stage: from a loader to gradients, and to an update of the weights."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sltt.analysis import FiringRates
+from sltt.data import Splits
+from sltt.losses import is_per_step, keeps_mean, to_score
+from sltt.rules import Output
+from sltt.rules.diagnosis import check_reached
+from sltt.sequence.layout import last_fold, spiking_layers
+from sltt.sequence.padding import Padded, target_of
+from sltt.sequence.spikes import observe_spikes
+from sltt.sequence.steps import check_input
+from sltt.training.batches import Ahead, EpochSampler, count_parts, cut, join_outputs, seed_batch, share, whole_epoch
+from sltt.training.graphs import make_graphs
+from sltt.training.learner import Learner
+from sltt.training.phases import Stage, freeze_norm, set_rates
+from sltt.training.progress import BatchMemory, Progress
+from sltt.training.safeguards import check_finite, check_labels, check_length
+from sltt.training.score import Score, count_scored
+
+
+class BatchLoop:
+    """The batches of a stage.
+
+    Attributes:
+        batches: how many there are in an epoch.
+        fold: of a full batch, once one was trained.
+        score: of the epoch in progress, and `firing` its firing rates.
+    """
+
+    def __init__(self, learner: Learner, stage: Stage, splits: Splits, sampler: EpochSampler, batches: int):
+        self.learner, self.stage, self.splits, self.sampler, self.batches = learner, stage, splits, sampler, batches
+        self.memory = BatchMemory(learner.session.fabric.device)
+        callbacks = learner.settings.callbacks or ()
+        self.graphs = make_graphs(learner.session, learner.model, stage.rule, stage.steps, callbacks)
+        self.fold = None
+        self._spiking = spiking_layers(learner.model)
+
+    def run(self, loader: Any, state: Progress) -> Iterator[float]:
+        """Train what is left of an epoch; give the loss of each batch after its update."""
+        self.score = Score(self.learner.settings.metric, self.learner.processes, state)
+        self.firing = FiringRates(list(self._spiking))
+        self.firing.load_state_dict(state.firing)
+        self.learner.net.train()
+        if self.stage.freeze_norm:
+            freeze_norm(self.learner.model)
+        ahead = Ahead(self._prepare(whole_epoch(loader)))
+        return (self._train(state, ahead, *batch) for batch in ahead)
+
+    def _prepare(self, batches: Iterator[Any]) -> Iterator[tuple[Tensor, Tensor | Padded, float]]:
+        """Yield batches, checked and on the device, and the share of a padded batch's real steps that is here."""
+        here = self.learner.session
+        for x, y in batches:
+            check_labels(target_of(y), self.splits.classes)
+            check_length(x, y, self.splits, self.stage.steps)
+            if here.fabric.device.type != "cpu":  # where the rule does not look, since that would wait
+                check_input(x)
+            real = y.steps / here.processes.sum([y.steps])[0] if isinstance(y, Padded) else 1.0
+            yield *here.batch(x, y, self.splits.per_step), real
+
+    def _train(self, state: Progress, ahead: Ahead, x: Tensor, y: Tensor | Padded, real: float) -> float:
+        """Train a batch, or this process's share of it; see `_prepare`."""
+        learner, rule, processes = self.learner, self.stage.rule, self.learner.processes
+        settings, loss_of, length = learner.settings, learner.loss, self.sampler.length
+        epoch = state.epoch + state.batch / self.batches
+        set_rates(learner.optim, learner.initial, self.stage, settings.schedule, epoch)
+        learner.optim.zero_grad()
+        largest = min(settings.batch_size, length)
+        size = min(largest, length - state.batch * settings.batch_size)
+        weight, count = share(size, processes.rank, processes.count)
+        drawn = seed_batch(settings.seed, state.epoch, state.batch)  # of the rule, in all processes alike
+        seed_batch(settings.seed, state.epoch, state.batch, processes.rank)
+        if isinstance(y, Padded):
+            weight = real
+        static, per_step, carried = self.splits.static, is_per_step(loss_of), rule.state_dict()
+
+        def reduce_and_update() -> None:
+            learner.reduce()
+            learner.update()
+
+        def iteration(x: Tensor, y: Tensor | Padded) -> tuple[Output, FiringRates]:
+            parts = cut(x, y, count_parts(settings.accumulate, size, processes.count), static=static, per_step=per_step)
+            outs = []
+            # outside of calls of the network, so that its casts of weights last for all of them
+            casts = torch.autocast(learner.session.fabric.device.type, enabled=False)
+            with casts, observe_spikes(self._spiking, FiringRates(list(self._spiking))) as seen:
+                for part in parts:
+                    rule.load_state_dict(carried)  # each part draws the same time steps
+                    out = rule(
+                        *(learner.net, part.x, part.y, loss_of),
+                        steps=self.stage.steps if static else None,
+                        backward=partial(learner.backward, weight * part.weight),
+                        update=reduce_and_update if rule.online else None,
+                        seed=drawn,
+                        mean_logits=keeps_mean(loss_of, y),
+                    )
+                    outs.append(out)
+                seen.settle()
+            return join_outputs(outs, parts), seen
+
+        run = partial(iteration, x, y)
+        if self.graphs and not self.graphs.problem and size == largest:  # the last batch of an epoch may be smaller
+            run = partial(self.graphs, iteration, x, y, rule.draw(self.stage.steps, drawn))
+        with learner.round_weights():
+            due = self.memory.is_due(len(x), full=size == largest)
+            out, seen = self.memory.measure(run) if due else run()
+        if count:
+            self.firing.add(seen)
+        if not rule.online:
+            learner.reduce()
+            check_reached(learner.model)
+        ahead.fetch()  # a GPU has work, and next the host waits for it
+        check_finite(out.loss, learner.model, learner.optim, scaled=learner.scaled)
+        counted = count_scored(loss_of, y, count)
+        # before the update, so that a GPU runs that while the host prepares the next batch
+        loss = out.loss.item()
+        self.score.add(*to_score(loss_of, out.logits, y), counted)
+        if not rule.online:
+            learner.update()
+        processes.average_statistics(learner.model)
+        state.count(loss, counted, y)
+        if learner.average:
+            learner.average.update(learner.model)
+        self.fold = self.fold or last_fold(learner.net)  # the last batch may be smaller
+        return loss
+
+    def launches(self) -> Iterator[str]:
+        """Say how many time steps share a call of the network, or why none do; and why batches are no CUDA graphs."""
+        fold = self.fold if self.stage.rule.fold == "auto" else None
+        if fold and fold.trained > 1:
+            yield f"{fold.trained} of {self.stage.steps} time steps share a call of the network"
+        if fold and fold.why:
+            yield f"time steps run one by one, since the network {fold.why}"
+        if self.graphs and self.graphs.problem:
+            yield f"batches run without a CUDA graph, since {self.graphs.problem}"

@@ -1,0 +1,81 @@
+"""The network of a training on its device, and what changes its weights."""
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sltt.parallel.processes import gather_parts, synchronise
+from sltt.training.average import Average, select_weights
+from sltt.training.checkpoints import load_optimizer, load_weights
+from sltt.training.parameters import parameter_groups
+from sltt.training.quantised import round_weights
+from sltt.training.session import Session
+from sltt.training.settings import Settings
+
+
+class Learner:
+    """A network with its loss, its optimizer and the average of its weights.
+
+    Attributes:
+        net: the network for calls under the precision of the session.
+        average: of the weights, where the training has one.
+        averaged: the network with these, for such calls; else `net`.
+        initial: learning rate and weight decay of each group of parameters.
+        scaled: whether a scaler leaves out steps that are not finite.
+    """
+
+    def __init__(self, session: Session, settings: Settings, model: nn.Module):
+        self.session, self.processes, self.settings, self.model = session, session.processes, settings, model
+        if session.settings.sync_batchnorm and self.processes.count > 1:
+            synchronise(model)
+        self.net = session.set_up(model)
+        self.average = None if settings.ema is None else Average(model, settings.ema)
+        groups = parameter_groups(model, settings.norm_weight_decay, settings.norm_bias_lr)
+        self.optim: Any = session.fabric.setup_optimizers(settings.optimizer(groups))
+        self.averaged = session.set_up(self.average.module) if self.average else self.net
+        self.loss = session.set_up_loss(settings.loss)
+        self.scaled = session.settings.precision == "16-mixed"
+        self.initial = [(group["lr"], group.get("weight_decay", 0.0)) for group in self.optim.param_groups]
+
+    def round_weights(self) -> AbstractContextManager[None]:
+        """Round the weights inside a block, in a training that is quantised."""
+        return round_weights(self.model) if self.settings.quantised else nullcontext()
+
+    def backward(self, weight: float, loss: Any) -> None:
+        """Backpropagate, such that the gradients of all parts and processes add up to that of the batch."""
+        self.session.fabric.backward(loss * weight)
+
+    def reduce(self) -> None:
+        """Add up the gradients of all processes."""
+        self.processes.reduce_gradients(self.model.parameters())
+
+    def update(self) -> None:
+        """Change the weights by their gradients."""
+        if (most := self.settings.clip_norm) is not None:
+            self.session.fabric.clip_gradients(self.net, self.optim, max_norm=most, error_if_nonfinite=not self.scaled)
+        self.optim.step()
+        self.optim.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        weights = self.model.state_dict()
+        with self.round_weights():
+            rounded = copy.deepcopy(weights) if self.settings.quantised else None
+        return {
+            "model": gather_parts(weights),
+            "averaged": self.average.module.state_dict() if self.average else rounded,
+            "optimizer": gather_parts(self.optim.state_dict()),
+            "scaler": self.session.fabric.strategy.precision.state_dict(),
+        }
+
+    def load(self, checkpoint: dict[str, Any], path: Path, batches: int) -> None:
+        """Take over the state in a checkpoint that lies at `path`, after so many batches."""
+        load_weights(self.model, checkpoint["model"], path)
+        if self.average:
+            load_weights(self.average.module, select_weights(checkpoint), path)
+            self.average.step = batches
+        load_optimizer(self.optim, checkpoint["optimizer"], path)
+        self.session.fabric.strategy.precision.load_state_dict(checkpoint["scaler"])
