@@ -6,19 +6,22 @@ import operator
 from collections.abc import Collection, Container
 from functools import reduce
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from sltt import kernels
-from sltt.checks import flag, whole_number
+from sltt.checks import choice, flag, whole_number
 from sltt.losses import SequenceLoss, is_mean
+from sltt.neurons import Delay
 from sltt.rules.base import Rule
 from sltt.rules.batch import Batch, Fold, Output
+from sltt.rules.credit import Credit, CreditStep
 from sltt.rules.folding import fold_of
 from sltt.rules.segments import run_in_segments, split
 from sltt.sequence.padding import Padded
+from sltt.sequence.step import Step
 
 GRAPHS = 64  # of SLTT-K, one for each draw of its steps
 
@@ -72,7 +75,9 @@ class Truncated(Rule):
         cut = length == 1  # such windows share a call of the network: the neurons cut the gradient between its steps
         whole = batch.whole  # logits are collected, or losses
         if shared := cut and not whole:
-            windows = _split_into_calls(steps, trained, fold, is_mean(batch.loss))
+            # a step without a backward sends no error back through a delay
+            mixed = is_mean(batch.loss) and not any(isinstance(m, Delay) for m in batch.network.layout.layers)
+            windows = _split_into_calls(steps, trained, fold, mixed)
         else:
             windows = [(window, window.start in trained, None) for window in split(steps, length)]
         for window, graph, some in windows:
@@ -82,8 +87,7 @@ class Truncated(Rule):
                 value = batch.run(call, **how) if whole else batch.forward(call, **how, trained=some)
                 values.append(value.clone() if whole else value)  # the model may go on to change its logits
             value = batch.window_loss(window, torch.cat(values)) if whole else reduce(operator.add, values)
-            if graph:
-                batch.backward(value * scale)
+            batch.backpropagate(value * scale if graph else None, window.stop)
             del values, value  # so that the graph of this window is gone before the next forward
             if not cut:
                 batch.detach()
@@ -198,26 +202,39 @@ class SLTT(Truncated):
     drawn anew for every batch, run backward; the others run forward without a graph, BatchNorm still in training mode,
     and count with gradient zero. They are `torch.randperm(T)[:k]`, by the `seed` of the call if there is one.
 
+    A `Delay` with trained layers before it gives them its error back, exactly, with the largest tap D of a delay:
+
+        e^l[t] = (Σ_n (W_n^{l+1})ᵀ e^{l+1}[t+n]) ⊙ ∂s/∂u,   ∇W_n^l = Σ_t e^l[t] s^{l−1}[t−n]ᵀ
+
+    Layer l runs its backward Δ_l steps later, the sum of D over the delays behind it, and keeps as many graphs. Under
+    SLTT-K the error reaches the steps that run backward.
+
     Args:
         k: number of steps with a backward, at least 1; None trains all.
         rescale: multiply the gradient by T/k, which makes SLTT-K an unbiased estimate of SLTT's gradient. The paper
             does not.
+        credit: "exact", or "none": delayed taps are constants, and nothing waits.
         how: how the rule runs, see `Truncated`.
 
     Raises:
-        ValueError: k < 1, `rescale` without k, or, when called, k > T; and as of `Truncated`.
+        ValueError: k < 1, `rescale` without k, or, when called, k > T; something goes around a delay, such as a
+            residual connection, which the exact error needs to go through it; and as of `Truncated`.
 
     Source: Meng et al., ICCV 2023 (arXiv 2302.14311).
     """
 
     window = 1
 
-    def __init__(self, k: int | None = None, rescale: bool = False, **how: Any):
+    def __init__(self, k: int | None = None, rescale: bool = False, credit: Credit = "exact", **how: Any):
+        self.credit = choice("credit", credit, get_args(Credit))
         self.k = None if k is None else whole_number("k", k, least=1)
         self.rescale = flag("rescale", rescale)
         if rescale and k is None:
             raise ValueError("rescale=True needs k: without it every step is trained and there is nothing to rescale")
         super().__init__(**how)
+
+    def step(self) -> Step:
+        return CreditStep(self.credit == "exact")
 
     def check(self, model: nn.Module, steps: int) -> None:
         if self.k is not None and self.k > steps:
