@@ -138,7 +138,7 @@ class Batch:
             )
         if not (graph and self.network.bits):
             return nullcontext()
-        brief = cut and not recompute and not self.network.step.waits and self._largest
+        brief = cut and not recompute and (self.network.fast or not self.network.step.waits) and self._largest
         pays = not brief or (self.network.fast and kernels.bits_pay(self._largest * steps))
         return kernels.save_as_bits() if pays else nullcontext()
 

@@ -8,7 +8,7 @@ steps of the layer, and does not grow with T; each graph runs backward once.
 
 import operator
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import reduce
 from typing import Any, Literal
 
@@ -52,7 +52,7 @@ class CreditStep(Step):
         if not self.credit or not (x.requires_grad or layer in self.delays):
             return layer.module.advance(x, run.fold, run.cut)
         waiting = self.delays.setdefault(layer, _Waiting(layer))
-        y = waiting.read(x, layer.module.advance(x.detach(), run.fold, cut=True), run.fold)
+        y = waiting.read(x, layer.module.advance(x.detach(), run.fold, cut=True), run.fold, self.trained)
         if not self._readers:
             self._nodes[layer] = y.grad_fn
         return y
@@ -102,16 +102,17 @@ class _Waiting:
         self.queue: deque[tuple[range, Tensor]] = deque()
         self.leaves: dict[int, Tensor] = {}
 
-    def read(self, x: Tensor, y: Tensor, steps: int) -> Tensor:
-        """Return y, the taps of n time steps, in a graph to the leaves of these taps."""
+    def read(self, x: Tensor, y: Tensor, steps: int, trained: Container[int]) -> Tensor:
+        """Return y, the taps of n time steps, in a graph to the leaves of these taps; `trained` steps have a leaf."""
         call = range(self.ran, self.ran + steps)
         self.ran = call.stop
         if not torch.is_grad_enabled():
             return y
         if x.requires_grad:
             zeros = x.new_zeros(()).expand(len(x) // steps, *x.shape[1:])
-            self.leaves |= {t: zeros.detach().requires_grad_() for t in call}
-            self.queue.append((call, _Send.apply(x, [self.leaves[t] for t in call])))  # type: ignore[arg-type]
+            leaves = {t: zeros.detach().requires_grad_(t in trained) for t in call}
+            self.leaves |= leaves
+            self.queue.append((call, _Send.apply(x, [*leaves.values()])))  # type: ignore[arg-type]
         anchor = x.new_zeros(()).requires_grad_()  # the graph shows who reads the delay where no leaf is tapped yet
         tapped = [t - n for t in call for n in self.taps]
         return _Read.apply(y, self, tapped, anchor, *map(self.leaves.get, tapped))  # type: ignore[return-value]

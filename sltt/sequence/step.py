@@ -1,6 +1,6 @@
 """Forwards of layers in a time step: a rule overrides what it changes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +36,13 @@ class Step:
         run: the batch that the step is in.
         eager: compiled code is not in force.
         waits: graphs of a rule that cuts every step wait for their backward.
+        trained: the steps that have one.
     """
 
     run: "Run"
     eager = False
     waits = False
+    trained: Container[int] = ()
 
     def handler(self, layer: Layer, folds: bool) -> Any:
         """Return the method that stands for a layer's forward, or None; `folds`: calls may take several time steps."""
