@@ -43,6 +43,7 @@ CONSTRUCTORS = [
     (sltt.LIF.from_beta, {"beta": 0.5}, {"beta": number(0, 1, -0.5, 1.5)}),
     (sltt.Dropout, {}, {"p": number(-0.1, 1.0, 2)}),
     (sltt.RunningMax, {}, {"pool": OBJECT}),
+    (sltt.Delay, {}, {"taps": Kind(SIZES.values | {"negative": [0, -1]}, SIZES.message)}),
     (losses.CrossEntropyMSE, {}, {"alpha": number(-0.1, 1.1), "one_hot": FLAG, "label_smoothing": number(-0.1, 1)}),
     (schedules.Constant, {}, {"warmup": number(-1)}),
     (schedules.Cosine, {}, {"warmup": number(-1)}),

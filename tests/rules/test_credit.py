@@ -11,6 +11,7 @@ from torch import nn
 import sltt
 from tests.conftest import LOSS, gradient
 from tests.neurons.plain import Plain
+from tests.references import measured
 
 
 class Taps(nn.Module):
@@ -170,8 +171,97 @@ CASES += [("all", rule, fold) for rule in RULES for fold in FOLDS if ("all", rul
 def test_a_rule_is_exact_through_delays(network, rule, fold):
     (kind, settings, plain), (x, y) = RULES[rule], data()
     model = NETWORKS[network]()
-    if kind is sltt.OTTT and any(isinstance(m, sltt.Recurrent) for m in model):
+    if kind is sltt.OTTT and any(isinstance(m, sltt.Recurrent) for m in model.modules()):
         fold = 1  # as it says, in float64
     got = found(model, kind(**settings, fold=fold), x, y, seed=3)
     want = expected(model, x, y, **plain) * (11 / 4 if "rescale" in rule else 1)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+class Around(nn.Module):
+    """A delay, and something that goes around it, or comes and goes."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.lif, self.how, self.steps = nn.Linear(6, 8), sltt.LIF(), how, 0
+        self.late, self.later, self.head = sltt.Delay([2]), sltt.Delay([1]), nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, x):
+        s, self.steps = self.lif(self.first(x)), self.steps + 1
+        late = self.late(s)
+        if self.how == "two on one input":
+            late = late + self.later(s)
+        if self.how == "later ones" and self.steps > 3:
+            late = self.later(late)
+        return self.head(late + s if self.how == "shortcut" else late)
+
+
+@pytest.mark.parametrize(
+    ("how", "rule", "message"),
+    [
+        (
+            "shortcut",
+            sltt.SLTT(fold=1),
+            r"the loss reads what is before late \(Delay\) not only .* from tap 0 of the delay",
+        ),
+        ("shortcut", sltt.OTTT(fold=1), "not only through it"),
+        ("two on one input", sltt.SLTT(fold=2), r"later \(Delay\) reads what is before late .* join delays"),
+        ("later ones", sltt.SLTT(fold=1), r"later \(Delay\) runs in another order than in the first time step"),
+        ("", sltt.OTTT(online=True), "online updates the weights: use credit='none'"),
+        ("", sltt.RateBased(), r"late \(Delay\)"),
+    ],
+    ids=str,
+)
+def test_where_the_error_cannot_come_back_in_time(how, rule, message):
+    x, y = data()
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        rule(Around(how), x, y, LOSS, update=lambda: None)
+    if how:
+        found(Around(how), sltt.SLTT(credit="none", fold=1), x, y)
+
+
+def test_mixed_keeps_a_delay_for_its_window():
+    model, (x, y) = chain(None, [0, 2], [1, 3]), data()
+    torch.testing.assert_close(found(model, sltt.Mixed({"2": "all", "5": "all"}), x, y), expected(model, x, y))
+
+
+@pytest.mark.parametrize("rule", [sltt.SLTT(fold=1), sltt.SLTT(fold=4), sltt.OTTT(k=3), sltt.BPTT(segment=3)], ids=repr)
+def test_a_delay_under_all_else(rule):
+    """Lengths, autocast, scaled losses, a second batch, copies, evaluation, and inputs that the caller fills again."""
+    model, (x, y) = chain([0, 3], [0, 2], [1, 4]), data()
+    lengths = [11, 4, 7, 1, 5]
+    cut = x * (torch.arange(11)[:, None, None] < torch.tensor(lengths)[:, None])
+    padded = found(model, rule, cut, sltt.Padded(y, lengths), seed=1)
+    torch.testing.assert_close(padded, found(model, rule, cut + (cut == 0), sltt.Padded(y, lengths), seed=1))
+    scaled = found(model, rule, x, y, seed=1, backward=lambda value: (1024 * value).backward())
+    torch.testing.assert_close(scaled / 1024, found(model, rule, x, y, seed=1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = found(model.float(), rule, x.float(), y, seed=1)
+    assert torch.cosine_similarity(half, found(model, rule, x.float(), y, seed=1), 0) > 0.9
+    assert not [name for name in model.state_dict() if name[0] not in "147"]
+    logits, frame = sltt.unroll(model.double(), x, fold=4), torch.empty_like(x[0])
+    twin = written_out(model, lambda t, n: False)
+    torch.testing.assert_close(logits, torch.stack([twin(x_t) for x_t in x]).detach())
+    model(x[0])
+    model = copy.deepcopy(model)  # in the middle of a sequence
+    torch.testing.assert_close(torch.stack([model(frame.copy_(x_t)) for x_t in x[1:]]).detach(), logits[1:])
+
+
+def test_spikes_are_kept_as_bits_and_other_values_as_they_are():
+    delay, spikes = sltt.Delay([0, 2]), (torch.rand(5, 64, 128) < 0.2).float()
+    spikes[2] = torch.randn(64, 128)
+    given = [delay.advance(x, cut=True) for x in spikes]
+    assert [type(kept).__name__ for kept in delay.past] == ["Spikes", "Spikes"]
+    for t, y in enumerate(given):
+        torch.testing.assert_close(y, torch.cat([spikes[t], spikes[t - 2] if t > 1 else torch.zeros(64, 128)], 1))
+    with pytest.raises(ValueError, match="keeps a state"):
+        delay(spikes[0][:3])
+
+
+@pytest.mark.parametrize("rule", [sltt.SLTT(fold=1), sltt.OTTT(fold=1)], ids=repr)
+def test_memory_does_not_grow_with_time(rule):
+    model = nn.Sequential(*chain(None, [0, 2], [1, 3], sizes=(6, 64, 64, 3))).float()
+    x, y = torch.randn(160, 64, 6), torch.randint(3, (64,))
+    peaks = [measured(rule, model, x[:t], y, mean_logits=True) for t in (40, 160)]
+    assert peaks[1] <= 1.02 * peaks[0]
