@@ -57,7 +57,9 @@ CONSTRUCTORS = [
         "batches": of_phase(whole(0, -1).but("none")),
     }),
     (models.DigitsNet, {}, NETWORK | DROPOUT | {"width": whole(0, -1)}),
-    (models.MLP, {"features": [2, 2, 2]}, DROPOUT | {"features": SIZES, "norm": FLAG, "neuron": OBJECT}),
+    (models.MLP, {"features": [2, 2, 2]}, DROPOUT | {
+        "features": SIZES, "norm": FLAG, "neuron": OBJECT, "delays": SIZES.but("empty"),
+    }),
     (models.ShallowResNet, {}, NETWORK | DROPOUT | {"widths": SIZES, "stem": whole(-1), "blocks": whole(-1)}),
     (models.ShallowVGG, {}, {"widths": SIZES, "classes": whole(0, -1), "neuron": OBJECT, "scale": number(0, -1)}),
     (models.VGG, {"blocks": [[2]]}, NETWORK | DROPOUT),
