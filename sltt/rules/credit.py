@@ -19,6 +19,7 @@ from sltt import kernels
 from sltt.neurons import Delay
 from sltt.rules.mixed import graph_nodes, operations
 from sltt.sequence.layout import Layer
+from sltt.sequence.once import is_sharded
 from sltt.sequence.step import KEEPER, Step
 
 Credit = Literal["exact", "none"]
@@ -51,8 +52,11 @@ class CreditStep(Step):
         run.take_turn(layer, KEEPER)
         if not self.credit or not (x.requires_grad or layer in self.delays):
             return layer.module.advance(x, run.fold, run.cut)
-        waiting = self.delays.setdefault(layer, _Waiting(layer))
-        y = waiting.read(x, layer.module.advance(x.detach(), run.fold, cut=True), run.fold, self.trained)
+        if layer not in self.delays:
+            if is_sharded(run.model):
+                raise ValueError(f"the error through {layer} comes when sharded weights have moved: use credit='none'")
+            self.delays[layer] = _Waiting(layer)
+        y = self.delays[layer].read(x, layer.module.advance(x.detach(), run.fold, cut=True), run.fold, self.trained)
         if not self._readers:
             self._nodes[layer] = y.grad_fn
         return y
