@@ -37,6 +37,7 @@ class CreditStep(Step):
         self.credit = credit
         self.delays: dict[Layer, _Waiting] = {}  # with trained layers before them, in the order in which they ran
         self._readers: dict[Layer, set[Layer | None]] = {}  # the delays behind each, or None for the loss
+        self._ran = 0  # time steps
         self._nodes: dict[Layer, Any] = {}  # of the first graph, of what each delay gave
 
     @property
@@ -55,7 +56,7 @@ class CreditStep(Step):
         if layer not in self.delays:
             if is_sharded(run.model):
                 raise ValueError(f"the error through {layer} comes when sharded weights have moved: use credit='none'")
-            self.delays[layer] = _Waiting(layer)
+            self.delays[layer] = _Waiting(layer, self._ran)
         y = self.delays[layer].read(x, layer.module.advance(x.detach(), run.fold, cut=True), run.fold, self.trained)
         if not self._readers:
             self._nodes[layer] = y.grad_fn
@@ -68,6 +69,7 @@ class CreditStep(Step):
             if len(self._readers) < len(self.delays):
                 raise RuntimeError(f"{[*self.delays][-1]} {CHANGED}")
             backward(value)
+        self._ran = ran
         done: dict[Layer | None, int] = {None: ran}  # time steps whose backward has run, behind each delay
         for layer, waiting in reversed(self.delays.items() if self._readers else ()):
             before = min((done[reader] for reader in self._readers[layer]), default=ran)
@@ -101,8 +103,8 @@ class _Waiting:
         leaves: of each step, a tensor without memory that collects its error.
     """
 
-    def __init__(self, layer: Layer):
-        self.layer, self.taps, self.ran = layer, layer.module.taps, 0
+    def __init__(self, layer: Layer, ran: int):
+        self.layer, self.taps, self.ran = layer, layer.module.taps, ran
         self.queue: deque[tuple[range, Tensor]] = deque()
         self.leaves: dict[int, Tensor] = {}
 
