@@ -139,7 +139,7 @@ class _Read(torch.autograd.Function):
     """What a delay gave; its gradient goes to the leaves of the steps that were tapped."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, waiting: _Waiting, tapped: list[int], *leaves: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, y: Tensor, waiting: _Waiting, tapped: list[int], anchor: Tensor, *leaves: Any) -> Tensor:  # type: ignore[override]
         ctx.waiting, ctx.tapped = waiting, tapped
         return y.view_as(y)
 
