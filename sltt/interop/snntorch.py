@@ -8,6 +8,7 @@ reach the neurons that the network has.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from snntorch import DeltaLeaky, Leaky, SpikingNeuron, Synaptic
 from torch import nn
 
 from sltt import surrogates
-from sltt.interop.adapted import adapter_of
+from sltt.interop.adapted import BeforeReset, make_adapter
 from sltt.interop.conversion import ConversionError, leaky, read_constant, require, synaptic
 from sltt.sequence.state import register, role_of, set_role
 
@@ -101,4 +102,5 @@ _SURROGATES: dict[str, Callable[[float], surrogates.Surrogate]] = {
 
 
 register(SpikingNeuron, _states, reset=_reset, spikes=True, check=_check, translate=_translate, decay=_decay)
-set_role(Leaky, replace(role_of(SpikingNeuron), advance=adapter_of("mem", _translate, _constants, before_reset=True)))
+_advance = partial(make_adapter, BeforeReset)
+set_role(Leaky, replace(role_of(SpikingNeuron), advance=lambda module: _advance(module, "mem", _translate, _constants)))

@@ -6,13 +6,14 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from spikingjelly.activation_based import base, layer, neuron, surrogate
 from torch import Tensor, nn
 
 from sltt import surrogates
-from sltt.interop.adapted import adapter_of
+from sltt.interop.adapted import AfterReset, make_adapter
 from sltt.interop.conversion import ConversionError, require
 from sltt.neurons import IF, LIF, PLIF
 from sltt.sequence.hooks import own_forward
@@ -64,7 +65,7 @@ def _translate(module: Any) -> nn.Module:
 def _as_pytorch(module: Any) -> nn.Module:
     """Return one of the layers that SpikingJelly gives a step mode as PyTorch's."""
     kind = type(module).__bases__[0]
-    if kind is nn.Module or own_forward(module, role_of(type(module)).of):
+    if kind is nn.Module or own_forward(module, type(module)):
         return module
     new = copy.copy(module)
     new.__class__ = kind
@@ -110,6 +111,6 @@ register(
     check=_check,
     translate=_translate,
 )
-set_role(
-    neuron.BaseNode, replace(role_of(base.MemoryModule), advance=adapter_of("v", _translate, _constants))
-)
+_advance = partial(make_adapter, AfterReset)
+_role = replace(role_of(base.MemoryModule), advance=lambda module: _advance(module, "v", _translate, _constants))
+set_role(neuron.BaseNode, _role)

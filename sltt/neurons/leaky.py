@@ -193,8 +193,8 @@ class LIF(IntegrateAndFire):
         half_state: keep the membrane potential in the input's type also where that has 16 bits.
         v_init: membrane potential before the first step; None is v_r, 0 for a soft reset. Half the threshold brings the
             first spikes forward, and rounds the rate instead of rounding it down (Bu et al. 2022, arXiv 2202.01440).
-        subtract: r that a soft reset subtracts in place of V_th: u[t+1] = λ (u[t] − r s[t]) + x[t+1]. With r = V_th/λ the
-            threshold is subtracted one step later, after the decay, as snnTorch does.
+        subtract: r that a soft reset subtracts in place of V_th: u[t+1] = λ (u[t] − r s[t]) + x[t+1]. With r = V_th/λ
+            the threshold is subtracted one step later, after the decay, as snnTorch does.
 
     Defaults are those of the SLTT paper (Meng et al. 2023).
     """

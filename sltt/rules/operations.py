@@ -30,7 +30,13 @@ _BY_DIM = (  # of the first sample's dimensions on
     "_log_softmax _softmax amax amin argmax argmin cumsum flip logsumexp max mean min "
     "permute roll select slice softmax split split_with_sizes squeeze sum transpose unbind unsqueeze var std cat stack"
 )
-_WEIGHTED = {"addmm": 1, "convolution": 0, "embedding": 1, "linear": 0, "mm": 0}  # the argument with samples; all others are weights
+_WEIGHTED = {
+    "addmm": 1,
+    "convolution": 0,
+    "embedding": 1,
+    "linear": 0,
+    "mm": 0,
+}  # the argument with samples; all others are weights
 _POOLS = "avg_pool max_pool adaptive_avg_pool adaptive_max_pool _adaptive_avg_pool upsample pixel_shuffle im2col"
 _UNIFORM = "zeros ones full empty new_zeros new_ones new_full zeros_like ones_like full_like scalar_tensor"
 _PADS = "constant_pad_nd reflection_pad replication_pad"
@@ -184,11 +190,11 @@ def leave_samples_apart(run: Run, model: nn.Module, steps: int) -> bool:
 
     `model` is a copy of the run's. Notes in the run's layout whether it takes images with their channels last.
     """
-    drawn = random.getstate(), np.random.get_state()[1:]
+    drawn = repr((random.getstate(), np.random.get_state()))
     try:
         called = [_watch(model, run.sequence.input(range(n))) for n in (1, steps)]
         # the same of more samples, and when it runs again
-        if called[0] != called[1] or repr(drawn) != repr((random.getstate(), np.random.get_state()[1:])):
+        if called[0] != called[1] or drawn != repr((random.getstate(), np.random.get_state())):
             return False
     except Exception:  # of any kind: it is the user's code
         return False
@@ -221,7 +227,7 @@ def _check_gradient(y: Any, operations: Operations) -> None:
         if (node := waiting.pop()) is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            if not type(node)._forward_cls.__module__.startswith("sltt."):  # type: ignore[attr-defined]
-                raise UnknownError(f"has a gradient of its own in {type(node).__name__}")
+        own = isinstance(node, torch.autograd.function.BackwardCFunction)
+        if own and not type(node)._forward_cls.__module__.startswith("sltt."):  # type: ignore[attr-defined]
+            raise UnknownError(f"has a gradient of its own in {type(node).__name__}")
         waiting += [before for before, _ in node.next_functions]

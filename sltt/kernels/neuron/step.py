@@ -1,9 +1,9 @@
 """The fused neuron step: charge, fire and reset in one pass over memory, and a backward that saves almost nothing.
 
 The backward needs the surrogate's input u − V_th. For a soft reset it is recovered from what is there anyway, the
-membrane potential after the reset and the spikes: u − V_th = v − (V_th − r s), to the last bit where r is V_th. For a hard reset v says
-nothing about the u of a neuron that fired, so u is saved too. A learnable decay (PLIF) saves the membrane potential of
-the step before, and with `decay_input` the input, since its gradient is a sum over them.
+membrane potential after the reset and the spikes: u − V_th = v − (V_th − r s), to the last bit where r is V_th. For a
+hard reset v says nothing about the u of a neuron that fired, so u is saved too. A learnable decay (PLIF) saves the
+membrane potential of the step before, and with `decay_input` the input, since its gradient is a sum over them.
 
 Several time steps can be run in one call. The membrane potentials in between are then kept for the backward, or, where
 the input can be restored from what is saved anyway, replayed from it. A few steps in Triton are always replayed.
