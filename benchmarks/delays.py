@@ -25,18 +25,16 @@ import sltt
 from sltt.analysis import peak_memory
 
 PATH = DOCS / "results" / "delays.json"
-FAR = "recall-far --model.features [21,64,64,2] --model.delays []"
 TAPS = f"[{','.join(map(str, range(32)))}]"
 # the network, the command for each task, and the rules
 CASES = [
     ("recurrent", "BPTT,OTTT,SLTT", {
         "recall": "recall --model.recurrent true",
         "recall-marked": "recall-marked --model.recurrent true",
-        "recall-far": f"{FAR} --model.recurrent true",
+        "recall-far": "recall-far --model.features [21,64,64,2] --model.delays [] --model.recurrent true",
     }),
     ("feed-forward", "OTTT,OTTT:k=4,SLTT", {"recall": "recall"}),
     ("feed-forward", "OTTT,OTTT:k=2,SLTT", {"recall-marked": "recall-marked"}),
-    ("feed-forward", "OTTT,OTTT:k=8,SLTT", {"recall-far": FAR}),
     ("delays on the input", "SLTT", {
         "recall": "recall --model.features [200,40,4] --model.delays [[0,8]]",
         "recall-marked": "recall-marked --model.delays [[0,1,2,3,4]]",

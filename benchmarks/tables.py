@@ -67,16 +67,15 @@ def tasks(results: Path, cell: Callable[[Row], str], of: str = "") -> str:
 
 
 def delays(results: Path) -> str:
-    """Accuracies of rules on networks with and without delays, and the memory of a batch of the longest task."""
+    """Accuracies of rules on networks with and without delays."""
     rows, tasks = load(results, "delays"), ("recall", "recall-marked", "recall-far")
     for row in rows:
         row["name"] = "OTTT(k=T/4)" if row["rule"].startswith("OTTT:k") else shown(row["rule"])
     lines = []
     for (network, rule), of in grouped(rows, "network", "name").items():
         one = by(of, "task")
-        cells = [scores_text(one[task]["accuracies"]) if task in one else "" for task in tasks]
-        lines.append([network, rule, *cells, megabytes(one[tasks[-1]]["peak_memory"]) if tasks[-1] in one else ""])
-    return markdown(["network", "rule", *(f"`{task}`" for task in tasks), "memory, `recall-far`"], lines)
+        lines.append([network, rule, *(scores_text(one[t]["accuracies"]) if t in one else "" for t in tasks)])
+    return markdown(["network", "rule", *(f"`{task}`" for task in tasks)], lines)
 
 
 def layers(results: Path) -> str:

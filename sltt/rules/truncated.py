@@ -143,7 +143,7 @@ class BPTT(Truncated):
 class TBPTT(Truncated):
     """Truncated BPTT: exact within windows of consecutive steps, no gradient from one window to the one before.
 
-    Memory grows with the window, not with T. TBPTT(T) is BPTT, TBPTT(1) is SLTT.
+    Memory grows with the window, not with T. TBPTT(T) is BPTT, TBPTT(1) is SLTT(credit="none").
 
     Args:
         window: number of time steps, at least 1; the last window of a sequence may be shorter.
