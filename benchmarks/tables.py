@@ -28,7 +28,7 @@ from sltt.commands.verdict import MARGIN
 from sltt.training.console import megabytes
 
 DOCS = Path(__file__).parents[1] / "docs"
-NAMES = "performance", "paper", "results", "when-not", "recall", "own-neuron", "gpu"
+NAMES = "performance", "paper", "results", "when-not", "recall", "remember", "own-neuron", "gpu"
 PAGES = [DOCS / f"{name}.md" for name in NAMES]
 BLOCK = re.compile(r"(<!-- table (\S+)( over T)?(?: of ([^>]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 # in the table of tasks
@@ -64,6 +64,18 @@ def tasks(results: Path, cell: Callable[[Row], str], of: str = "") -> str:
     cells = {(shown(row["rule"]).partition("(windows")[0], row["task"]): cell(row) for row in rows}
     lines = [[rule, *(cells.get((rule, name), "") for name in names)] for rule in RULES]
     return markdown(["rule", *(f"`{name}`" for name in names)], [line for line in lines if any(line[1:])])
+
+
+def delays(results: Path) -> str:
+    """Accuracies of rules on networks with and without delays."""
+    rows, tasks = load(results, "delays"), ("recall", "recall-marked", "recall-far")
+    for row in rows:
+        row["name"] = "OTTT(k=T/4)" if row["rule"].startswith("OTTT:k") else shown(row["rule"])
+    lines = []
+    for (network, rule), of in grouped(rows, "network", "name").items():
+        one = by(of, "task")
+        lines.append([network, rule, *(scores_text(one[t]["accuracies"]) if t in one else "" for t in tasks)])
+    return markdown(["network", "rule", *(f"`{task}`" for task in tasks)], lines)
 
 
 def layers(results: Path) -> str:
@@ -297,6 +309,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tasks-cosine": partial(tasks, cell=lambda row: f"{row['cosine']:.3f}"),
     "series": partial(tasks, cell=lambda row: scores_text(row["accuracies"]), of="series"),
     "recurrent": partial(tasks, cell=lambda row: scores_text(row["accuracies"]), of="recurrent"),
+    "delays": delays,
     "layers": layers,
     "other-networks": other_networks,
     "sequences": sequences,

@@ -59,6 +59,7 @@ RULES = {
     "BPTT(hoist)": sltt.BPTT(hoist=True),
     "SLTT(k=1)": sltt.SLTT(k=1),
     "OTTT": sltt.OTTT(decay=0.5),
+    "OTTT(k=2)": sltt.OTTT(decay=0.5, k=2),
     "OTTT(inputs=False)": sltt.OTTT(decay=0.5, inputs=False),
     "RateBased": sltt.RateBased(),
     "RateBased(steady)": sltt.RateBased(steady=True),

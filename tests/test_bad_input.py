@@ -43,6 +43,7 @@ CONSTRUCTORS = [
     (sltt.LIF.from_beta, {"beta": 0.5}, {"beta": number(0, 1, -0.5, 1.5)}),
     (sltt.Dropout, {}, {"p": number(-0.1, 1.0, 2)}),
     (sltt.RunningMax, {}, {"pool": OBJECT}),
+    (sltt.Delay, {}, {"taps": Kind(SIZES.values | {"negative": [0, -1]}, SIZES.message)}),
     (losses.CrossEntropyMSE, {}, {"alpha": number(-0.1, 1.1), "one_hot": FLAG, "label_smoothing": number(-0.1, 1)}),
     (schedules.Constant, {}, {"warmup": number(-1)}),
     (schedules.Cosine, {}, {"warmup": number(-1)}),
@@ -56,7 +57,9 @@ CONSTRUCTORS = [
         "batches": of_phase(whole(0, -1).but("none")),
     }),
     (models.DigitsNet, {}, NETWORK | DROPOUT | {"width": whole(0, -1)}),
-    (models.MLP, {"features": [2, 2, 2]}, DROPOUT | {"features": SIZES, "norm": FLAG, "neuron": OBJECT}),
+    (models.MLP, {"features": [2, 2, 2]}, DROPOUT | {
+        "features": SIZES, "norm": FLAG, "neuron": OBJECT, "delays": SIZES.but("empty"),
+    }),
     (models.ShallowResNet, {}, NETWORK | DROPOUT | {"widths": SIZES, "stem": whole(-1), "blocks": whole(-1)}),
     (models.ShallowVGG, {}, {"widths": SIZES, "classes": whole(0, -1), "neuron": OBJECT, "scale": number(0, -1)}),
     (models.VGG, {"blocks": [[2]]}, NETWORK | DROPOUT),

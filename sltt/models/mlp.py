@@ -1,14 +1,13 @@
 """A fully connected network, for inputs without an image plane."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 from torch import Tensor, nn
 
-from sltt.checks import flag, whole_numbers
+from sltt.checks import flag, sequence, whole_numbers
 from sltt.dropout import Dropout
 from sltt.models.base import NeuronFactory, neuron_maker
-from sltt.neurons import LIF, Recurrent
+from sltt.neurons import LIF, Delay, Recurrent
 
 
 class MLP(nn.Module):
@@ -21,6 +20,7 @@ class MLP(nn.Module):
         norm: with BatchNorm. Its running statistics are those of all time steps together; leave it out where the steps
             differ, such as a silent one.
         recurrent: the spikes of each hidden layer come back one time step later, through a linear layer without bias.
+        delays: taps of a `Delay` before each linear layer, from the input on; None for a layer without one.
     """
 
     def __init__(
@@ -30,17 +30,25 @@ class MLP(nn.Module):
         dropout: float = 0.0,
         norm: bool = True,
         recurrent: bool = False,
+        delays: Sequence[Sequence[int] | None] = (),
     ):
         super().__init__()
         self.features = list(whole_numbers("features", features, least=1, fewest=2))
         norm, recurrent = flag("norm", norm), flag("recurrent", recurrent)
         neuron = neuron_maker(neuron)
+        if len(sequence("delays", delays, "taps")) >= len(features):
+            raise ValueError(f"delays must be taps of at most {len(features) - 1} linear layers, got {len(delays)}")
+
+        def linear(i: int) -> list[nn.Module]:
+            delay = [] if i >= len(delays) or (taps := delays[i]) is None else [Delay(taps)]
+            return [*delay, nn.Linear(features[i] * (len(delay[0].taps) if delay else 1), features[i + 1])]
+
         layers: list[nn.Module] = []
-        for before, after in pairwise(features[:-1]):
+        for i, after in enumerate(features[1:-1]):
             neurons = Recurrent(neuron(), nn.Linear(after, after, bias=False)) if recurrent else neuron()
-            layers += [nn.Linear(before, after), *([nn.BatchNorm1d(after)] if norm else []), neurons, Dropout(dropout)]
-        self.hidden = nn.Sequential(*layers)
-        self.head = nn.Linear(features[-2], features[-1])
+            layers += [*linear(i), *([nn.BatchNorm1d(after)] if norm else []), neurons, Dropout(dropout)]
+        *delay, self.head = linear(len(features) - 2)
+        self.hidden = nn.Sequential(*layers, *delay)
 
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, ...], flattened to [B, features[0]], to logits [B, features[-1]]."""

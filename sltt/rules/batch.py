@@ -117,6 +117,10 @@ class Batch:
             torch.clear_autocast_cache()
         return logits
 
+    def backpropagate(self, value: Tensor | None, ran: int) -> None:
+        """Run the backward of a call, after which so many time steps ran, and of earlier ones that waited for it."""
+        self.network.step.backward(value, self.backward, ran, self.steps)
+
     def rates(self) -> Tensor:
         """Run the network once on the mean input, with a graph: its logits [B, C]."""
         with kernels.save_as_bits():
@@ -134,7 +138,7 @@ class Batch:
             )
         if not (graph and self.network.bits):
             return nullcontext()
-        brief = cut and not recompute and self._largest
+        brief = cut and not recompute and (self.network.fast or not self.network.step.waits) and self._largest
         pays = not brief or (self.network.fast and kernels.bits_pay(self._largest * steps))
         return kernels.save_as_bits() if pays else nullcontext()
 

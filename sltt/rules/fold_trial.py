@@ -216,7 +216,8 @@ def _run(twin: nn.Module, sequence: Sequence, fold: int, step: Step, run_rule: R
         for layer in run.layout.keepers:
             for name in layer.states:
                 found[f"the state {name} of {layer}"] = getattr(layer.module, name)
-    found |= {f"the gradient of {name}": p.grad for name, p in twin.named_parameters()}
+    for name, p in twin.named_parameters():  # one behind a long delay may have 0 in a call of several steps alone
+        found[f"the gradient of {name}"] = torch.zeros_like(p) if p.grad is None else p.grad
     return found | {f"the buffer {name}": buffer for name, buffer in twin.named_buffers()}
 
 

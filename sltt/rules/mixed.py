@@ -143,7 +143,7 @@ def _parts(logits: Tensor, output: Any) -> bool:
     if not isinstance(output, Tensor) or output.grad_fn is None:
         return False
     node = output.grad_fn
-    return _operations(_graph_nodes([logits.grad_fn], stop=[node]) & _graph_nodes([node])) == {node}
+    return operations(graph_nodes([logits.grad_fn], stop=[node]) & graph_nodes([node])) == {node}
 
 
 class _Cut(Step):
@@ -213,10 +213,10 @@ class _Cut(Step):
         (output, then), states = found[0], self._kept_states()
         if (node := output.grad_fn) is None:
             return True
-        later = _graph_nodes([state.grad_fn for state in states - then], stop={*before, node})
-        above = _graph_nodes([value.grad_fn], stop=[node]) - {node}
-        below = _graph_nodes([node, *(state.grad_fn for state in states)], stop=before)
-        return node not in later and not _operations(above & below)
+        later = graph_nodes([state.grad_fn for state in states - then], stop={*before, node})
+        above = graph_nodes([value.grad_fn], stop=[node]) - {node}
+        below = graph_nodes([node, *(state.grad_fn for state in states)], stop=before)
+        return node not in later and not operations(above & below)
 
     def chain_backward(self, waiting: Tensor | None) -> Tensor | None:
         """Return `waiting`, whose backward also sends what this step left at the cut through the graph below.
@@ -234,13 +234,13 @@ class _Cut(Step):
 
         Nor may a kept state hold what stands above for the cut output: its gradient would come steps later.
         """
-        above = _graph_nodes([value.grad_fn])
+        above = graph_nodes([value.grad_fn])
         roots = [output.grad_fn for output, _ in self._outputs]
-        below = _graph_nodes([*roots, *_graph_of_states(self.kept)], stop=before)
+        below = graph_nodes([*roots, *_graph_of_states(self.kept)], stop=before)
         waiting = {id(state) for module in self.kept for state in state_tensors(module)}
-        waiting |= {id(node.variable) for node in below - _operations(below)}
+        waiting |= {id(node.variable) for node in below - operations(below)}
         crosses = any(id(leaf) in waiting for _, leaf in self._outputs)
-        return self._calls == 1 and not crosses and not _operations(above & below)
+        return self._calls == 1 and not crosses and not operations(above & below)
 
 
 def _graph_of_states(modules: Iterable[nn.Module]) -> set[Any]:
@@ -248,7 +248,7 @@ def _graph_of_states(modules: Iterable[nn.Module]) -> set[Any]:
     return {state.grad_fn for state in states if state.grad_fn is not None}
 
 
-def _graph_nodes(roots: Iterable[Any], stop: Iterable[Any] = ()) -> set[Any]:
+def graph_nodes(roots: Iterable[Any], stop: Iterable[Any] = ()) -> set[Any]:
     """Return the nodes of the graph behind `roots`, with these, and not further than `stop`."""
     seen: set[Any] = set()
     stop, todo = set(stop), [root for root in roots if root is not None]
@@ -260,6 +260,6 @@ def _graph_nodes(roots: Iterable[Any], stop: Iterable[Any] = ()) -> set[Any]:
     return seen
 
 
-def _operations(nodes: set[Any]) -> set[Any]:
+def operations(nodes: set[Any]) -> set[Any]:
     """Return the nodes but those of leaves, which add up gradients."""
     return {node for node in nodes if node.name() != "torch::autograd::AccumulateGrad"}

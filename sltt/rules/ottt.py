@@ -1,21 +1,21 @@
 """Online training through time: the weights' gradient from traces of what came before, the inputs' as in SLTT."""
 
-from typing import Any, Literal
+from typing import Literal, cast, get_args
 
 from torch import nn
 
-from sltt.checks import flag, number
-from sltt.rules.base import Rule
+from sltt.checks import choice, flag, number
 from sltt.rules.batch import Batch, Output
+from sltt.rules.credit import Credit
 from sltt.rules.folding import fold_of
-from sltt.rules.segments import split
+from sltt.rules.random_steps import RandomSteps, number_of_steps, split_into_calls
 from sltt.rules.trace_step import TraceStep
 from sltt.rules.traces import Traces
 from sltt.sequence.layout import Layout
 from sltt.sequence.step import Step
 
 
-class OTTT(Rule):
+class OTTT(RandomSteps):
     """Online training through time: backward at every step, with a trace of what each weight layer reads.
 
         ∇W^l = Σ_t e^l[t] x̂^l[t]ᵀ,   x̂^l[t] = λ x̂^l[t−1] + x^l[t]
@@ -44,9 +44,12 @@ class OTTT(Rule):
             spikes have a trace, readouts too, with the λ of the neurons that fired.
         fold: time steps in one call of the network, see `Truncated`. "auto" takes one with a learnable λ, the
             bias of a normalisation, and weights inside of recurrent layers that no kernel runs.
+        k: number of steps with a backward, drawn for each batch as in SLTT-K; the traces go on in all steps.
+        credit: of layers before a `Delay`, as of `SLTT`; with "exact", the traces of the steps that wait are kept.
 
     Raises:
-        ValueError: decay outside [0, 1], fold < 1 or together with online; when called, `online` without `update`,
+        ValueError: decay outside [0, 1], fold < 1 or together with online; when called, `online` without `update` or
+            where errors wait for delays, k > T,
             weights other than those of linear layers and convolutions, or, without `decay`, neurons with a hard reset,
             or a layer with a state of an unknown λ.
 
@@ -59,8 +62,11 @@ class OTTT(Rule):
         online: bool = False,
         inputs: bool = True,
         fold: int | Literal["auto"] = "auto",
+        k: int | None = None,
+        credit: Credit = "exact",
     ):
-        self.fold = fold_of(fold)
+        self.fold, self.k = fold_of(fold), number_of_steps(k)
+        self.credit = choice("credit", credit, get_args(Credit))
         if online and self.fold not in (1, "auto"):
             raise ValueError("online updates the weights after every time step, and fold takes several: choose one")
         self.decay = None if decay is None else number("decay", decay, least=0, most=1)
@@ -68,18 +74,26 @@ class OTTT(Rule):
         self.inputs = flag("inputs", inputs)
 
     def check(self, model: nn.Module, steps: int) -> None:
+        super().check(model, steps)
         Traces(Layout(model), self.decay, self.inputs)
 
     def step(self) -> Step:
-        return TraceStep(self.decay, self.inputs)
+        return TraceStep(self.decay, self.inputs, self.credit == "exact")
 
     def run(self, batch: Batch) -> Output:
-        step: Any = batch.network.step
+        step = cast(TraceStep, batch.network.step)
+        trained = step.trained = self.trained_steps(batch)
         # the first step shows which neurons each layer feeds; weights that change are read at every step
-        for call in [range(1), *split(range(1, batch.steps), batch.fold.trained)]:
-            value = batch.forward(call, cut=True)
+        for call, graph, some in [(range(1), True, None), *split_into_calls(range(1, batch.steps), trained, batch)]:
+            step.traces.in_graph = graph
+            value = batch.forward(call, graph=graph, cut=True, trained=some)
             step.traces.end(value, len(call))
-            batch.backward(value)
-            if self.online and batch.update is not None:
+            learns = graph and (call.start in trained or some is not None)
+            if self.online and step.waits:
+                raise ValueError(
+                    "errors come back through delays steps later, and online updates the weights: use credit='none'"
+                )
+            batch.backpropagate(value if learns else None, call.stop)
+            if self.online and learns and batch.update is not None:
                 batch.update()
         return batch.output()

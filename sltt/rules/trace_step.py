@@ -11,25 +11,28 @@ from torch.overrides import TorchFunctionMode
 from sltt import kernels
 from sltt._torch import _BatchNorm, has_own_operations
 from sltt.neurons import Recurrent
+from sltt.rules.credit import CreditStep
 from sltt.rules.traces import Traces
 from sltt.sequence.layout import Layer
 from sltt.sequence.run import Run
-from sltt.sequence.step import NEURON, Step
+from sltt.sequence.step import NEURON
 from sltt.sequence.steps import in_backward
 
 NORMALISATIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm}
 WEIGHTED = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 
 
-class TraceStep(Step):
+class TraceStep(CreditStep):
     """Time steps in which weights have the gradient of their traces; `end` is to be called after each forward.
 
     Args:
         decay: λ of all traces; None takes that of the neurons that a layer feeds.
         inputs: trace every layer; else those that read spikes, and no biases.
+        credit: as of `CreditStep`.
     """
 
-    def __init__(self, decay: float | None, inputs: bool):
+    def __init__(self, decay: float | None, inputs: bool, credit: bool = True):
+        super().__init__(credit)
         self.decay, self.inputs = decay, inputs
         self.traces: Any = None
         self.operations: dict[Layer, _Operations] = {}
@@ -51,7 +54,7 @@ class TraceStep(Step):
     def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         operations, module = self._operations_of(layer), layer.module
         operation = kernels.operation_of(module) if layer.is_known else None
-        if operation is None or len(args) != 1 or not torch.is_grad_enabled() or has_own_operations():
+        if operation is None or len(args) != 1 or not self.run.follows or has_own_operations():
             return operations.forward(*args, **kwargs)
         return operations.weigh(
             operation.function, args[0], layer.role.weight(module), module.bias, *operation.settings
@@ -59,7 +62,7 @@ class TraceStep(Step):
 
     def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         norm = layer.module
-        learns = self.inputs and torch.is_grad_enabled() and norm.bias is not None and norm.bias.requires_grad
+        learns = self.inputs and self.run.follows and norm.bias is not None and norm.bias.requires_grad
         if not learns:
             return super().norm(layer, *args, **kwargs)
         if not (layer.role.stepwise and layer.is_known and len(args) == 1):
@@ -77,7 +80,7 @@ class TraceStep(Step):
         traced = neuron.module in traces.decays and not traces.learns_decay(neuron.module)
         if not traced or not self.may_pair(norm, neuron):
             return None
-        if self.inputs and torch.is_grad_enabled() and bias is not None and bias.requires_grad:
+        if self.inputs and self.run.follows and bias is not None and bias.requires_grad:
             trace = traces.read(norm.module, None)
             bias = bias if trace is None else _scale_gradient(bias, trace.ones[-1])
         y = self.run_pair(norm, neuron, x, bias)
@@ -111,10 +114,14 @@ class TraceStep(Step):
                 return read, ones
             return read if found.read is None else found.read.now, found.ones if traces.inputs else ones
 
-        learns = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+        learns = run.follows and (weight.requires_grad or (bias is not None and bias.requires_grad))
         run.take_turn(layer, NEURON)
+        before = layer.module.s
         y = layer.advance(x, run.fold, run.cut, run.weights, trace if learns else None)
         if y is not None:
+            if learns and not torch.is_grad_enabled():
+                first = len(y) // run.fold
+                trace(torch.cat([torch.zeros_like(y[:first]) if before is None else before, y[:-first]]))
             traces.arrive(neuron, (x,), {})
             traces.leave(neuron, y)
         return y
@@ -132,6 +139,11 @@ class TraceStep(Step):
         output = super().neuron(layer, *args, **kwargs)
         traces.leave(layer.module, output)
         return output
+
+    def delay(self, layer: Layer, x: Tensor) -> Tensor:
+        y, traces = super().delay(layer, x), self.traces
+        traces.waits, traces.behind[y.grad_fn] = self.waits, x.grad_fn
+        return y
 
     def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if isinstance(layer.module, _BatchNorm):  # with a state besides
@@ -160,7 +172,7 @@ class _Operations(TorchFunctionMode):
         layer, before = self.layer, self.traces.uses[self.layer]
         with self:
             result = self.plain(*args, **kwargs)
-        if self.weighs and self.traces.uses[layer] == before and self.traces.wants(layer):
+        if self.weighs and self.traces.uses[layer] == before and self.run.follows and self.traces.wants(layer):
             raise ValueError(
                 f"OTTT has no trace for the weights of {layer}: its forward ({type(layer).__name__}) calls none of "
                 "F.linear, F.conv1d, F.conv2d and F.conv3d; call one, or use SLTT or BPTT"
@@ -169,7 +181,7 @@ class _Operations(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.is_grad_enabled():
+        if self.run.follows:
             if func in WEIGHTED:
                 return self.weigh(func, *args, **kwargs)
             if func in NORMALISATIONS and self.traces.inputs:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from sltt._torch import _BatchNorm
-from sltt.neurons import IntegrateAndFire, Recurrent
+from sltt.neurons import Delay, IntegrateAndFire, Recurrent
 from sltt.rules.decays import Decay, Decays, decay_of
 from sltt.sequence.layout import Layout
 from sltt.sequence.state import map_tensors, state_tensors
@@ -151,7 +151,8 @@ class Traces:
         self.carriers = {
             k.module: partial(decay_of, k.module, k.name, decay)
             for k in layout.keepers
-            if inputs and not getattr(k.module, "timeless", False) and known.isdisjoint(k.module.modules())
+            if inputs and not (isinstance(k.module, Delay) or getattr(k.module, "timeless", False))
+            if known.isdisjoint(k.module.modules())
         }
         self.traces: dict[tuple[nn.Module, int], _Trace] = {}
         self.through_decay: dict[nn.Module, Tensor] = {}  # ∂v/∂λ of neurons with a learnable λ
@@ -160,6 +161,9 @@ class Traces:
         self.outputs: set[Any] = set()  # the graph's nodes of what layers with a state gave
         self.last: nn.Module | None = None  # the neurons that ran last
         self.ran: set[Callable[[], Decays]] = set()  # the decays of what ran in this time step
+        self.in_graph = True  # the step has a backward
+        self.waits = False  # graphs wait for the error through delays
+        self.behind: dict[Any, Any] = {}  # the graph's node before a delay, by that of what it gave
         self.hidden: set[nn.Module] = set()  # layers that would have a trace, and ran without a graph
 
     def layers_without_fold(self, layout: Layout) -> list[str]:
@@ -194,6 +198,7 @@ class Traces:
         self.uses.clear()
         self.started.clear()  # nodes hold memory
         self.outputs.clear()
+        self.behind.clear()
         self.last = None
         self.ran.clear()
 
@@ -213,7 +218,7 @@ class Traces:
         """Return whether a layer that runs now, and not in a backward, is to have a trace."""
         learns = any(p.ndim > 1 and p.requires_grad for p in layer.parameters())
         reads = self.inputs or self._source(layer) is not None
-        return learns and reads and torch.is_grad_enabled() and not in_backward()
+        return learns and reads and not in_backward()
 
     def _source(self, layer: nn.Module) -> nn.Module | None:
         """Return the neurons whose spikes a layer that runs now reads; None before the first of a time step."""
@@ -229,8 +234,9 @@ class Traces:
         key = layer, self.uses[layer]
         self.uses[layer] += 1
         if (trace := self.traces.get(key)) is None:
-            if steps > 1:
-                raise ValueError(f"{layer} did not run in the first time step, and OTTT has no traces for it in a fold")
+            if steps > 1 or not self.in_graph:
+                how = "in a fold" if steps > 1 else "in a step without a backward, of OTTT(k=…)"
+                raise ValueError(f"{layer} did not run in the first time step, and OTTT has no traces for it {how}")
             begun = (t.read for t in self.traces.values() if t.first and t.read is not None)
             known = next((read for read in begun if read.last is not None and read.last() is x), None)
             trace = self.traces[key] = _Trace(None if x is None else known or _Read(x))
@@ -238,12 +244,18 @@ class Traces:
                 trace.decays.append(self.decays[source])
         elif trace.decays:
             trace.step(x, steps)
+            if self.waits and trace.read is not None and steps == 1:
+                trace.read.now = trace.read.value.clone()  # the value goes on, and the graph waits
         else:
             return None
         return trace
 
     def _read_again(self, layer: nn.Module) -> _Trace | None:
         """Return the trace of the time step whose backward runs this layer again."""
+        if self.waits:
+            raise ValueError(
+                f"a checkpoint runs {layer} again, and its trace has gone on: leave it out, or credit='none'"
+            )
         if (layer, 1) in self.traces:
             raise ValueError(
                 f"a checkpoint runs {layer} again, which the network uses several times in a time step: OTTT cannot "
@@ -297,7 +309,7 @@ class Traces:
             seen.add(node)
             if node in self.started:
                 yield self.started[node]
-            waiting += [behind for behind, _ in node.next_functions]
+            waiting += [behind for behind, _ in node.next_functions] + [self.behind.get(node)]
 
     def _with_decay(self, neuron: IntegrateAndFire, x: Tensor) -> Tensor:
         """Return the input x of neurons, with the gradient of λ through earlier time steps; the value is the same.
@@ -328,7 +340,8 @@ class Traces:
 
     def carry(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         """After another layer with a state ran: if gradients go through it, as in a leaky readout, it has a λ."""
-        carries = layer in self.carriers and any(state.requires_grad for state in state_tensors(layer))
+        graph = any(state.requires_grad for state in state_tensors(layer))
+        carries = layer in self.carriers and (graph or layer in self.decays)
         if in_backward() or not carries:
             return
         if layer not in self.decays:

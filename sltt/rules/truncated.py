@@ -1,26 +1,23 @@
 """Truncated backpropagation through time: BPTT, TBPTT and SLTT are one rule with windows of T, n and one steps."""
 
 import copy
-import math
 import operator
-from collections.abc import Collection, Container
+from collections.abc import Collection
 from functools import reduce
-from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 
 from sltt import kernels
-from sltt.checks import flag, whole_number
-from sltt.losses import SequenceLoss, is_mean
+from sltt.checks import choice, flag, whole_number
+from sltt.losses import SequenceLoss
 from sltt.rules.base import Rule
-from sltt.rules.batch import Batch, Fold, Output
+from sltt.rules.batch import Batch, Output
+from sltt.rules.credit import Credit, CreditStep
 from sltt.rules.folding import fold_of
+from sltt.rules.random_steps import RandomSteps, number_of_steps, split_into_calls
 from sltt.rules.segments import run_in_segments, split
-from sltt.sequence.padding import Padded
-
-GRAPHS = 64  # of SLTT-K, one for each draw of its steps
+from sltt.sequence.step import Step
 
 
 class Truncated(Rule):
@@ -67,12 +64,12 @@ class Truncated(Rule):
 
     def run(self, batch: Batch) -> Output:
         steps, length, fold = range(batch.steps), self.window or batch.steps, batch.fold
-        trained = self.trained_steps(batch)
+        trained = batch.network.step.trained = self.trained_steps(batch)
         scale = batch.steps / len(trained) if self.rescale else 1.0
         cut = length == 1  # such windows share a call of the network: the neurons cut the gradient between its steps
         whole = batch.whole  # logits are collected, or losses
         if shared := cut and not whole:
-            windows = _split_into_calls(steps, trained, fold, is_mean(batch.loss))
+            windows = split_into_calls(steps, trained, batch)
         else:
             windows = [(window, window.start in trained, None) for window in split(steps, length)]
         for window, graph, some in windows:
@@ -82,8 +79,7 @@ class Truncated(Rule):
                 value = batch.run(call, **how) if whole else batch.forward(call, **how, trained=some)
                 values.append(value.clone() if whole else value)  # the model may go on to change its logits
             value = batch.window_loss(window, torch.cat(values)) if whole else reduce(operator.add, values)
-            if graph:
-                batch.backward(value * scale)
+            batch.backpropagate(value * scale if graph else None, window.stop)
             del values, value  # so that the graph of this window is gone before the next forward
             if not cut:
                 batch.detach()
@@ -97,30 +93,6 @@ def step_by_step(rule: Rule) -> Rule:
     made = copy.copy(rule)
     vars(made)["fold"] = 1
     return made
-
-
-def _split_into_calls(
-    steps: range, trained: Container[int], fold: Fold, mixed: bool
-) -> list[tuple[range, bool, Container[int] | None]]:
-    """Return the time steps that share a call, whether it has a graph, and the trained ones if these are some of it.
-
-    Where `mixed` allows it, a call has steps of both kinds if m ≥ n/8 + 1 of its n steps are trained. Measured on small
-    networks, more and smaller calls take longer then.
-    """
-    kinds: list[Any] = [t in trained for t in steps]
-    for part in split(steps, fold.trained) if mixed else []:
-        count = sum(kinds[part.start : part.stop])
-        if count < len(part) and 8 * (count - 1) >= len(part):
-            kinds[part.start : part.stop] = [part] * len(part)
-    found: list[Any] = []
-    for kind, run in groupby(steps, kinds.__getitem__):
-        if isinstance(kind, range):
-            found.append((kind, True, trained))
-            continue
-        first, *others = run
-        calls = split(range(first, first + 1 + len(others)), fold.trained if kind else fold.forward)
-        found += [(call, kind, None) for call in calls]
-    return found
 
 
 class BPTT(Truncated):
@@ -171,7 +143,7 @@ class BPTT(Truncated):
 class TBPTT(Truncated):
     """Truncated BPTT: exact within windows of consecutive steps, no gradient from one window to the one before.
 
-    Memory grows with the window, not with T. TBPTT(T) is BPTT, TBPTT(1) is SLTT.
+    Memory grows with the window, not with T. TBPTT(T) is BPTT, TBPTT(1) is SLTT(credit="none").
 
     Args:
         window: number of time steps, at least 1; the last window of a sequence may be shorter.
@@ -189,7 +161,7 @@ class TBPTT(Truncated):
         super().__init__(**how)
 
 
-class SLTT(Truncated):
+class SLTT(RandomSteps, Truncated):
     """Spatial learning through time: v[t−1] is a constant in step t, so backward runs at once, step by step.
 
         ∇W^l = Σ_t e^l[t] s^{l−1}[t]ᵀ,   e^l[t] = ((W^{l+1})ᵀ e^{l+1}[t]) ⊙ ∂s/∂u
@@ -198,52 +170,36 @@ class SLTT(Truncated):
     drawn anew for every batch, run backward; the others run forward without a graph, BatchNorm still in training mode,
     and count with gradient zero. They are `torch.randperm(T)[:k]`, by the `seed` of the call if there is one.
 
+    A `Delay` with trained layers before it gives them its error back, exactly, with the largest tap D of a delay:
+
+        e^l[t] = (Σ_n (W_n^{l+1})ᵀ e^{l+1}[t+n]) ⊙ ∂s/∂u,   ∇W_n^l = Σ_t e^l[t] s^{l−1}[t−n]ᵀ
+
+    Layer l runs its backward Δ_l steps later, the sum of D over the delays behind it, and keeps as many graphs. Under
+    SLTT-K the error reaches the steps that run backward.
+
     Args:
         k: number of steps with a backward, at least 1; None trains all.
         rescale: multiply the gradient by T/k, which makes SLTT-K an unbiased estimate of SLTT's gradient. The paper
             does not.
+        credit: "exact", or "none": delayed taps are constants, and nothing waits.
         how: how the rule runs, see `Truncated`.
 
     Raises:
-        ValueError: k < 1, `rescale` without k, or, when called, k > T; and as of `Truncated`.
+        ValueError: k < 1, `rescale` without k, or, when called, k > T; something goes around a delay, such as a
+            residual connection, which the exact error needs to go through it; and as of `Truncated`.
 
     Source: Meng et al., ICCV 2023 (arXiv 2302.14311).
     """
 
     window = 1
 
-    def __init__(self, k: int | None = None, rescale: bool = False, **how: Any):
-        self.k = None if k is None else whole_number("k", k, least=1)
+    def __init__(self, k: int | None = None, rescale: bool = False, credit: Credit = "exact", **how: Any):
+        self.credit = choice("credit", credit, get_args(Credit))
+        self.k = number_of_steps(k)
         self.rescale = flag("rescale", rescale)
         if rescale and k is None:
             raise ValueError("rescale=True needs k: without it every step is trained and there is nothing to rescale")
         super().__init__(**how)
 
-    def check(self, model: nn.Module, steps: int) -> None:
-        if self.k is not None and self.k > steps:
-            raise ValueError(f"SLTT(k={self.k}) trains {self.k} steps, but the sequence has T = {steps}; use k ≤ T")
-
-    def draw(self, steps: int, seed: int | None) -> frozenset[int] | None:
-        if self.k is None:
-            return None
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        return frozenset(torch.randperm(steps, generator=generator, device="cpu")[: self.k].tolist())
-
-    def no_graph(self, steps: int) -> str | None:
-        if self.k is None:
-            return None
-        draws = math.comb(steps, self.k)
-        if draws > GRAPHS:
-            return f"has {draws} draws of {self.k} of {steps} steps, and each is a graph: {GRAPHS} at most"
-        return None
-
-    def trained_steps(self, batch: Batch) -> Collection[int]:
-        if not isinstance(batch.target, Padded):  # T of a padded batch is that of its longest sequence
-            self.check(batch.model, batch.steps)
-        if self.k and batch.seed is None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise ValueError(
-                f"SLTT(k={self.k}) draws its steps anew for each batch, and a CUDA graph would repeat one draw: "
-                "capture SLTT(), or run SLTT-K without a graph"
-            )
-        drawn = self.draw(batch.steps, batch.seed)
-        return range(batch.steps) if drawn is None else drawn
+    def step(self) -> Step:
+        return CreditStep(self.credit == "exact")

@@ -190,6 +190,11 @@ class Run:
             f"{list(logits.shape)}; a layer does not take the steps as samples: use fold=1"
         )
 
+    @property
+    def follows(self) -> bool:
+        """Return whether what runs now is of a training: in a graph, or in a step that the rule runs without one."""
+        return torch.is_grad_enabled() or not self.results.in_graph
+
     def require_folds(self) -> None:
         """Raise ValueError that names what cannot take several time steps in a call."""
         self.layout.require_folds()

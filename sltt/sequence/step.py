@@ -1,5 +1,6 @@
 """Forwards of layers in a time step: a rule overrides what it changes."""
 
+from collections.abc import Callable, Container
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ NEURON = (
     "runs twice in a time step, and has one membrane potential: use a neuron of its own for each place. A forward that "
     "loops over time: return the output of one time step, a rule calls it T times"
 )
+KEEPER = "runs twice in a time step, and keeps one state: use a layer of its own for each place"
 TWICE = "runs twice in a call of the network: use fold=1"
 
 
@@ -33,10 +35,14 @@ class Step:
     Attributes:
         run: the batch that the step is in.
         eager: compiled code is not in force.
+        waits: graphs of a rule that cuts every step wait for their backward.
+        trained: the steps that have one.
     """
 
     run: "Run"
     eager = False
+    waits = False
+    trained: Container[int] = ()
 
     def handler(self, layer: Layer, folds: bool) -> Any:
         """Return the method that stands for a layer's forward, or None; `folds`: calls may take several time steps."""
@@ -63,6 +69,11 @@ class Step:
     def require_folds(self) -> None:
         """Raise ValueError where several time steps cannot share a call; by default, they can."""
 
+    def backward(self, value: Tensor | None, backward: Callable[[Tensor], Any], ran: int, steps: int) -> None:
+        """Run the backward of a call, after which `ran` of T = `steps` ran; the value is None without a graph."""
+        if value is not None:
+            backward(value)
+
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         """Run a layer of neurons."""
         if _current_graph_task_id() != -1:  # as `in_backward`
@@ -84,7 +95,7 @@ class Step:
             run = self.run
             if (y := layer.advance(args[0], run.fold, run.cut, run.weights)) is not None:
                 if run.fold == 1:
-                    run.take_turn(layer, NEURON)
+                    run.take_turn(layer, KEEPER)
                 return y
         return self.run.one_by_one(layer, args, kwargs)
 

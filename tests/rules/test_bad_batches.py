@@ -12,7 +12,7 @@ from torch import nn
 import sltt
 from sltt import kernels, losses, surrogates
 from sltt.analysis import agreement
-from tests.bad_values import FLAG, OBJECT, assert_refused, constructions, number, whole
+from tests.bad_values import CHOICE, FLAG, OBJECT, assert_refused, constructions, number, whole
 
 HOW = {"recompute": FLAG, "fold": whole(0, -1), "hoist": FLAG}
 CONSTRUCTORS = [
@@ -26,8 +26,8 @@ CONSTRUCTORS = [
     (surrogates.Above, {}, {"surrogate": OBJECT}),
     (sltt.BPTT, {}, HOW | {"segment": whole(0, -1).but("none")}),
     (sltt.TBPTT, {"window": 2}, HOW | {"window": whole(0, -1)}),
-    (sltt.SLTT, {}, HOW | {"k": whole(0, -1).but("none"), "rescale": FLAG}),
-    (sltt.OTTT, {}, {"decay": number(-0.1, 1.1).but("none"), "online": FLAG}),
+    (sltt.SLTT, {}, HOW | {"k": whole(0, -1).but("none"), "rescale": FLAG, "credit": CHOICE}),
+    (sltt.OTTT, {}, {"decay": number(-0.1, 1.1).but("none"), "online": FLAG, "k": whole(0).but("none")}),
     (sltt.RateBased, {}, {"steady": FLAG}),
 ]
 

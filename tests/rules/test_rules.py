@@ -52,6 +52,7 @@ BACKWARDS = {
     "BPTT(hoist)": 1,
     "SLTT(k=1)": 1,
     "OTTT": 2,
+    "OTTT(k=2)": 1,
     "OTTT(inputs=False)": 2,
     "RateBased": 1,
     "RateBased(steady)": 1,

@@ -41,6 +41,10 @@ class Spikes:
         """Share of the elements that are not 0."""
         return self.count / max(1, 8 * self.bits.numel())
 
+    @property
+    def device(self) -> torch.device:
+        return self.bits.device
+
     def dense(self) -> Tensor:
         """Return the tensor again, in memory of its own."""
         return unpack(self.bits, self.one, self.dtype).as_strided(self.shape, self.stride)
