@@ -7,21 +7,13 @@ from sltt.interop.c_network import Affine, Fire, Network, Pool, Spread, Sum, Val
 
 @dataclass
 class Buffer:
-    """An array of the struct that values pass through.
-
-    Attributes:
-        name: in the struct.
-        kind: "spikes" is bits, 32 in a word; "small" has the type of the input; "values" has that of sums.
-        size: how many words or values fit.
-        until: the last operation that reads what is in it.
-        layer: that writes most to it.
-    """
+    """An array of the struct that values pass through."""
 
     name: str
-    kind: str
-    size: int
-    until: float
-    layer: str
+    kind: str  # "spikes" is bits, 32 in a word; "small" has the type of the input; "values" has that of sums
+    size: int  # how many words or values fit
+    until: float  # the last operation that reads what is in it
+    layer: str  # that writes most to it
 
 
 def find_fused(network: Network) -> dict[Fire, Weights]:

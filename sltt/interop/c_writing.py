@@ -12,13 +12,9 @@ from torch.nn.functional import pad
 from sltt.interop.c_buffers import find_fused, kind_of, padded, plan
 from sltt.interop.c_network import Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights
 
-_TYPES = {
-    "float32": dict.fromkeys(("input", "number", "weight", "row", "factor", "state"), "float"),
-    "int8": {
-        **{"input": "int8_t", "number": "int32_t", "weight": "int8_t"},
-        **{"row": "uint32_t", "factor": "int16_t", "state": "int16_t"},
-    },
-}
+_WORDS = ("input", "number", "weight", "row", "factor", "state")
+_INTEGERS = ("int8_t", "int32_t", "int8_t", "uint32_t", "int16_t", "int16_t")
+_TYPES = {"float32": dict.fromkeys(_WORDS, "float"), "int8": dict(zip(_WORDS, _INTEGERS, strict=True))}
 _BYTES = {"float": 4, "int32_t": 4, "uint32_t": 4, "int16_t": 2, "int8_t": 1}
 
 
