@@ -117,6 +117,7 @@ class _Reader:
         require(module not in self.seen, ", which runs twice in a time step")
         require(type(module) in _NEURONS and not own_forward(module, Neuron), "")
         require(type(module.surrogate).fires in (Surrogate.fires, Above.fires), ", which fires in a way of its own")
+        require(getattr(module, "subtract", None) is None, ", which subtracts another amount than its threshold")
         self.seen.add(module)
         given = module.arguments()
 

@@ -138,6 +138,7 @@ class _Export:
         kinds: dict[type, type] = {IF: nir.IF, LIF: nir.LIF, PLIF: nir.LIF, CubaLIF: nir.CubaLIF}
         require(type(neuron) in kinds, "")
         require(getattr(neuron, "v_init", None) is None, " with v_init, for which NIR has no parameter")
+        require(getattr(neuron, "subtract", None) is None, " with subtract, for which NIR has no parameter")
         kind = kinds[type(neuron)]
         values: dict[str, Any] = {"v_threshold": full(neuron.v_threshold)}
         if _HAS_RESET[kind]:

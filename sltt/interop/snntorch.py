@@ -7,6 +7,8 @@ reach the neurons that the network has.
 # pyright: reportMissingImports=false
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from snntorch import DeltaLeaky, Leaky, SpikingNeuron, Synaptic
 from torch import nn
 
 from sltt import surrogates
+from sltt.interop.adapted import BeforeReset, make_adapter
 from sltt.interop.conversion import ConversionError, leaky, read_constant, require, synaptic
-from sltt.sequence.state import register
+from sltt.sequence.state import register, role_of, set_role
 
 
 def _states(module: Any) -> Iterator[str]:
@@ -53,8 +56,14 @@ def _translate(module: Any) -> nn.Module:
         return leaky(decay, v_reset=0.0, detach_reset=module.reset_delay, **arguments)
     require(module.reset_mechanism == "subtract", f"has no reset that ours have ({module.reset_mechanism})")
     require(module.reset_delay, "fires once more, without a spike, if still above its threshold (reset_delay=False)")
-    require(decay == 1, "subtracts the threshold after the next decay, ours at once: use reset_mechanism='zero'")
-    return leaky(decay, detach_reset=True, **arguments)
+    later = {} if decay == 1 else {"subtract": threshold / max(decay, 1e-9)}  # after the decay of the next time step
+    return leaky(decay, detach_reset=True, **later, **arguments)
+
+
+def _constants(module: Any) -> tuple[Any, ...]:
+    tensors = module.beta, module.threshold, module.graded_spikes_factor
+    flags = module.reset_mechanism, module.reset_delay, module.inhibition, module.state_quant, module.output
+    return *tensors, *(t.requires_grad for t in tensors), module.spike_grad, *flags
 
 
 def _decay(module: Any) -> Any:
@@ -93,3 +102,5 @@ _SURROGATES: dict[str, Callable[[float], surrogates.Surrogate]] = {
 
 
 register(SpikingNeuron, _states, reset=_reset, spikes=True, check=_check, translate=_translate, decay=_decay)
+_advance = partial(make_adapter, BeforeReset)
+set_role(Leaky, replace(role_of(SpikingNeuron), advance=lambda module: _advance(module, "mem", _translate, _constants)))

@@ -2,17 +2,22 @@
 
 # pyright: reportMissingImports=false
 
+import copy
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from spikingjelly.activation_based import base, neuron, surrogate
+from spikingjelly.activation_based import base, layer, neuron, surrogate
 from torch import Tensor, nn
 
 from sltt import surrogates
+from sltt.interop.adapted import AfterReset, make_adapter
 from sltt.interop.conversion import ConversionError, require
 from sltt.neurons import IF, LIF, PLIF
-from sltt.sequence.state import register
+from sltt.sequence.hooks import own_forward
+from sltt.sequence.state import register, role_of, set_role
 
 
 def _states(module: Any) -> Iterator[str]:
@@ -57,6 +62,23 @@ def _translate(module: Any) -> nn.Module:
     return plif
 
 
+def _as_pytorch(module: Any) -> nn.Module:
+    """Return one of the layers that SpikingJelly gives a step mode as PyTorch's."""
+    kind = type(module).__bases__[0]
+    if kind is nn.Module or own_forward(module, type(module)):
+        return module
+    new = copy.copy(module)
+    new.__class__ = kind
+    new.step_mode = "s"  # which the network around it may read
+    return new
+
+
+def _constants(module: Any) -> tuple[Any, ...]:
+    surrogate, more = module.surrogate_function, [getattr(module, name, None) for name in ("tau", "decay_input")]
+    reset = module.v_threshold, module.v_reset, module.detach_reset
+    return *reset, surrogate, surrogate.alpha, surrogate.spiking, module.step_mode, module.store_v_seq, *more
+
+
 def _surrogate(function: Any) -> surrogates.Surrogate:
     make = _SURROGATES.get(type(function))
     if make is None or not function.spiking:
@@ -77,6 +99,10 @@ _SURROGATES: dict[type, Callable[[float], surrogates.Surrogate]] = {
 
 
 register(base.StepModule, (), check=_check)
+for _kind in vars(layer).values():  # whose step mode "s" is the forward of PyTorch's layer
+    if isinstance(_kind, type) and _kind.__bases__[1:] == (base.StepModule,):
+        _role = role_of(_kind.__bases__[0])
+        set_role(_kind, replace(_role, check=_check, translate=_as_pytorch, of=_kind))
 register(
     base.MemoryModule,
     _states,
@@ -85,3 +111,6 @@ register(
     check=_check,
     translate=_translate,
 )
+_advance = partial(make_adapter, AfterReset)
+_role = replace(role_of(base.MemoryModule), advance=lambda module: _advance(module, "v", _translate, _constants))
+set_role(neuron.BaseNode, _role)

@@ -18,7 +18,7 @@ from sltt.neurons.base import Neuron, split_steps, takes_any
 from sltt.neurons.inspection import emits_bits
 from sltt.surrogates import Surrogate, Triangle
 
-_CONSTANTS = "v_threshold", "v_reset", "decay_input", "detach_reset", "surrogate"
+_CONSTANTS = "v_threshold", "v_reset", "decay_input", "detach_reset", "surrogate", "subtract"
 BELOW = "it must be below v_threshold"
 
 
@@ -32,13 +32,14 @@ def lif_step(
     decay_input: bool = False,
     detach_reset: bool = False,
     surrogate: Surrogate = Triangle(),
+    subtract: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One time step of leaky integrate-and-fire neurons.
 
         u = λ v + x                      charge, soft reset
         u = v_r + λ (v − v_r) + x        charge, hard reset to v_r
         s = H(u − V_th)                  fire; backward through the surrogate
-        v = u − V_th s                   soft reset
+        v = u − r s                      soft reset by r, which is V_th by default
         v = u − (u − v_r) s              hard reset
 
     With `decay_input`, (1 − λ) x takes the place of x.
@@ -52,6 +53,7 @@ def lif_step(
         decay_input: scale the input by 1 − λ.
         detach_reset: no gradient through the spike in the reset.
         surrogate: stands in for the derivative of H.
+        subtract: r of a soft reset; None is V_th.
 
     Returns:
         The spikes s and the membrane potential v, both [B, ...].
@@ -65,7 +67,8 @@ def lif_step(
     u = decay * v + current if rest == 0 else rest + decay * (v - rest) + current
     s = surrogate(u - v_threshold)
     reset_s = s.detach() if detach_reset else s
-    v = u - v_threshold * reset_s if v_reset is None else u - (u - v_reset) * reset_s
+    amount = v_threshold if subtract is None else subtract
+    v = u - amount * reset_s if v_reset is None else u - (u - v_reset) * reset_s
     return s, v
 
 
@@ -77,6 +80,7 @@ class IntegrateAndFire(Neuron):
 
     v: Tensor | None
     decay_input = False
+    subtract: float | None = None
 
     def __init__(
         self,
@@ -189,6 +193,8 @@ class LIF(IntegrateAndFire):
         half_state: keep the membrane potential in the input's type also where that has 16 bits.
         v_init: membrane potential before the first step; None is v_r, 0 for a soft reset. Half the threshold brings the
             first spikes forward, and rounds the rate instead of rounding it down (Bu et al. 2022, arXiv 2202.01440).
+        subtract: r that a soft reset subtracts in place of V_th: u[t+1] = λ (u[t] − r s[t]) + x[t+1]. With r = V_th/λ
+            the threshold is subtracted one step later, after the decay, as snnTorch does.
 
     Defaults are those of the SLTT paper (Meng et al. 2023).
     """
@@ -203,10 +209,12 @@ class LIF(IntegrateAndFire):
         surrogate: Surrogate = Triangle(),
         half_state: bool = False,
         v_init: float | None = None,
+        subtract: float | None = None,
     ):
         super().__init__(v_threshold, v_reset, detach_reset, surrogate, half_state, v_init)
         self.tau = valid_tau(tau)
         self.decay_input = flag("decay_input", decay_input)
+        self.subtract = subtract if subtract is None else number("subtract", subtract, above=0)
 
     @classmethod
     def from_beta(cls, beta: float, **kwargs: Any) -> Self:

@@ -1,11 +1,12 @@
 """Choose how many time steps go into one call of the network: from the shapes of its layers, never from a clock.
 
 A matrix product of few rows (samples × pixels) takes the time of one with many, since it reads its whole weight. So
-several time steps share a call, until the layers' products have some 2,048 rows. A network whose products have as many
-in one time step runs step by step.
+several time steps share a call, until the layers' products have some 2,048 rows: in the mean over layers, each by its
+weights, which is that of the time. A network whose products have as many in one time step runs step by step.
 
-Steps share a call only where that changes no result. Structure proves it (`sltt.sequence.proof`); else the first real
-batch shows it (`fold_trial`), and the next batch of a network that has changed; else each step runs by itself.
+Steps share a call only where that changes no result. Structure proves it (`sltt.sequence.proof`), or the operations of
+the forward (`operations`); else the first real batch shows it (`fold_trial`), and the next batch of a network that has
+changed; else each step runs by itself.
 """
 
 import math
@@ -20,6 +21,7 @@ from sltt import kernels
 from sltt.checks import whole_number
 from sltt.rules.batch import Fold
 from sltt.rules.fold_trial import PlainError, RunRule, apart_from_user, copy_apart, find_difference, run_steps
+from sltt.rules.operations import leave_samples_apart
 from sltt.sequence.hooks import without_marked_hooks
 from sltt.sequence.layout import Layer, Layout
 from sltt.sequence.once import is_sharded
@@ -32,7 +34,7 @@ from sltt.sequence.step import NEURON, Step
 from sltt.sequence.steps import Sequence
 
 ROWS = 2048  # of a layer's matrix product in a call; more save no time
-ROOM = 2**24  # bytes that the further steps of a call may take, or half of those of the weights
+ROOM = 2**24  # bytes that the further steps of a call may take, or those of the weights and their gradients
 TRIED = 2**26  # bytes of weights up to which a network is copied to try it: copies and gradients take six times as many
 
 
@@ -88,8 +90,6 @@ def _choose(run: Run, x: Tensor, fold: Any, kind: Any, make_step: Callable[[], S
     if problem := _problem(run) or layout.refused:
         return Fold(why=problem)
     weights = sum(p.nbytes for p in run.model.parameters())
-    if layout.unproved and weights > TRIED and fold == "auto":
-        return Fold(why=f"{layout.unproved}, and {weights / 1e6:.0f} MB of weights are too many to try it on copies")
     with apart_from_user(x.device):
         chosen = Fold(fold, fold)
         if fold == "auto":
@@ -100,10 +100,14 @@ def _choose(run: Run, x: Tensor, fold: Any, kind: Any, make_step: Callable[[], S
         n = min(chosen.trained if chosen.trained > 1 else chosen.forward, run.sequence.steps)
         if layout.unproved is None or n <= layout.tried.get(kind, 1):
             return chosen
-        try:
-            layout.refused = find_difference(run, n, make_step, run_rule)
-        except PlainError:
-            return Fold()
+        if not leave_samples_apart(run, copy_apart(run.model), n):
+            if weights > TRIED and fold == "auto":
+                size = f"{weights / 1e6:.0f} MB of weights"
+                return Fold(why=f"{layout.unproved}, and {size} are too many to try it on copies")
+            try:
+                layout.refused = find_difference(run, n, make_step, run_rule)
+            except PlainError:
+                return Fold()
     layout.tried[kind], layout.steady = n, layout.refused is None
     return Fold(why=layout.refused) if layout.refused else chosen
 
@@ -112,12 +116,13 @@ class _Sizes(Step):
     """A time step that shows the sizes of layers: neurons and BatchNorms pass on what they read.
 
     Attributes:
-        rows: the most rows of a layer's matrix product.
+        products: the multiplications of the layers' matrix products.
+        weights: the elements of their weights.
         bytes: of what the layers give.
     """
 
     def __init__(self) -> None:
-        self.rows = self.bytes = 0
+        self.products = self.weights = self.bytes = 0
 
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if layer.advance is None or len(args) != 1:
@@ -130,15 +135,16 @@ class _Sizes(Step):
         return args[0] if layer.role.stepwise and len(args) == 1 else layer.plain(*args, **kwargs)
 
     def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        y = layer.plain(*args, **kwargs)
-        self.rows = max(self.rows, y.numel() // len(layer.role.weight(layer.module)))
+        y, weight = layer.plain(*args, **kwargs), layer.role.weight(layer.module)
+        self.products += y.numel() // len(weight) * weight.numel()
+        self.weights += weight.numel()
         self.bytes += y.nbytes
         return y
 
 
 @torch.no_grad()
 def _measure(model: nn.Module, x: Tensor, proved: bool) -> tuple[float, float]:
-    """Return the most rows of a layer in a time step x [B, ...], and the bytes that its layers give.
+    """Return the mean rows of a layer's product in a time step x [B, ...], and the bytes that its layers give.
 
     What structure proves leaves no trace in the network; another forward runs on a copy.
     """
@@ -149,7 +155,8 @@ def _measure(model: nn.Module, x: Tensor, proved: bool) -> tuple[float, float]:
         buffers = Buffers(run)  # of neurons that follow their layer
         run(few)
         buffers.restore()
-    return step.rows * len(x) / len(few), step.bytes * len(x) / len(few)
+    scale = len(x) / len(few)
+    return step.products * scale / max(1, step.weights), step.bytes * scale
 
 
 def _of_sizes(run: Run, sizes: tuple[float, float], weights: int) -> Fold:
@@ -158,7 +165,7 @@ def _of_sizes(run: Run, sizes: tuple[float, float], weights: int) -> Fold:
     if not rows:
         return Fold(why="has no linear layer and no convolution of PyTorch's")
     asked = kernels.current_options().fold_memory
-    room = max(ROOM, weights // 2) if asked is None else asked
+    room = max(ROOM, 2 * weights) if asked is None else asked
     most, further = min(ROWS / rows, 1 + room / size), min(2 * ROWS / rows, 1 + 2 * room / size)
     return Fold(_even(run.sequence.steps, most), _even(run.sequence.steps, further))
 

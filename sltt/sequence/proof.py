@@ -34,8 +34,13 @@ def find_unproved(layers: dict[nn.Module, Any]) -> str | None:
     hooked = next((layer for module, layer in layers.items() if count_hooks(module)), None)
     if hooked:
         return f"has hooks on {hooked}, which see one time step in a call"
-    unknown = next((layer for layer in layers.values() if not _is_proved(layer)), None)
-    return f"has a forward of its own in {unknown}" if unknown else None
+    inside: set[nn.Module] = set()  # what keeps a state, which takes the time steps one after the other
+    for module, layer in layers.items():
+        if module not in inside and not is_proved(layer):
+            return f"has a forward of its own in {layer}"
+        if layer.role.kind == "keeper" and module not in inside:
+            inside.update(module.modules())
+    return None
 
 
 def find_modes() -> str | None:
@@ -45,7 +50,8 @@ def find_modes() -> str | None:
     return "is under a function mode, which may do anything" if has_own_operations() else None
 
 
-def _is_proved(layer: Any) -> bool:
+def is_proved(layer: Any) -> bool:
+    """Return whether a layer is known to treat its samples alike."""
     module, role, kind = layer.module, layer.role, type(layer.module)
     if any(type(p) is not nn.Parameter for p in module._parameters.values() if p is not None):
         return False
@@ -54,6 +60,9 @@ def _is_proved(layer: Any) -> bool:
     if wrapped_module(module) is not None:
         return True
     package, name = kind.__module__.partition(".")[0], kind.__module__
+    if isinstance(module, nn.Flatten | nn.Unflatten):
+        dim: Any = module.start_dim if isinstance(module, nn.Flatten) else module.dim
+        return (package == "torch" or layer.is_known) and isinstance(dim, int) and dim > 0
     if package == "sltt" or layer.is_known:
         return True
     if role.kind == "keeper":
@@ -64,8 +73,5 @@ def _is_proved(layer: Any) -> bool:
         return kind is nn.Embedding and not module.scale_grad_by_freq and module.max_norm is None
     if isinstance(module, _WITH_DIM):
         return package == "torch" and module.dim is not None and module.dim > 0
-    if isinstance(module, nn.Flatten | nn.Unflatten):
-        dim: Any = module.start_dim if isinstance(module, nn.Flatten) else module.dim
-        return package == "torch" and isinstance(dim, int) and dim > 0
     alike = name in {m.__name__ for m in _ALIKE} and not isinstance(module, _NOT_ALIKE)
     return alike or kind in _CONTAINERS or name.startswith("torch.nn.utils")

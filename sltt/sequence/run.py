@@ -65,16 +65,18 @@ class Run:
         grad: bool = True,
         keep: bool = True,
     ):
+        self.bits = kernels.current_options().bits and not kernels.others_save()
+        self.fast, self.recompute = self.bits and sequence.x.is_cpu, False
+        self.layout = layout_of(model)
+        if self.fast and sequence.x.dtype == torch.float32 and self.layout.channels_last:
+            sequence = sequence.channels_last()
         self.model, self.sequence, self.batch = model, sequence, sequence.batch
         self.step = step or Step()
         self.step.run = self
-        self.layout = layout_of(model)
         self.thread = threading.get_ident()
         fixed = sequence.x if sequence.static and hoist else None
         self.results = Results(fixed, grad, keep and not is_sharded(model))
         self.keep, self.weights = keep, kernels.Weights()
-        self.bits = kernels.current_options().bits and not kernels.others_save()
-        self.fast, self.recompute = self.bits and sequence.x.is_cpu, False
         self.seen: deque[Tensor] = deque(maxlen=2)
         self.fold = self.steps = 1
         self.cut, self.shows = False, True

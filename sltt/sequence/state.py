@@ -169,9 +169,9 @@ def role_of(cls: type) -> Role:
                 f"{cls.__name__} is a {found[0].__name__} and a {other.__name__}, which keep their states in different "
                 f"ways: say how {cls.__name__} does, by sltt.register({cls.__name__}, states=…)"
             )
-    # what keeps a state is a keeper in the first place, as a BatchNorm with a state is
-    found.sort(key=lambda c: _roles[c].kind != "keeper")
-    return _roles[found[0]] if found else _OTHER
+    # what keeps a state is a keeper in the first place, as a BatchNorm with a state is; but for a subclass with a role
+    keeper = next((c for c in found if _roles[c].kind == "keeper"), None)
+    return _OTHER if not found else _roles[keeper if keeper and not issubclass(found[0], keeper) else found[0]]
 
 
 def state_names(module: nn.Module) -> tuple[str, ...]:
@@ -246,7 +246,7 @@ def _refuse_replicated(module: nn.Module, batch: int, kept: bool) -> str:
 
 def _norm_folds(norm: nn.Module) -> str | None:
     own = "normalises over the batch in a way of its own"
-    return own if isinstance(norm, torch.jit.ScriptModule) or own_forward(norm, _BatchNorm) else None
+    return own if isinstance(norm, torch.jit.ScriptModule) or own_forward(norm, role_of(type(norm)).of) else None  # pyright: ignore
 
 
 def _other_folds(module: Any) -> str | None:

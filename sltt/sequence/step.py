@@ -71,9 +71,10 @@ class Step:
         run.take_turn(layer, NEURON)
         if run.seen and args and run.seen[-1] is args[0]:
             run.seen.pop()  # no term of a sum
-        if layer.advance is None or len(args) != 1:
-            return run.one_by_one(layer, args, kwargs)
-        return layer.advance(args[0], run.fold, run.cut)
+        y = None
+        if layer.advance is not None and len(args) == 1:
+            y = layer.advance(args[0], run.fold, run.cut)
+        return run.one_by_one(layer, args, kwargs) if y is None else y
 
     def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         """Another layer with a state."""

@@ -3,7 +3,7 @@
 Shapes: T time steps, B samples; a call of the network takes n time steps.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,12 +23,14 @@ class Sequence:
         static: x is shown at every step.
         bounds: the least and the largest value of x, not looked at yet since that waits for the device; none if x is
             finite.
+        last: images are given with their channels last in memory.
     """
 
     x: Tensor
     steps: int
     static: bool
     bounds: tuple[Tensor, ...] = ()
+    last: bool = False
     _folded: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -40,7 +42,14 @@ class Sequence:
         """Return the input of time steps, folded into the batch dimension: [n·B, ...]."""
         if self.static:
             return self.x if len(steps) == 1 else self._repeat(len(steps))
-        return self.x[steps.start] if len(steps) == 1 else self.x[steps.start : steps.stop].flatten(0, 1)
+        x = self.x[steps.start] if len(steps) == 1 else self.x[steps.start : steps.stop].flatten(0, 1)
+        return _channels_last(x) if self.last else x
+
+    def channels_last(self) -> "Sequence":
+        """Return the sequence with the channels of its images last in memory; itself if it has no images."""
+        if self.x.ndim != (4 if self.static else 5) or not self.x.numel():
+            return self
+        return replace(self, x=_channels_last(self.x) if self.static else self.x, last=True, _folded={})
 
     def _repeat(self, steps: int) -> Tensor:
         """Return x of so many time steps; calls of a sequence share it, unless the network changed it in place."""
@@ -65,6 +74,13 @@ class Sequence:
         if self.static:
             return self.x
         return self.x.mean(0) if self.x.is_floating_point() else self.x.mean(0, dtype=torch.get_default_dtype())
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Return images [B, C, H, W] channels-last; of one channel, with the strides that say so."""
+    if x.shape[1] == 1:
+        return x.reshape(len(x), *x.shape[2:], 1).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def in_backward() -> bool:

@@ -180,7 +180,7 @@ def _decay_gradient(ctx: Any, delta: Tensor, kept: Tensor, v: Tensor, decay: Ten
     after = kept if step.v_reset is None else step.reset(kept, s)
     moved = torch.cat([v, after[: len(kept) - len(v)]])
     if step.decay_input:
-        u = kept + step.v_threshold * s if step.v_reset is None else kept
+        u = kept + step.amount * s if step.v_reset is None else kept
         moved = (moved - u) / (1 - decay)
     else:
         moved = moved - (step.v_reset or 0.0)

@@ -55,10 +55,10 @@ void steady_vectors(const Neuron& z, float start, int steps, V* __restrict x, V*
     for (int k = 0; k < VECTORS; k++) {
       const V left = SOFT || z.rest == 0 ? z.decay * v[k] : z.rest + z.decay * (v[k] - z.rest), u = left + current[k];
       const V above = u - z.threshold, s = (ABOVE ? above > 0.0f : above >= 0.0f) ? one : zero;
-      v[k] = SOFT ? (s != 0.0f ? above : u) : u - (u - z.rest) * s;
+      v[k] = SOFT ? u - z.amount * s : u - (u - z.rest) * s;
       const V fires = slope<S>(z, above);
       V stays = SOFT ? one : one - s;
-      if (!z.detached) stays -= SOFT ? fires * z.threshold : fires * (u - z.rest);
+      if (!z.detached) stays -= SOFT ? fires * z.amount : fires * (u - z.rest);
       by_x[k] = z.decay * by_x[k] + z.gain;  // ∂u/∂x, from ∂v/∂x of the step before
       spikes[k] += s;
       slopes[k] += by_x[k] * fires;
@@ -106,7 +106,7 @@ void backward_block(const Neuron& z, const T* __restrict grad_s, const float* __
   else
     for (int64_t i = 0; i < n; i++) s[i] = widen(s_in[i]);
   if (z.soft)
-    for (int64_t i = 0; i < n; i++) fires[i] = kept[i] - z.threshold * (1 - s[i]);
+    for (int64_t i = 0; i < n; i++) fires[i] = kept[i] - (z.threshold - z.amount * s[i]);
   else
     for (int64_t i = 0; i < n; i++) fires[i] = kept[i] - z.threshold;
   with_surrogate(z.surrogate, [&](auto surrogate) {
@@ -119,7 +119,7 @@ void backward_block(const Neuron& z, const T* __restrict grad_s, const float* __
   if (grad_v && z.detached)
     for (int64_t i = 0; i < n; i++) g[i] += grad_v[i] * (z.soft ? 1.0f : 1 - s[i]);
   else if (grad_v && z.soft)
-    for (int64_t i = 0; i < n; i++) g[i] += grad_v[i] * (1 - fires[i] * z.threshold);
+    for (int64_t i = 0; i < n; i++) g[i] += grad_v[i] * (1 - fires[i] * z.amount);
   else if (grad_v)
     for (int64_t i = 0; i < n; i++) g[i] += grad_v[i] * (1 - s[i] - fires[i] * (kept[i] - z.rest));
   for (int64_t i = 0; i < n; i++) put(out + i, g[i]);

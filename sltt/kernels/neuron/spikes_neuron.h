@@ -11,7 +11,7 @@ constexpr int64_t BLOCK = 512;     // elements that go through all loops before 
 enum Surrogate : int32_t { TRIANGLE, RECTANGLE, ARCTAN, FAST_SIGMOID };
 
 struct Neuron {  // shared with native_step.py
-  float decay, gain, threshold, rest;
+  float decay, gain, threshold, rest, amount;  // a soft reset subtracts the amount
   int32_t soft, detached, above;
   Surrogate surrogate;
   float a, b;     // of the surrogate
@@ -67,7 +67,7 @@ void forward_block(const Neuron& z, const Norm* norm, const T* __restrict x, con
   else
     for (int64_t i = 0; i < n; i++) s[i] = u[i] - z.threshold >= 0 ? 1.0f : 0.0f;
   if (z.soft)
-    for (int64_t i = 0; i < n; i++) v_out[i] = u[i] - z.threshold * s[i];
+    for (int64_t i = 0; i < n; i++) v_out[i] = u[i] - z.amount * s[i];
   else
     for (int64_t i = 0; i < n; i++) v_out[i] = u[i] - (u[i] - z.rest) * s[i];
   for (int64_t i = 0; i < n; i++) put(s_out + i, s[i]);

@@ -1,9 +1,9 @@
 """The fused neuron step: charge, fire and reset in one pass over memory, and a backward that saves almost nothing.
 
 The backward needs the surrogate's input u − V_th. For a soft reset it is recovered from what is there anyway, the
-membrane potential after the reset and the spikes: u − V_th = v + V_th (s − 1), to the last bit. For a hard reset v says
-nothing about the u of a neuron that fired, so u is saved too. A learnable decay (PLIF) saves the membrane potential of
-the step before, and with `decay_input` the input, since its gradient is a sum over them.
+membrane potential after the reset and the spikes: u − V_th = v − (V_th − r s), to the last bit where r is V_th. For a
+hard reset v says nothing about the u of a neuron that fired, so u is saved too. A learnable decay (PLIF) saves the
+membrane potential of the step before, and with `decay_input` the input, since its gradient is a sum over them.
 
 Several time steps can be run in one call. The membrane potentials in between are then kept for the backward, or, where
 the input can be restored from what is saved anyway, replayed from it. A few steps in Triton are always replayed.
@@ -41,6 +41,12 @@ class NeuronStep:
     decay_input: bool
     detach_reset: bool
     surrogate: Surrogate
+    subtract: float | None = None
+
+    @property
+    def amount(self) -> float:
+        """Return what a soft reset subtracts."""
+        return self.v_threshold if self.subtract is None else self.subtract
 
     def charge(self, v: Tensor, x: Tensor, decay: float | Tensor) -> Tensor:
         """Return u, the membrane potential after the charge."""
@@ -52,16 +58,16 @@ class NeuronStep:
     def reset(self, u: Tensor, s: Tensor) -> Tensor:
         """Return v, the membrane potential after the reset."""
         if self.v_reset is None:
-            return u - self.v_threshold * s
+            return u - self.amount * s
         return u - (u - self.v_reset) * s
 
     def derivatives(self, kept: Tensor, s: Tensor) -> tuple[Tensor, Any]:
         """Return ∂s/∂u and ∂v/∂u; `kept` is v for a soft reset and u for a hard one."""
         soft = self.v_reset is None
-        fires = self.surrogate.derivative(kept - self.v_threshold * (1 - s) if soft else kept - self.v_threshold)
+        fires = self.surrogate.derivative(kept - (self.v_threshold - self.amount * s if soft else self.v_threshold))
         stays: Any = 1.0 if soft else 1 - s
         if not self.detach_reset:
-            stays = stays - fires * (self.v_threshold if self.v_reset is None else kept - self.v_reset)
+            stays = stays - fires * (self.amount if self.v_reset is None else kept - self.v_reset)
         return fires, stays
 
     def rate(self, decay: Tensor | None) -> Any:

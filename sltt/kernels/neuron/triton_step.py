@@ -186,7 +186,8 @@ def triton_step(
         return None
     if decay is not None and (decay.dtype != dtype or decay.device != like.device):
         return None
-    if not fires_as_usual(step.surrogate) or options().compile == "off" or problem(like.device):
+    known = fires_as_usual(step.surrogate) and step.subtract is None
+    if not known or options().compile == "off" or problem(like.device):
         return None
     return _constant_step(step)
 

@@ -1,0 +1,123 @@
+"""Neurons of other libraries as they are, in the kernels of ours: on their own states, with their own constants.
+
+A neuron whose equation ours has runs by the neuron that `convert` would put in its place. Its states are those that its
+own code would leave, up to rounding. What has no counterpart here, or has changed so, runs by its own code.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sltt._torch import transforms_active
+from sltt.interop.conversion import ConversionError
+from sltt.neurons import CubaLIF, IntegrateAndFire
+from sltt.sequence.hooks import count_hooks, own_forward
+
+Translate = Callable[[Any], Any]
+Read = Callable[[Any], Iterable[Any]]
+
+
+class Adapter:
+    """Runs time steps of a neuron of another library by one of ours.
+
+    Args:
+        module: the neuron.
+        translate: gives the neuron of ours, or raises ConversionError.
+        read: gives what the translation rests on, which may change before each call.
+    """
+
+    ours: Any  # the neuron, or None
+
+    def __init__(self, module: Any, translate: Translate, read: Read):
+        self.module, self.translate, self.read = module, translate, read
+        self._seen: Any = None
+        self.find_ours()
+
+    def find_ours(self) -> bool:
+        """Return whether a neuron of ours has the equation, with the constants of now."""
+        now = [(id(v), v._version, v.requires_grad) if isinstance(v, Tensor) else v for v in self.read(self.module)]
+        if now != self._seen:
+            try:
+                self.ours = self.translate(self.module)
+            except ConversionError:
+                self.ours = None
+            self._seen = now
+            if self.ours is not None:
+                self.ours.half_state = True  # theirs have the type of the input
+                self._run = self.ours.prepare()
+        return self.ours is not None
+
+    def run(self, x: Tensor, steps: int, cut: bool, states: Iterable[Any]) -> Tensor | None:
+        """Run the time steps in x [n·B, ...] from states; return None where only the neuron's own code does it.
+
+        The states, each None or of no elements before the first step, are then those of `ours`.
+        """
+        if not self.find_ours() or not x.is_floating_point():
+            return None
+        shape, first = (len(x) // steps, *x.shape[1:]), self.ours.first_states()
+        for name, state in zip(self.ours.states, states, strict=True):
+            if not isinstance(state, Tensor) or not state.numel():
+                state = None if not isinstance(state, float) or state == first[name] else x.new_full(shape, state)
+            elif state.shape != shape or state.dtype != x.dtype or state.device != x.device:
+                return None
+            setattr(self.ours, name, state)
+        return self._run(x, steps, cut)
+
+
+class AfterReset(Adapter):
+    """A neuron that keeps its membrane potential in an attribute, after the reset as ours do."""
+
+    def __init__(self, module: Any, state: str, translate: Translate, read: Read):
+        super().__init__(module, translate, read)
+        self.state = state
+
+    def __call__(self, x: Tensor, steps: int, cut: bool, *_: Any) -> Tensor | None:
+        spikes = self.run(x, steps, cut, [getattr(self.module, self.state)])
+        if spikes is not None:
+            setattr(self.module, self.state, self.ours.v)
+            self.ours.v = None
+        return spikes
+
+
+class BeforeReset(AfterReset):
+    """A neuron that keeps u, from which the next time step subtracts r s: v = u − r s."""
+
+    _left: Tensor | None = None  # the u that was left, and the v behind it
+    _v: Tensor
+
+    def __call__(self, x: Tensor, steps: int, cut: bool, *_: Any) -> Tensor | None:
+        u, ours = getattr(self.module, self.state), self.ours
+        if not self.find_ours() or ours.v_reset is not None:
+            return None
+        amount = ours.v_threshold if ours.subtract is None else ours.subtract
+        spikes = self.run(x, steps, cut, [self._after_reset(u, amount) if u.numel() else None])
+        if spikes is not None:
+            self._v = ours.v
+            self._left = torch.add(self._v, spikes.detach()[-len(self._v) :], alpha=amount)
+            setattr(self.module, self.state, self._left)
+        return spikes
+
+    def _after_reset(self, u: Tensor, amount: float) -> Tensor:
+        left = self._left
+        if left is not None and u.data_ptr() == left.data_ptr() and u._version == left._version:
+            if u is left:
+                return self._v
+            if not u.requires_grad:
+                return self._v.detach()
+        return u - amount * self.ours.surrogate.fires(u.detach() - self.ours.v_threshold).to(u.dtype)
+
+
+def make_adapter(kind: type[Adapter], module: Any, *args: Any) -> Any:
+    """Return an adapter of a module; None where its own code runs: it is changed, or of another equation."""
+    cls = type(module)
+    if own_forward(module, cls) or any(map(count_hooks, module.children())) or transforms_active():
+        return None
+    if any(callable(getattr(cls, name, None)) for name in vars(module) if name != "forward"):
+        return None  # a method of the user's own
+    try:
+        adapter = kind(module, *args)
+    except AttributeError:  # another class of the library, without these constants
+        return None
+    return adapter if isinstance(adapter.ours, IntegrateAndFire | CubaLIF) else None

@@ -1,0 +1,233 @@
+"""The operations of a forward show that it treats its samples alike, so that time steps may stand beside each other.
+
+A batch runs once; each operation that is called must be one that leaves samples apart, by its name and its arguments:
+elementwise, a layer with weights, a sum over other dimensions than the first, and the like. So a forward of the user's
+own is known as far as it ran. Of one that reads a value, draws a number, changes a weight, or does what is not in the
+list, nothing is known.
+"""
+
+import random
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sltt import kernels
+from sltt._torch import DispatchMode, tree_leaves
+from sltt.sequence.hooks import without_marked_hooks
+from sltt.sequence.layout import Layer, layout_of
+from sltt.sequence.proof import is_proved
+from sltt.sequence.run import Run
+from sltt.sequence.step import Step
+from sltt.sequence.steps import Sequence
+
+_ALIKE = "alias clone contiguous detach lift_fresh _to_copy _unsafe_view view reshape _reshape_alias"
+_BY_DIM = (  # of the first sample's dimensions on
+    "_log_softmax _softmax amax amin argmax argmin cumsum flip logsumexp max mean min "
+    "permute roll select slice softmax split split_with_sizes squeeze sum transpose unbind unsqueeze var std cat stack"
+)
+_WEIGHTED = {
+    "addmm": 1,
+    "convolution": 0,
+    "embedding": 1,
+    "linear": 0,
+    "mm": 0,
+}  # the argument with samples; all others are weights
+_POOLS = "avg_pool max_pool adaptive_avg_pool adaptive_max_pool _adaptive_avg_pool upsample pixel_shuffle im2col"
+_UNIFORM = "zeros ones full empty new_zeros new_ones new_full zeros_like ones_like full_like scalar_tensor"
+_PADS = "constant_pad_nd reflection_pad replication_pad"
+_PAIRED = "bmm baddbmm _scaled_dot_product"
+_KEEPS = {*_ALIKE.split(), *_BY_DIM.split(), "expand", "repeat", "native_layer_norm", "native_group_norm"}
+
+
+class UnknownError(Exception):
+    """An operation of which it is not known that it leaves samples apart."""
+
+
+class Operations(DispatchMode):
+    """Sees that the operations in its block leave samples apart; raises UnknownError for another.
+
+    Args:
+        x: the input [B, ...].
+        constants: tensors that are the same for all samples: weights and buffers.
+    """
+
+    def __init__(self, x: Tensor, constants: Iterable[Tensor]):
+        super().__init__()
+        self.batch = len(x)
+        self.ours = False  # within a layer that is known
+        self.samples = {id(x): x}  # which keeps the id its own
+        self._constants = {id(t): t for t in constants}
+        self._uniform: dict[int, Tensor] = {}
+        self.called: list[Any] = []  # operations, the weights and numbers that they read
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        result = func(*args, **kwargs)
+        if self.ours:
+            return result
+        unknown = torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded
+        if any(tag in func.tags for tag in unknown) or kernels.others_save():  # a checkpoint runs layers again
+            raise UnknownError(f"calls {func}")
+        kinds = int | float if torch.Tag.pointwise in func.tags else float  # sizes are of the batch
+        numbers = [v for v in tree_leaves((args, kwargs)) if isinstance(v, kinds)]
+        self.called.append((func, [id(t) for t in given if isinstance(t, nn.Parameter)], numbers))
+        name, results = func._opname.removesuffix("_"), [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        if not any(id(t) in self.samples for t in given):
+            if func._schema.is_mutable or not all(id(t) in self._constants or id(t) in self._uniform for t in given):
+                raise UnknownError(f"calls {func} on what is not its input")
+            kept = self._uniform if name in _UNIFORM.split() else self._constants
+        elif self._is_alike(func, name, args, kwargs, given, results):
+            kept = self.samples
+        else:
+            raise UnknownError(f"calls {func}, which may mix samples")
+        kept.update((id(t), t) for t in results)
+        return result
+
+    def add(self, result: Any) -> None:
+        """Note what a layer that is known gives."""
+        self.samples.update((id(t), t) for t in tree_leaves(result) if isinstance(t, Tensor))
+
+    def _is_alike(self, func: Any, name: str, args: Any, kwargs: Any, given: Any, results: Any) -> bool:
+        """Return whether each sample of the results is of this sample alone; samples are in the first dimension."""
+        samples = [t for t in given if id(t) in self.samples]
+        rows, first = {len(t) if t.ndim else 0 for t in samples}, samples[0]
+        if any(not t.ndim or len(t) % self.batch or not len(t) for t in results) or 0 in rows:
+            return False
+        if id(args[0]) not in self.samples and func._schema.is_mutable:
+            return False
+        if torch.Tag.pointwise in func.tags or name in ("where", "copy", "fill", "masked_fill"):
+            return rows == {len(results[0])} and all(self._broadcasts(t, results[0]) for t in given)
+        if name in _WEIGHTED:
+            at = _WEIGHTED[name]
+            return len(samples) == 1 and first is args[at] and len(results[0]) == len(first) and first.ndim > 1
+        if name.startswith(tuple(_PAIRED.split())):
+            return len(rows) == 1 and all(t.ndim > 2 and self._broadcasts(t, first) for t in given)
+        if name.startswith(tuple(_PADS.split())):
+            return len(args[1]) < 2 * first.ndim and len(results[0]) == len(first)
+        if len(rows) > 1 or len(samples) < len(given) - (name in ("native_layer_norm", "native_group_norm")) * 2:
+            return False
+        if name == "as_strided":  # of a dimension of size 1, in another memory format
+            return tuple(args[1]) == tuple(first.shape)
+        if name in _ALIKE.split():
+            return True  # a view keeps the order of elements, in which samples are outermost
+        if name.startswith(tuple(_POOLS.split())):
+            return len(results[0]) == len(first)
+        return name in _KEEPS and rows == {len(t) for t in results} and self._keeps_first(name, args, kwargs, first)
+
+    def _broadcasts(self, t: Tensor, like: Tensor) -> bool:
+        """Return whether an argument is of each sample, or the same for all."""
+        if id(t) in self.samples:
+            return t.ndim == like.ndim
+        return id(t) in self._uniform or t.ndim < like.ndim or len(t) == 1
+
+    def _keeps_first(self, name: str, args: Any, kwargs: Any, first: Tensor) -> bool:
+        """Return whether an operation by dimensions leaves the first one alone."""
+        ndim, more = first.ndim, list(args[1:])
+        if name in ("expand", "repeat"):
+            return len(more[0]) == ndim and (name == "expand" or more[0][0] == 1)
+        if name == "native_layer_norm":
+            return len(more[0]) < ndim
+        if name == "native_group_norm":
+            return True
+        if name == "permute":
+            return more[0][0] == 0
+        if name in ("roll", "split", "split_with_sizes"):
+            more = more[1:]
+        dims: Any = kwargs.get("dim", kwargs.get("dims", more[:2] if name == "transpose" else more[:1]))
+        if not dims and name in ("slice", "select", "squeeze", "unbind", "split", "split_with_sizes", "cat", "stack"):
+            return False
+        dims = tree_leaves(dims)
+        ndim += name in ("unsqueeze", "stack")
+        return bool(dims) and all(isinstance(d, int) and d % ndim for d in dims)
+
+
+class _Hooks(TorchFunctionMode):
+    """Sees hooks on tensors, which see one time step in a call."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("register_hook", "retain_grad", "register_post_accumulate_grad_hook"):
+            raise UnknownError("registers a hook on a tensor")
+        return func(*args, **(kwargs or {}))
+
+
+class _Watched(Step):
+    """A time step whose neurons and BatchNorms pass on what they read; other layers of ours are known."""
+
+    def __init__(self, operations: Operations):
+        self.operations = operations
+
+    def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        if layer.advance is None or len(args) != 1:
+            return self.keeper(layer, *args, **kwargs)
+        return args[0].asinh()
+
+    def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        if kernels.others_save():
+            raise UnknownError("normalises in a checkpoint")
+        return args[0] if layer.role.stepwise and len(args) == 1 else layer.plain(*args, **kwargs)
+
+    def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        if not is_proved(layer):
+            raise UnknownError(f"keeps a state of its own in {layer}")
+        self.operations.ours = True
+        y = layer.plain(*args, **kwargs)
+        self.operations.ours = False
+        self.operations.add(y)
+        return y
+
+    def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        return layer.plain(*args, **kwargs)
+
+
+def leave_samples_apart(run: Run, model: nn.Module, steps: int) -> bool:
+    """Return whether a network's operations leave samples apart, in one time step of a batch and in so many in a call.
+
+    `model` is a copy of the run's. Notes in the run's layout whether it takes images with their channels last.
+    """
+    drawn = repr((random.getstate(), np.random.get_state()))
+    try:
+        called = [_watch(model, run.sequence.input(range(n))) for n in (1, steps)]
+        # the same of more samples, and when it runs again
+        if called[0] != called[1] or drawn != repr((random.getstate(), np.random.get_state())):
+            return False
+    except Exception:  # of any kind: it is the user's code
+        return False
+    if run.layout.has_images:
+        with suppress(Exception):  # such as a view that another order of channels does not have
+            _watch(model, run.sequence.channels_last().input(range(1)))
+            run.layout.channels_last = True
+    return True
+
+
+def _watch(model: nn.Module, x: Tensor) -> list[Any]:
+    """Run a network; return what it calls. Raises UnknownError if it may mix samples."""
+    x = x.clone()
+    operations, layout = Operations(x, [*model.parameters(), *model.buffers()]), layout_of(model)
+    inner = Run(model, Sequence(x, 1, True), _Watched(operations))
+    with kernels.using(bits=False), without_marked_hooks(model.modules()), inner:
+        with torch.enable_grad(), _Hooks(), operations:
+            y = model(x)
+        _check_gradient(y, operations)
+    if changes := layout.changes():
+        raise UnknownError(f"changes {next(iter(changes))}")
+    return operations.called
+
+
+def _check_gradient(y: Any, operations: Operations) -> None:
+    if id(y) not in operations.samples:
+        raise UnknownError("gives what is not of its input")
+    waiting, seen = [y.grad_fn], set[Any]()
+    while waiting:
+        if (node := waiting.pop()) is None or node in seen:
+            continue
+        seen.add(node)
+        own = isinstance(node, torch.autograd.function.BackwardCFunction)
+        if own and not type(node)._forward_cls.__module__.startswith("sltt."):  # type: ignore[attr-defined]
+            raise UnknownError(f"has a gradient of its own in {type(node).__name__}")
+        waiting += [before for before, _ in node.next_functions]
