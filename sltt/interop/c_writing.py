@@ -63,15 +63,14 @@ class Program:
     def source(self) -> str:
         """Return NAME.c."""
         name, T = self.name, self.network.steps
+        arrays = {f"static const {k} {key}[{len(v)}]": lines_of(v, k) for key, (k, v, _) in self.constants.items()}
         body = "\n".join(f"    {line}" for line in self.steps)
         code = [
             f"/* {name}: one time step of a spiking network, called {T} times for a sample; see {name}.h.\n\n"
             "   Images are [height][width][channels]. Spikes are bits; layers add the weights of active inputs alone.\n"
             "   Weights and parameters are at the end. */\n\n"
             f'#include "{name}.h"\n\n#include <string.h>',
-            "\n".join(
-                f"static const {kind} {key}[{len(values)}];" for key, (kind, values, _) in self.constants.items()
-            ),
+            "\n".join(f"{array};" for array in arrays),
             *self._functions(),
             "/* The layers. */\n\n" + "\n".join(self.layers),
             f"void {name}_reset({name}_net *net)\n{{\n    memset(net, 0, sizeof *net);\n"
@@ -81,10 +80,7 @@ class Program:
             *([self._quantise()] if self.network.integers else []),
             *([self._events()[1]] if self.events else []),
             "/* Weights and parameters. */",
-            *(
-                f"static const {k} {key}[{len(v)}] = {{\n{lines_of(v, k)}\n}};"
-                for key, (k, v, _) in self.constants.items()
-            ),
+            *(f"{array} = {{\n{lines}\n}};" for array, lines in arrays.items()),
         ]
         return "\n\n".join(part for part in code if part) + "\n"
 
@@ -92,7 +88,6 @@ class Program:
         """Return NAME.h."""
         name, N = self.name, self.name.upper()
         channels, height, width = self.network.input.shape
-        number = self.types["number"]
         scales = f"""#define {N}_INPUT_SCALE {_literal(self.network.input_scale)} /* an input of 1 stands for this */
 #define {N}_LOGIT_SCALE {_literal(self.network.logit_scale)} /* a logit of 1 stands for this */
 """
@@ -115,7 +110,7 @@ extern "C" {{
 #define {N}_STEPS {self.network.steps} /* time steps of a sample in training */
 {scales if self.network.integers else ""}
 typedef {self.types["input"]} {name}_input;
-typedef {number} {name}_logit;
+typedef {self.types["number"]} {name}_logit;
 
 /* The state of one network: neurons, and what passes between layers in a step. */
 typedef struct {{
@@ -206,11 +201,8 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
 
     def _fields(self) -> list[tuple[str, str, int, str]]:
         """List the arrays of the struct, wide types first so that nothing is padded between them."""
-        fields = [
-            (self.types["state"], f"{self.names[op]}_{s}", op.output.size, op.name)
-            for op in self.network.neurons
-            for s in op.states
-        ]
+        kind, neurons = self.types["state"], self.network.neurons
+        fields = [(kind, f"{self.names[op]}_{s}", op.output.size, op.name) for op in neurons for s in op.states]
         kinds = {"values": self.types["number"], "small": self.types["input"], "spikes": "uint32_t"}
         fields += [(kinds[b.kind], b.name, b.size, b.layer) for b in self.buffers]
         if self.events:
@@ -256,10 +248,11 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         """Return the statements of an operation."""
         places, out = [self._place(value) for value in op.inputs], self._place(op.output)
         x, size, channels = op.inputs[0], op.output.size, op.output.shape[0]
+        offset = f" + i * {channels}" if size > channels else ""
         if isinstance(op, Weights):
             if op in self.fused.values():
                 return []
-            return _for_each(size // channels, [self._pixel(op, _offset(out, channels, size))])
+            return _for_each(size // channels, [self._pixel(op, out + offset)])
         if isinstance(op, Pool):
             of = {"out_height": op.output.shape[1], "out_width": op.output.shape[2], "largest": int(op.largest)}
             factor = _literal(op.factor, self.types["number"])
@@ -272,7 +265,7 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             )
             layer = self._layer("neuron_layer", op, channels=channels, **self._parameters(op))
             before = self.fused.get(op)
-            currents = places[0] if before else _offset(places[0], channels, size)
+            currents = places[0] + offset * (before is None)
             call = f"{self._function('lif', x, x)}({', '.join([layer, currents, 'i', out, *given, states['v']])});"
             return _for_each(size // channels, [self._pixel(before, places[0]), call] if before else [call])
         if isinstance(op, Affine):
@@ -346,10 +339,6 @@ def _for_each(pixels: int, calls: list[str]) -> list[str]:
     if pixels == 1:
         return [re.sub(r"\bi\b", "0", call) for call in calls]
     return [f"for (int i = 0; i < {pixels}; i++) {{", *(f"    {call}" for call in calls), "}"]
-
-
-def _offset(place: str, channels: int, size: int) -> str:
-    return place if channels == size else f"{place} + i * {channels}"
 
 
 def _read_parts() -> dict[str, tuple[list[str], str]]:
