@@ -28,7 +28,7 @@ class Adapter:
         read: gives what the translation rests on, which may change before each call.
     """
 
-    ours: Any  # the neuron, or None
+    ours: Any = None  # the neuron
 
     def __init__(self, module: Any, translate: Translate, read: Read):
         self.module, self.translate, self.read = module, translate, read

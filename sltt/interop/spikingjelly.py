@@ -65,7 +65,7 @@ def _translate(module: Any) -> nn.Module:
 def _as_pytorch(module: Any) -> nn.Module:
     """Return one of the layers that SpikingJelly gives a step mode as PyTorch's."""
     kind = type(module).__bases__[0]
-    if kind is nn.Module or own_forward(module, type(module)):
+    if type(module) is not role_of(type(module)).of or kind is nn.Module or own_forward(module, type(module)):
         return module
     new = copy.copy(module)
     new.__class__ = kind

@@ -33,7 +33,7 @@ class Truncated(Rule):
             their outputs: less memory, one more forward of these layers.
         fold: time steps in one call of the network: fewer and larger operations, for the memory of so many steps.
             "auto" takes several where all layers are small, as many as fit into 16 MB. It takes one where a layer's
-            matrix product has 2,048 rows (samples × pixels) in a step, or where sharing a call would change results,
+            matrix products have 2,048 rows (samples × pixels) in a step, or where sharing a call would change results,
             and with recompute or hoist.
         hoist: with a static input, compute what the network marks by `sltt.once` once a sequence. Saves the time of
             these layers in all steps but one, for the memory of their outputs and of these outputs' gradients.

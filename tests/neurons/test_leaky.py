@@ -14,19 +14,19 @@ from tests.conftest import SURROGATES
 RESETS = [None, 0.0, -0.3]
 
 
-def literal(x, lam, v_threshold, v_reset, decay_input, detach_reset, surrogate):
+def literal(x, lam, v_threshold, v_reset, decay_input, detach_reset, surrogate, subtract=None):
     """The equations of the paper, transcribed with autograd: u before the reset is kept, one loop over time."""
-    rest = 0.0 if v_reset is None else v_reset
+    rest, amount = 0.0 if v_reset is None else v_reset, subtract or v_threshold
     u, s = torch.full_like(x[0], rest), torch.zeros_like(x[0])
     spikes = []
     for x_t in x:
         r = s.detach() if detach_reset else s
         # the reset of the step before, at the beginning of this one
-        after = u - v_threshold * r if v_reset is None else (1 - r) * u + r * v_reset
+        after = u - amount * r if v_reset is None else (1 - r) * u + r * v_reset
         u = lam * (after - rest) + rest + ((1 - lam) * x_t if decay_input else x_t)
         s = surrogate(u - v_threshold)
         spikes.append(s)
-    after = u - v_threshold * (s.detach() if detach_reset else s)
+    after = u - amount * (s.detach() if detach_reset else s)
     if v_reset is not None:
         r = s.detach() if detach_reset else s
         after = (1 - r) * u + r * v_reset
@@ -37,7 +37,7 @@ def unrolled(neuron, x):
     return torch.stack([neuron(x_t) for x_t in x])
 
 
-KINDS = [("LIF", False), ("LIF", True), ("PLIF", False), ("PLIF", True), ("IF", False)]
+KINDS = [("LIF 1.3", False), ("LIF", False), ("LIF", True), ("PLIF", False), ("PLIF", True), ("IF", False)]
 CASES = [(*case, SURROGATES[0]) for case in itertools.product(KINDS, RESETS, [False, True])]
 CASES += [(("PLIF", True), -0.3, False, surrogate) for surrogate in SURROGATES[1:]]
 
@@ -46,6 +46,9 @@ CASES += [(("PLIF", True), -0.3, False, surrogate) for surrogate in SURROGATES[1
 def test_forward_and_gradients_equal_the_equations(neuron, surrogate, v_reset, detach_reset):
     kind, decay_input = neuron
     arguments = {"v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset, "surrogate": surrogate}
+    kind, _, amount = kind.partition(" ")
+    subtract = float(amount) if amount else None
+    arguments |= {"subtract": subtract} if amount else {}
     if kind == "IF":
         neuron, lam = sltt.IF(**arguments), 1.0
     else:
@@ -61,7 +64,7 @@ def test_forward_and_gradients_equal_the_equations(neuron, surrogate, v_reset, d
     ((spikes * weights).sum() + neuron.v.sum()).backward()
     got, x.grad = x.grad, None
 
-    expected_spikes, expected_v = literal(x, lam, 0.8, v_reset, decay_input, detach_reset, surrogate)
+    expected_spikes, expected_v = literal(x, lam, 0.8, v_reset, decay_input, detach_reset, surrogate, subtract)
     ((expected_spikes * weights).sum() + expected_v.sum()).backward()
     assert 0 < spikes.mean() < 1
     torch.testing.assert_close(spikes, expected_spikes)

@@ -1,0 +1,104 @@
+"""Neurons of other libraries that run by ours, as they are."""
+
+import contextlib
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+import sltt
+from sltt.interop.adapted import Adapter
+from tests.conftest import LOSS, batch
+from tests.interop.libraries import CASES, gradients_of, network_of
+
+RULES = [sltt.SLTT(), sltt.SLTT(fold=1), sltt.BPTT(fold=3), sltt.TBPTT(window=2), sltt.BPTT(segment=2)]
+ADAPTED = [name for name in CASES if name.split()[1].rstrip(",") in ("LIF", "IF", "PLIF", "Leaky", "LIFBox", "IAF")]
+ADAPTED = [name for name in ADAPTED if not name.startswith("sinabs") and name not in ("jelly LIF, soft", "snn Leaky, zero")]
+
+
+@contextlib.contextmanager
+def counted(own=False):
+    """Count the calls that run by ours; with `own`, there are none."""
+    calls, run = [], Adapter.run
+    find = (lambda self: False) if own else Adapter.find_ours
+    counts = lambda self, *args: (calls.append(1), run(self, *args))[1]  # noqa: E731
+    with mock.patch.object(Adapter, "run", counts), mock.patch.object(Adapter, "find_ours", find):
+        yield calls
+
+
+def states_of(model):
+    found = []
+    for module in model.modules():
+        for name in sltt.sequence.state.state_names(module):
+            sltt.sequence.state.map_tensors(found.append, getattr(module, name))
+    return [state.detach() for state in found if state.numel()]
+
+
+@pytest.mark.parametrize("case", ADAPTED)
+def test_gradients_and_states_are_those_of_their_own_code(case):
+    library, name, settings = CASES[case]
+    model, x, y = network_of(library(name, **settings))
+    for rule in RULES:
+        found = []
+        for own in (True, False):
+            left = []
+            see = lambda *_, left=left: left.append(states_of(model))  # noqa: E731
+            see.sees_folds = True
+            handle = model.register_forward_hook(see)
+            with counted(own) as calls:
+                found.append((gradients_of(rule, model, x, y), sltt.unroll(model, x, fold=1)))
+            handle.remove()
+            found[-1] += (torch.cat([state.flatten() for state in left[-1]]),)
+            assert own or calls
+        torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-9)
+
+
+def jelly_network(**settings):
+    neuron, layer = (pytest.importorskip(f"spikingjelly.activation_based.{name}") for name in ("neuron", "layer"))
+    torch.manual_seed(0)
+    layers = layer.Conv2d(2, 8, 3, padding=1), layer.BatchNorm2d(8), neuron.LIFNode(**settings), layer.MaxPool2d(2)
+    return nn.Sequential(*layers, layer.Flatten(), layer.Linear(8 * 9, 3))
+
+
+def test_layers_of_spikingjelly_are_those_of_pytorch():
+    jelly, x, y = jelly_network(), 2 * torch.randn(4, 5, 2, 6, 6), torch.arange(5) % 3
+    ours = sltt.interop.convert(jelly)
+    assert [type(m).__module__.partition(".")[0] for m in ours] == ["torch", "torch", "sltt", *["torch"] * 3]
+    with counted() as calls:
+        gradients = gradients_of(sltt.SLTT(), jelly, x, y)
+    assert len(calls) == 1  # all time steps at once, as structure proves
+    torch.testing.assert_close(gradients, gradients_of(sltt.SLTT(fold=1), ours, x, y), rtol=1e-4, atol=1e-6)
+    jelly[0].step_mode = "m"
+    with pytest.raises(ValueError, match="0 .Conv2d. is in multi-step mode"):
+        sltt.SLTT()(jelly, x, y, LOSS)
+
+
+@pytest.mark.parametrize("change", ["threshold", "state", "method", "subclass", "hook on the surrogate"])
+def test_what_is_changed_has_its_effect(change):
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    model, (x, y) = nn.Sequential(nn.Linear(6, 8), neuron.LIFNode(), nn.Linear(8, 3)), batch(steps=4)
+    node = model[1]
+    if change == "method":
+        node.single_step_forward = lambda x: x.relu()
+    elif change == "subclass":
+        model[1] = type("Own", (neuron.LIFNode,), {"single_step_functional_forward": lambda s, i, v: (i, v)})()
+    elif change == "hook on the surrogate":
+        node.surrogate_function = copy.deepcopy(node.surrogate_function)  # which all nodes share by default
+        node.surrogate_function.register_forward_hook(lambda module, args, s: s / 2)
+
+    def before(module, args):
+        if change == "threshold":
+            module.v_threshold += 0.5
+        elif change == "state" and isinstance(module.v, torch.Tensor):
+            module.v = module.v + 0.3
+
+    found = []
+    for own in (True, False):
+        node.v_threshold = 0.5
+        handle = model[1].register_forward_pre_hook(before)
+        with counted(own):
+            found.append(gradients_of(sltt.BPTT(fold=1), model.double(), x, y))
+        handle.remove()
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
