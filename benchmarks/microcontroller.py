@@ -42,7 +42,9 @@ def in_c(exported: Exported, name: str, x: Tensor, flags: str) -> tuple[Callable
     given = exported.network.to_integers(x[None]) if exported.network.integers else x[None]
     arrays = [
         np.zeros(exported.ram // 4, np.int32),
-        np.ascontiguousarray(pixels_first(exported.network, given).numpy().astype(kind)),
+        np.ascontiguousarray(
+            pixels_first(exported.network, given).numpy().astype(np.int8 if kind is np.int32 else kind)
+        ),
         np.zeros(exported.network.output.size, kind),
     ]
     places = [a.ctypes.data_as(ctypes.c_void_p) for a in arrays]

@@ -17,7 +17,7 @@ from torch import Tensor
 from sltt.analysis import measure_energy
 from sltt.commands.parsing import CommandOptions, begin, load_run
 from sltt.data import Splits
-from sltt.interop.c import Arithmetic, Exported, to_c
+from sltt.interop.c import Exported, to_c
 from sltt.losses import predict_from, prediction_of
 from sltt.rules import unroll
 from sltt.sequence.modes import evaluation_mode
@@ -66,6 +66,9 @@ def options() -> CommandOptions:
     parser.add_argument("--dt", type=float, default=1e-4, help="seconds of a time step, for NIR; default: 0.0001")
     parser.add_argument("--name", help="what the names in C begin with; default: the recipe's")
     parser.add_argument("--weights", choices=("float32", "int8"), default="float32", help="in C; default: float32")
+    for memory in ("ram", "flash"):
+        text = f"bytes of {memory} that the C may take, such as 64k; else nothing is written"
+        parser.add_argument(f"--{memory}", type=_bytes, metavar="BYTES", help=text)
     return parser
 
 
@@ -80,7 +83,8 @@ def run(words: Sequence[str]) -> None:
     report = Console()
     if known.to == "c":
         name = _default_name(run) if known.name is None else known.name
-        return _write_c(built, splits, out, name, known.weights, report)
+        limits = {"weights": known.weights, "ram": known.ram, "flash": known.flash}
+        return _write_c(built, splits, out, name, limits, report)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         if known.to == "nir":
@@ -99,6 +103,13 @@ def run(words: Sequence[str]) -> None:
         raise RuntimeError(f"the export needs {error.name}: pip install 'sltt[interop]'") from error
 
 
+def _bytes(text: str) -> int:
+    """Return the number that 64k or 1M stands for."""
+    if not (found := re.fullmatch(r"([1-9]\d*)([kM]?)", text)):
+        raise ValueError(f"expected bytes such as 65536, 64k or 1M, got {text!r}")
+    return int(found[1]) * {"": 1, "k": 1024, "M": 1024**2}[found[2]]
+
+
 def _default_name(run: Path) -> str:
     """Return the name of the recipe that made a run, as a name in C: digits_events of digits-events-sltt-DATE-TIME."""
     recipe = re.sub(r"-[^-]+-\d{8}-\d{6}(-\d+)?$", "", run.resolve().name)
@@ -106,14 +117,14 @@ def _default_name(run: Path) -> str:
     return name if name[:1].isalpha() else f"net_{name}"
 
 
-def _write_c(built: Any, splits: Splits, folder: Path, name: str, weights: Arithmetic, report: Console) -> None:
+def _write_c(built: Any, splits: Splits, folder: Path, name: str, options: dict[str, Any], report: Console) -> None:
     """Write a trained network as C, and report its size, operations and accuracy."""
     samples, of = (
         (splits.unaugmented_train, "training") if splits.validation is None else (splits.validation, "validation")
     )
     x, y = _batch(splits, samples, SEEN)
     steps = built.steps if splits.static else None
-    made = to_c(built.model, x, folder, name=name, steps=steps, weights=weights)
+    made = to_c(built.model, x, folder, name=name, steps=steps, **options)
     report.line(f"written to {folder}: `make -C {quote(str(folder))}` tests it")
     report.line(f"flash        {made.flash:,} bytes of weights and parameters, without the code")
     report.line(f"RAM          {made.ram:,} bytes, sizeof({name}_net)")

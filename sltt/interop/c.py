@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sltt import checks
 from sltt.interop.c_integers import in_integers
-from sltt.interop.c_network import Active, Network, Spread
+from sltt.interop.c_network import Network
 from sltt.interop.c_reading import read
 from sltt.interop.c_writing import Program, lines_of
 from sltt.interop.conversion import check_finite
@@ -49,6 +49,8 @@ def to_c(
     name: str = "network",
     steps: int | None = None,
     weights: Arithmetic = "float32",
+    ram: int | None = None,
+    flash: int | None = None,
 ) -> Exported:
     """Write one time step of a network as C11, with a test, a Makefile and a README.
 
@@ -65,18 +67,24 @@ def to_c(
         name: what the names of files, functions and types begin with.
         steps: T for a static input.
         weights: the arithmetic. "float32" gives the logits of `sltt.unroll` up to rounding. "int8" has weights of 8
-            bits and sums of 32 or 16, and gives those of `Exported.network` to the last bit; the example sets the
-            scale of the input.
+            bits, states of 16 and sums of 32, and gives those of `Exported.network` to the last bit; the example sets
+            the scale of the input.
+        ram: bytes that the state may take.
+        flash: bytes that weights and parameters may take, without the code.
 
     Raises:
-        ValueError: naming every layer that C has not; for weights that are not finite, a folder that exists, a name
-            that is none in C, or fewer than 2 classes. Nothing is written then.
+        ValueError: naming every layer that C has not, or the largest of a network that does not fit; for weights that
+            are not finite, a folder that exists, a name that is none in C, or fewer than 2 classes. Nothing is written
+            then.
     """
     checks.instance("model", model, nn.Module)
     checks.choice("weights", weights, get_args(Arithmetic))
+    limits = {"RAM": ram, "flash": flash}
+    limits = {what: checks.whole_number(what.lower(), n, least=1) for what, n in limits.items() if n is not None}
     sequence = time_steps(example, steps)
-    if not (isinstance(name, str) and re.fullmatch("(?!Makefile$)[A-Za-z][A-Za-z0-9_]*", name)):
-        raise ValueError(f"name must be a name in C, of letters, digits and _, got {name!r}; such as my_network")
+    if not (isinstance(name, str) and re.fullmatch("(?!Makefile$|layer[0-9])[A-Za-z][A-Za-z0-9_]*", name)):
+        expected = "of letters, digits and _, and none such as layer1"
+        raise ValueError(f"name must be a name in C, {expected}, got {name!r}; such as my_network")
     folder = checks.folder("folder", folder)
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another folder, or remove this one")
@@ -91,6 +99,12 @@ def to_c(
         network = _quantise(network, x)
         expected = network.unroll(x)
     program = Program(network, name, events=not sequence.static)
+    or_int8 = ", or use weights='int8'" if weights == "float32" else ""
+    for what, limit in limits.items():
+        if (used := getattr(program, what.lower())) > limit:
+            ((layer, most),) = program.by_layer()[what].most_common(1)
+            taken = f"{used:,} bytes of {what} in {weights}, more than {limit:,}"
+            raise ValueError(f"{name} takes {taken}; {layer} takes {most:,} of them: make it smaller{or_int8}")
     # floats are summed in another order than PyTorch's, which may change a spike where a potential meets its threshold
     tested = margin.argsort(descending=True, stable=True)[:VECTORS]
     given = x[:1, tested] if sequence.static else x[:, tested]
@@ -144,7 +158,7 @@ def _test(program: Program, x: Tensor, expected: Tensor) -> str:
 #define FRAMES {frames} /* of a sample; the last is shown until its end */
 
 static const {name}_input inputs[SAMPLES * FRAMES * {N}_INPUTS] = {{
-{lines_of(inputs, program.types["number"])}
+{lines_of(inputs, program.types["input"])}
 }};
 
 static const {name}_logit logits[SAMPLES * {N}_STEPS * {N}_CLASSES] = {{
@@ -177,8 +191,9 @@ int main(void)
 """
 
 
-_MAKEFILE = """# make        run the test on this machine
-# make NAME.o    compile the network, also for a device: make NAME.o CC=arm-none-eabi-gcc CFLAGS="-O3 -mcpu=cortex-m4"
+_MAKEFILE = """# make           run the test on this machine
+# make NAME.o    compile the network, also for a device; with a floating-point unit, as here, name it:
+#     make NAME.o CC=arm-none-eabi-gcc CFLAGS="-O3 -mthumb -mcpu=cortex-m4 -mfpu=fpv4-sp-d16 -mfloat-abi=hard"
 CFLAGS ?= -O3 -funroll-loops -std=c11 -Wall -Wextra -Werror -pedantic
 
 test: NAME_test
@@ -205,8 +220,17 @@ def _readme(program: Program) -> str:
             f"/* for each event of this step: */ {name}_event(&net, {where});\n"
             f"    {name}_tick(&net, logits);   /* or {name}_step(&net, frame, logits) with a whole frame */"
         )
-    computed = [op for op in network.operations if not isinstance(op, Active | Spread)]
-    layers = "\n".join(f"* `{op.name}`: {' × '.join(map(str, op.output.shape))}" for op in computed)
+    of_ram, of_flash = program.by_layer().values()
+    layers = "\n".join(
+        f"| `{op.name}` | {' × '.join(map(str, op.output.shape))} | {of_ram[op.name]:,} | {of_flash[op.name]:,} |"
+        for op in network.operations
+    )
+    one, most, logit = (f"{n:.6g}" for n in (network.input_scale, 127 * network.input_scale, network.logit_scale))
+    quantised = f"""An input is an integer in ±127, of which 1 stands for {one} (`{N}_INPUT_SCALE`).
+`{name}_quantise(value)` rounds a value to it; values beyond ±{most} become ±127. A logit of 1 stands for {logit}
+(`{N}_LOGIT_SCALE`); the sum over {N}_STEPS fits in 32 bits.
+
+"""
     return f"""# {name}
 
 A trained spiking network in C11. `{name}.c` needs `{name}.h`, `<stdint.h>` and `<string.h>`, and allocates nothing.
@@ -218,7 +242,7 @@ A trained spiking network in C11. `{name}.c` needs `{name}.h`, `<stdint.h>` and 
 static {name}_net net;
 
 {name}_reset(&net);
-float sum[{N}_CLASSES] = {{0}};
+{name}_logit sum[{N}_CLASSES] = {{0}};
 for (int t = 0; t < {N}_STEPS; t++) {{
     {name}_logit logits[{N}_CLASSES];
     {frame}
@@ -234,7 +258,9 @@ for (int t = 0; t < {N}_STEPS; t++) {{
 | state, `sizeof({name}_net)` | {program.ram:,} bytes of RAM |
 | time steps of a sample | {network.steps} |
 
-The code needs an `int` of 32 bits. One step computes, in this order (channels × height × width):
+{quantised if network.integers else ""}The code needs an `int` of 32 bits. One step computes, in this order:
 
+| layer | channels × height × width | RAM | flash |
+| --- | --- | --- | --- |
 {layers}
 """

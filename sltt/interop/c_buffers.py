@@ -2,48 +2,70 @@
 
 from dataclasses import dataclass
 
-from sltt.interop.c_network import Affine, Network, Sum, Value
+from sltt.interop.c_network import Affine, Fire, Network, Pool, Spread, Sum, Value, Weights
 
 
 @dataclass
 class Buffer:
-    """An array of the struct that values pass through.
-
-    Attributes:
-        name: in the struct.
-        kind: "spikes" is a list of indices; "values", or "currents" of 16 bits.
-        size: how many values fit.
-        until: the last operation that reads what is in it.
-    """
+    """An array of the struct that values pass through."""
 
     name: str
-    kind: str
-    size: int
-    until: float
+    kind: str  # "spikes" is bits, 32 in a word; "small" has the type of the input; "values" has that of sums
+    size: int  # how many words or values fit
+    until: float  # the last operation that reads what is in it
+    layer: str  # that writes most to it
 
 
-def plan(network: Network, narrow: set[Value]) -> tuple[list[Buffer], dict[Value, Buffer]]:
-    """Give each value a buffer; one serves several whose times do not overlap. Those in `narrow` have 16 bits."""
+def find_fused(network: Network) -> dict[Fire, Weights]:
+    """Return the neurons that run pixel by pixel with the layer before them, whose currents then need no memory."""
+    pairs = zip(network.operations, network.operations[1:], strict=False)
+    return {
+        op: before
+        for before, op in pairs
+        if isinstance(op, Fire) and isinstance(before, Weights) and op.inputs == [before.output]
+        if network.readers(before.output) == 1
+    }
+
+
+def kind_of(network: Network, value: Value) -> str:
+    """Return the kind of memory of a value."""
+    if value.spikes:
+        return "spikes"
+    makers = [op for op in network.operations if op.output is value]
+    counts = all(isinstance(op, Pool | Spread) for op in makers) and network.bounds.get(value, 128) <= 127
+    return "small" if counts and value is not network.output else "values"
+
+
+def padded(network: Network, op: Weights) -> int:
+    """Return how many sums a layer writes for a pixel: in integers, C takes four weights at a time."""
+    return -(-len(op.bias) // 4) * 4 if network.integers and op.groups == 1 else len(op.bias)
+
+
+def plan(network: Network, fused: dict[Fire, Weights]) -> tuple[list[Buffer], dict[Value, Buffer]]:
+    """Give each value a buffer; one serves several whose times do not overlap."""
     operations = network.operations
-    last = {value: i for i, op in enumerate(operations) for value in op.inputs}
+    # weights that run with the neurons behind them read their input until these have run
+    last = {value: i + (op in fused.values()) for i, op in enumerate(operations) for value in op.inputs}
     buffers: list[Buffer] = []
     places: dict[Value, Buffer] = {}
     for i, op in enumerate(operations):
-        value = op.output
+        value, kind = op.output, kind_of(network, op.output)
         kept = any(value in before.inputs for before in operations[: i + 1])  # read in the next step
         until = float("inf") if kept else last.get(value, i)
-        if value is network.output:
+        if value is network.output and not (isinstance(op, Weights) and padded(network, op) > value.size):
             continue
-        kind = "spikes" if value.spikes else "currents" if value in narrow else "values"
+        size = -(-value.size // 32) if value.spikes else value.shape[0] if op in fused.values() else value.size
+        size += padded(network, op) - value.shape[0] if isinstance(op, Weights) else 0
         free = [b for b in buffers if b.until < i and b.kind == kind and not kept]
         if isinstance(op, Affine | Sum):  # in place of an input that nobody reads any more
-            ours = [places[x] for x in op.inputs if x in places and places[x].until == i and not x.spikes]
+            ours = [places[x] for x in op.inputs if x in places and places[x].until == i and places[x].kind == kind]
             free = ours or free
         if free:
-            buffer = min(free, key=lambda b: (b.size < value.size, abs(b.size - value.size)))
-            buffer.size = max(buffer.size, value.size)
+            buffer = min(free, key=lambda b: (b.size < size, abs(b.size - size)))
+            if buffer.size < size:
+                buffer.size, buffer.layer = size, op.name
         else:
-            buffer = Buffer(f"{kind}{sum(b.kind == kind for b in buffers)}", kind, value.size, until)
+            buffer = Buffer(f"{kind}{sum(b.kind == kind for b in buffers)}", kind, size, until, op.name)
             buffers.append(buffer)
         buffer.until = until
         places[value] = buffer

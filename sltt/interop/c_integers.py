@@ -1,10 +1,13 @@
-"""The operations of a network in integers: weights of 8 bits, sums of 32, or of 16 where a layer needs no more.
+"""The operations of a network in integers: weights of 8 bits, sums of 32, states of 16.
 
 Weights have a scale for each output channel. Each value has a unit for each channel: the number that 1 stands for.
 Neurons need no multiplication for it, since their thresholds are in the same unit; neither does BatchNorm, whose gain
 becomes a part of the unit. Average pooling sums, and the next layer takes the factor into its weights. A sum of two
 paths brings them to one unit. Inputs and spikes are multiplied where a BatchNorm or a neuron reads them, which would
 round shifts and potentials to whole ones.
+
+States have 16 bits. Where thresholds are large, a layer of neurons shifts its currents, so that most thresholds are at
+most 2^8 to 2^9 and states reach 64 times as far. Channels with a larger one than most have a larger unit.
 """
 
 import copy
@@ -15,10 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt.interop.c_network import LIMIT, SHIFT, Affine, Fire, Network, Operation, Pool, Sum, Value, Weights
+from sltt.interop.c_network import LIMIT, PEAK, SHIFT, Affine, Fire, Network, Operation, Pool, Sum, Value, Weights
 
 _FINE = 2**22  # a bias or a shift has no more units than this
 _GAIN = 64  # units of an input or a spike behind which there are no weights
+_FIRES = PEAK // 64  # units of most thresholds, at most
+_Units = dict[Value, Tensor]
+_Bounds = dict[Value, float]
+_Threshold = Tensor | None
 
 
 def in_integers(network: Network, x: Tensor) -> Network:
@@ -42,15 +49,22 @@ def _in_integers(network: Network, x: Tensor, gain: int) -> Network:
     units = {network.input: torch.full(network.input.shape[:1], made.input_scale).double()}
     made.bounds = bounds = {network.input: 127.0}
     whole = {network.input}  # values that count whole inputs or spikes
+    thresholds: dict[Value, Tensor] = {}  # of the neurons that read a value
+    for op in reversed(network.operations):
+        if isinstance(op, Fire):
+            thresholds[op.inputs[0]] = op.threshold.double()
+        elif isinstance(op, Pool) and op.output in thresholds:
+            thresholds[op.inputs[0]] = thresholds[op.output] / op.factor
 
     def add(op: Operation) -> None:
         (x, *_) = op.inputs
         last = network.steps if op.output is made.output else 0
+        threshold = thresholds.get(op.output)
         rule = _RULES.get(type(op), _keep)
         rule = partial(_affine, gain=gain if x in whole else 1) if isinstance(op, Affine) else rule
         if not isinstance(op, Affine | Weights) and whole.issuperset(op.inputs):
             whole.add(op.output)
-        units[op.output] = rule(op, units, bounds, last)
+        units[op.output] = rule(op, units, bounds, threshold, last)
         if bounds[op.output] >= LIMIT:
             reach = f"{bounds[op.output]:.3g}"
             raise ValueError(f"{op.name} would leave 32 bits, with sums of up to {reach}: use weights='float32'")
@@ -66,7 +80,7 @@ def _in_integers(network: Network, x: Tensor, gain: int) -> Network:
         if isinstance(op, Fire) and gain > 1 and op.inputs[0] in whole:
             one = torch.ones_like(units[op.inputs[0]])
             finer = Affine(f"input of {op.name}", op.inputs, Value(op.output.shape), one, 0 * one)
-            op.inputs = [finer.output]
+            op.inputs, thresholds[finer.output] = [finer.output], op.threshold
             add(finer)
         add(op)
     unit, reach = units[made.output], bounds[made.output]
@@ -78,49 +92,63 @@ def _in_integers(network: Network, x: Tensor, gain: int) -> Network:
     return made
 
 
-def _keep(op: Operation, units: dict[Value, Tensor], bounds: dict[Value, float], last: int) -> Tensor:
+def _keep(op: Operation, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int) -> Tensor:
     bounds[op.output] = bounds[op.inputs[0]]
     return units[op.inputs[0]]
 
 
-def _weights(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: int) -> Tensor:
+def _shift(threshold: Tensor) -> int:
+    """Return by how many bits to shift currents, so that half of the thresholds have at most 2^9 units."""
+    return max(0, int((threshold.median().clamp(min=1) / _FIRES).log2().ceil()))
+
+
+def _room(unit: Tensor, threshold: _Threshold) -> Tensor:
+    """Return the units of currents, larger for channels whose threshold would be far above those of most."""
+    if threshold is None:
+        return unit
+    return torch.maximum(unit, threshold / (16 * _FIRES) / 2 ** _shift(threshold / unit))
+
+
+def _weights(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int) -> Tensor:
     outputs = len(op.weight)
     unit = units[op.inputs[0]].view(op.groups, 1, -1).expand(-1, outputs // op.groups, -1)
     weight = op.weight * unit.reshape(outputs, -1, 1, 1)
     peak = weight.abs().amax((1, 2, 3))
     peak = torch.maximum((peak.amax() if last else peak).expand(outputs) / 127, op.bias.abs().amax() / _FINE)
-    unit = torch.where(peak > 0, peak, 1.0)
+    unit = _room(torch.where(peak > 0, peak, 1.0), threshold)
     op.weight, op.bias = (weight / unit.view(-1, 1, 1, 1)).round(), (op.bias / unit).round()
     sums = op.weight.abs().sum((1, 2, 3)) * bounds[op.inputs[0]] + op.bias.abs()
     bounds[op.output] = sums.max().item()
     return unit
 
 
-def _affine(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: int, gain: int = 1) -> Tensor:
+def _affine(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int, gain: int = 1) -> Tensor:
     value = op.gain * units[op.inputs[0]]
     unit = torch.maximum(value.abs() / gain, op.shift.abs() / _FINE)
-    unit = torch.where(unit > 0, unit, 1.0)
+    unit = _room(torch.where(unit > 0, unit, 1.0), threshold)
     op.gain, op.shift = (value / unit).round(), (op.shift / unit).round()
     bounds[op.output] = bounds[op.inputs[0]] * op.gain.abs().max().item() + op.shift.abs().max().item()
     return unit
 
 
-def _pool(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: int) -> Tensor:
+def _pool(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int) -> Tensor:
     x = op.inputs[0]
     factor, op.factor = (1.0, 1.0) if op.largest else (op.factor, 1.0)
     bounds[op.output] = bounds[x] * (1 if op.largest else op.kernel[0] * op.kernel[1])
     return units[x] * factor
 
 
-def _sum(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: int) -> Tensor:
+def _sum(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int) -> Tensor:
     given = torch.stack([units[x] for x in op.inputs])
     most = 2**30 / max(last, 4)  # of a sum, so that those of all time steps fit in 32 bits
     fits = sum(bounds[x] for x in op.inputs) < 2 * most
-    if given.eq(given[0]).all() and not (last and (given.ne(given[0, 0]).any() or not fits)):
+    same = given.eq(given[0]).all() and _room(given[0], threshold).eq(given[0]).all()
+    if same and not (last and (given.ne(given[0, 0]).any() or not fits)):
         bounds[op.output] = sum(bounds[x] for x in op.inputs)
         return given[0]
     reach = (given * torch.tensor([[bounds[x]] for x in op.inputs])).sum(0)  # the largest sum
     unit = torch.stack([given.amin(0), given.amax(0) / 2**SHIFT, reach / most]).amax(0)
+    unit = _room(unit, threshold)
     if last:
         unit = torch.stack([unit.amin(), given.amax() / 2**SHIFT, reach.amax() / most]).amax().expand(len(unit))
     op.factors = [(units[x] / unit * 2**SHIFT).round() for x in op.inputs]
@@ -128,26 +156,19 @@ def _sum(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: 
     return unit
 
 
-def _fire(op: Any, units: dict[Value, Tensor], bounds: dict[Value, float], last: int) -> Tensor:
+def _fire(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int) -> Tensor:
     unit = units[op.inputs[0]]
     op.integers = True
-    op.threshold = (op.threshold / unit).round().clamp(1, LIMIT)
-    op.start = (op.start / unit).round().clamp(-LIMIT, LIMIT)
+    op.shift = _shift(op.threshold / unit)
+    unit = unit * 2**op.shift
+    op.threshold = (op.threshold / unit).round().clamp(1, PEAK)
+    op.start = (op.start / unit).round().clamp(-PEAK, PEAK)
     for name in {"decay", "synapse", "adaptation"} & op.arrays().keys():
         setattr(op, name, (getattr(op, name) * 2**SHIFT).round())
     if op.rise is not None:
-        op.rise = (op.rise / unit).round().clamp(0, LIMIT)
-    current = _largest_state(op.synapse, torch.tensor(bounds[op.inputs[0]]).double())
-    raised = 0 if op.rise is None else _largest_state(op.adaptation, op.rise.amax())
-    peaks = op.start.abs().amax(), _largest_state(op.decay, current), op.threshold.amax() + raised
-    op.limit = torch.stack(peaks).amax().item()
+        op.rise = (op.rise / unit).round().clamp(0, PEAK)
     bounds[op.output] = 1.0
     return torch.ones_like(unit)
-
-
-def _largest_state(factor: Tensor | None, current: Tensor) -> Tensor:
-    """Return what no state goes beyond that keeps factor / 2^14 of itself, rounded, beside a current."""
-    return current if factor is None else (current + 0.5) / (1 - factor.amax() / 2**SHIFT)
 
 
 _RULES = {Weights: _weights, Pool: _pool, Sum: _sum, Fire: _fire}

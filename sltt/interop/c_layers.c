@@ -1,210 +1,262 @@
 // The parts of a network in C; c_writing.py takes those that the network calls, and what they need ("part NAME: …").
-// Words in capitals are replaced: types, FIELD and AT (one number, or one for each channel), SIZES, EACH (the loop over
-// neurons), LIMIT. A line that ends in "//? NAME" is for networks that call NAME. What has a $ in its name is also written
-// with states of 16 bits.
+// Words in capitals are replaced: types, FIELD and AT (one number, or one for each channel), CURRENT. A line that
+// ends in "//? NAME" is for networks with a neuron that has NAME. A $ stands for the types IN and OUT of a function.
 
-// part spread
-/* Write a list of active indices as zeros and ones; list[0] is how many there are. */
-static void spread(const INDEX *list, NUMBER *out, int size)
+// part bits
+/* Spikes are bits, of which the first is the lowest of a word. Return those from i on to the end of a word, or to `end`. */
+static uint32_t bits_at(const uint32_t *spikes, int i, int end)
 {
-    memset(out, 0, (size_t)size * sizeof *out);
-    for (int k = 1; k <= list[0]; k++)
-        out[list[k]] = 1;
-}
-// part active
-/* List the inputs that are not 0. */
-static void active(const NUMBER *in, INDEX *list, int size)
-{
-    int count = 0;
+    const uint32_t word = spikes[i >> 5] >> (i & 31);
 
-    for (int i = 0; i < size; i++) {
-        list[count + 1] = (INDEX)i; /* stays if it is active */
-        count += in[i] != 0;
-    }
-    list[0] = (INDEX)count;
-}
-// part rows
-/* Add a row of weights, times a value. */
-static void add_row$(const WEIGHT *restrict a, VALUE s, NUMBER *restrict out, int size)
-{
-    for (int k = 0; k < size; k++)
-        out[k] += s * a[k];
+    return end - i < 32 ? word & ((UINT32_C(1) << (end - i)) - 1) : word;
 }
 
+/* Return the place of the lowest bit that is set. */
+static int lowest(uint32_t word)
+{
+    static const uint8_t places[32] = {0,  1,  28, 2,  29, 14, 24, 3, 30, 22, 20, 15, 25, 17, 4,  8,
+                                       31, 27, 13, 23, 21, 19, 16, 7, 26, 12, 18, 6,  11, 5,  10, 9};
+
+    return places[((word & (~word + 1)) * UINT32_C(0x077CB531)) >> 27]; /* de Bruijn's sequence: all places differ */
+}
+// part spread: bits
+/* Write spikes as zeros and ones. */
+static void spread$(const uint32_t *spikes, OUT *out, int size)
+{
+    for (int i = 0; i < size; i++)
+        out[i] = (OUT)bits_at(spikes, i, i + 1);
+}
+// part add_rows float32
 /* Add four rows: each sum is read and written once for all of them. */
-static void add_four$(const WEIGHT *restrict a, const WEIGHT *restrict b, const WEIGHT *restrict c,
-                     const WEIGHT *restrict d, NUMBER *restrict out, int size)
+static void add_four(const float *restrict a, const float *restrict b, const float *restrict c,
+                     const float *restrict d, float *restrict out, int size)
 {
     for (int k = 0; k < size; k++)
         out[k] += a[k] + b[k] + c[k] + d[k];
 }
 
-static void add_four_values$(const WEIGHT *restrict a, const WEIGHT *restrict b, const WEIGHT *restrict c,
-                            const WEIGHT *restrict d, VALUE s, VALUE t, VALUE u, VALUE v, NUMBER *restrict out, int size)
+static void add_four_values(const float *restrict a, const float *restrict b, const float *restrict c,
+                            const float *restrict d, const float *s, float *restrict out, int size)
 {
     for (int k = 0; k < size; k++)
-        out[k] += s * a[k] + t * b[k] + u * c[k] + v * d[k];
+        out[k] += s[0] * a[k] + s[1] * b[k] + s[2] * c[k] + s[3] * d[k];
 }
 
-/* Add the rows of the inputs in a list, each times its value; rows[0] is of the input `first`. */
-static void add_rows$(const WEIGHT *rows, int first, const INDEX *list, int count, const INPUT *values, NUMBER *out,
-                     int size)
+/* Add rows of weights, each times its value, or once for values NULL. */
+static void add_rows(const float *const *rows, const float *values, int count, float *out, int size)
 {
-    for (; count >= 4; list += 4, count -= 4) {
-        const WEIGHT *a = rows + (list[0] - first) * size, *b = rows + (list[1] - first) * size;
-        const WEIGHT *c = rows + (list[2] - first) * size, *d = rows + (list[3] - first) * size;
+    int k = 0;
+
+    for (; k + 4 <= count; k += 4)
         if (values)
-            add_four_values$(a, b, c, d, (VALUE)values[list[0]], (VALUE)values[list[1]], (VALUE)values[list[2]],
-                            (VALUE)values[list[3]], out, size);
+            add_four_values(rows[k], rows[k + 1], rows[k + 2], rows[k + 3], values + k, out, size);
         else
-            add_four$(a, b, c, d, out, size);
-    }
-    for (; count > 0; list++, count--)
-        add_row$(rows + (list[0] - first) * size, values ? (VALUE)values[list[0]] : 1, out, size);
+            add_four(rows[k], rows[k + 1], rows[k + 2], rows[k + 3], out, size);
+    for (; k < count; k++)
+        for (int i = 0; i < size; i++)
+            out[i] += (values ? values[k] : 1) * rows[k][i];
 }
-// part conv: rows
+// part add_rows int8
+/* Two of the four bytes of a word as numbers of 16 bits; and added to such numbers. */
+#if defined __GNUC__ && defined __ARM_FEATURE_SIMD32
+#define EVEN(word) __extension__({ uint32_t e_; __asm__("uxtb16 %0, %1" : "=r"(e_) : "r"(word)); e_; })
+#define ODD(word) __extension__({ uint32_t o_; __asm__("uxtb16 %0, %1, ror #8" : "=r"(o_) : "r"(word)); o_; })
+#define ADD_EVEN(sum, word) __asm__("uxtab16 %0, %0, %1" : "+r"(sum) : "r"(word))
+#define ADD_ODD(sum, word) __asm__("uxtab16 %0, %0, %1, ror #8" : "+r"(sum) : "r"(word))
+#else
+#define EVEN(word) ((word) & 0xFF00FF)
+#define ODD(word) ((word) >> 8 & 0xFF00FF)
+#define ADD_EVEN(sum, word) ((sum) += EVEN(word))
+#define ADD_ODD(sum, word) ((sum) += ODD(word))
+#endif
+
+/* Add four sums of 16 bits, two in a number, to four of 32. */
+static void add_sums(uint32_t even, uint32_t odd, int32_t excess, int32_t *out)
+{
+    out[0] += (int32_t)(even & 0xFFFF) - excess;
+    out[1] += (int32_t)(odd & 0xFFFF) - excess;
+    out[2] += (int32_t)(even >> 16) - excess;
+    out[3] += (int32_t)(odd >> 16) - excess;
+}
+
+/* Add rows of weights, each times its value, or once for values NULL. A word has four weights, each + 128. */
+static void add_rows(const uint32_t *const *rows, const int32_t *values, int count, int32_t *out, int size)
+{
+    uint32_t sum = values ? 0 : (uint32_t)count;
+    int small = 1;
+
+    for (int k = 0; values && k < count; k++) {
+        small &= values[k] >= 0 && values[k] <= 257;
+        sum += (uint32_t)values[k];
+    }
+    small &= sum <= 257; /* times 255: fits in 16 bits */
+    for (int i = 0; i < size && small && count; i += 8) {
+        const int word = i >> 2;
+        uint32_t a = 0, b = 0, c = 0, d = 0;
+
+        for (int k = 0; k < count && !values; k++) {
+            const uint32_t v = rows[k][word], w = rows[k][word + 1]; /* the array has one word more */
+            ADD_EVEN(a, v);
+            ADD_ODD(b, v);
+            ADD_EVEN(c, w);
+            ADD_ODD(d, w);
+        }
+        for (int k = 0; k < count && values; k++) {
+            const uint32_t v = rows[k][word], w = rows[k][word + 1], value = (uint32_t)values[k];
+            a += value * EVEN(v);
+            b += value * ODD(v);
+            c += value * EVEN(w);
+            d += value * ODD(w);
+        }
+        add_sums(a, b, (int32_t)(128 * sum), out + i);
+        if (i + 4 < size)
+            add_sums(c, d, (int32_t)(128 * sum), out + i + 4);
+    }
+    for (int i = 0; i < size && !small; i += 4) { /* without signs, since weights + 128 may leave 32 bits */
+        uint32_t sums[4] = {0};
+
+        for (int k = 0; k < count; k++) {
+            const uint32_t v = rows[k][i >> 2], value = (uint32_t)values[k];
+            sums[0] += value * (v & 0xFF);
+            sums[1] += value * (v >> 8 & 0xFF);
+            sums[2] += value * (v >> 16 & 0xFF);
+            sums[3] += value * (v >> 24);
+        }
+        for (int k = 0; k < 4; k++)
+            out[i + k] += (int32_t)(sums[k] - 128 * sum);
+    }
+}
+// part conv_layer
 typedef struct {
     int channels, height, width;             /* of the input, [height][width][channels] */
-    int outputs, out_height, out_width;      /* of the output */
+    int outputs, out_width, row;             /* of the output; a row of weights takes `row` numbers or words */
     int kernel_height, kernel_width, stride_y, stride_x, padding_y, padding_x;
     int dilation_y, dilation_x, groups;
-    const WEIGHT *weights;                   /* [kernel_height][kernel_width][channels][outputs / groups] */
     const NUMBER *bias;                      /* [outputs] */
-} conv_layer$;
-
-/* Add the weights of active inputs. Those that an output pixel reads of a row stand together in the list. */
-static void conv$(const conv_layer$ *l, const INDEX *list, const INPUT *values, NUMBER *out)
+} conv_layer;
+// part conv: conv_layer add_rows bits
+/* Sum one pixel of the output: the weights [kernel_height][kernel_width][channels][row] of inputs that are not 0. */
+static void conv$(const conv_layer *l, const ROW *weights, const uint32_t *spikes, const IN *values, int pixel,
+                  NUMBER *out)
 {
-    const int inside = l->channels / l->groups, size = l->outputs / l->groups, row = l->width * l->channels;
-    const int together = l->dilation_x == 1 ? l->kernel_width : 1; /* pixels of a row */
-    const int end = list[0] + 1;
-    int top = 1;                             /* where the inputs of a row of outputs begin in the list */
+    const int across = l->dilation_x == 1 ? l->kernel_width : 1; /* pixels beside each other */
+    const int top = pixel / l->out_width * l->stride_y - l->padding_y;
+    const int left = pixel % l->out_width * l->stride_x - l->padding_x;
+    const int channels = l->channels, width = l->width, size = l->row, outputs = l->outputs;
+    const ROW *rows[64];
+    NUMBER factors[64];
+    int count = 0;
 
-    for (int y = 0; y < l->out_height; y++, out += l->out_width * l->outputs) {
-        for (int x = 0; x < l->out_width; x++)
-            memcpy(out + x * l->outputs, l->bias, (size_t)l->outputs * sizeof *out);
-        for (int ky = 0, start = top; ky < l->kernel_height; ky++) {
-            const int above = y * l->stride_y - l->padding_y + ky * l->dilation_y, left = above * row;
-            if (above < 0 || above >= l->height)
+    memcpy(out, l->bias, (size_t)outputs * sizeof *out);
+    for (int ky = 0; ky < l->kernel_height; ky++)
+        for (int kx = 0; kx < l->kernel_width; kx += across) {
+            const int y = top + ky * l->dilation_y, x = left + kx * l->dilation_x;
+            const int begin = (y * width + (x < 0 ? 0 : x)) * channels;
+            const int end = (y * width + (x + across > width ? width : x + across)) * channels;
+            const int before = (y * width + x - ky * l->kernel_width - kx) * channels * size;
+
+            if (y < 0 || y >= l->height)
                 continue;
-            while (start < end && list[start] < left)
-                start++;
-            top = ky == 0 ? start : top;
-            for (int kx = 0; kx < l->kernel_width; kx += together)
-                for (int x = 0, from = start, to = start; x < l->out_width; x++) {
-                    const int first = left + (x * l->stride_x - l->padding_x + kx * l->dilation_x) * l->channels;
-                    const int behind = first + together * l->channels;
-                    while (from < end && list[from] < first)
-                        from++;
-                    to = to < from ? from : to;
-                    while (to < end && list[to] < behind && list[to] < left + row)
-                        to++;
-                    for (int k = from, next; k < to; k = next) {
-                        const int group = l->groups == 1 ? 0 : list[k] / inside; /* counted from the first pixel */
-                        next = l->groups == 1 ? to : k + 1;
-                        while (next < to && list[next] / inside == group)
-                            next++;
-                        add_rows$(l->weights + (ky * l->kernel_width + kx) * l->channels * size, first, list + k, next - k,
-                                 values, out + x * l->outputs + group % l->groups * size, size);
+            for (int i = begin, next; i < end; i = next) {
+                next = (i | 31) + 1 < end ? (i | 31) + 1 : end;
+                for (int k = i; values && k < next; k++)
+                    if (values[k] != 0) {
+                        rows[count] = weights + (k * size - before);
+                        factors[count++] = values[k];
                     }
+                for (uint32_t active = values ? 0 : bits_at(spikes, i, end); active; active &= active - 1)
+                    rows[count++] = weights + ((i + lowest(active)) * size - before);
+                if (count > 32) { /* the next word has 32 at most */
+                    add_rows(rows, values ? factors : NULL, count, out, outputs);
+                    count = 0;
                 }
+            }
         }
-    }
+    add_rows(rows, values ? factors : NULL, count, out, outputs);
 }
-// part linear: rows
-typedef struct {
-    int outputs;
-    const WEIGHT *weights;                   /* [inputs][outputs] */
-    const NUMBER *bias;                      /* [outputs] */
-} linear_layer$;
-
-/* Add the weights of active inputs. */
-static void linear$(const linear_layer$ *l, const INDEX *list, const INPUT *values, NUMBER *out)
+// part grouped: conv_layer bits
+/* As conv, in groups of channels; a row of weights [outputs / groups] is of bytes. */
+static void grouped$(const conv_layer *l, const WEIGHT *weights, const uint32_t *spikes, const IN *values, int pixel,
+                     NUMBER *out)
 {
+    const int inside = l->channels / l->groups;
+
     memcpy(out, l->bias, (size_t)l->outputs * sizeof *out);
-    add_rows$(l->weights, 0, list + 1, list[0], values, out, l->outputs);
+    for (int ky = 0; ky < l->kernel_height; ky++)
+        for (int kx = 0; kx < l->kernel_width; kx++) {
+            const int y = pixel / l->out_width * l->stride_y - l->padding_y + ky * l->dilation_y;
+            const int x = pixel % l->out_width * l->stride_x - l->padding_x + kx * l->dilation_x;
+            const int first = (y * l->width + x) * l->channels;
+
+            if (y < 0 || y >= l->height || x < 0 || x >= l->width)
+                continue;
+            for (int c = 0; c < l->channels; c++) {
+                const WEIGHT *row = weights + ((ky * l->kernel_width + kx) * l->channels + c) * l->row;
+                const NUMBER value = values ? values[first + c] : (NUMBER)bits_at(spikes, first + c, first + c + 1);
+                for (int k = 0; value != 0 && k < l->row; k++)
+                    out[c / inside * l->row + k] += value * row[k];
+            }
+        }
 }
-// part pool
+// part pool_layer
 typedef struct {
     int channels, height, width, out_height, out_width;
     int kernel_height, kernel_width, stride_y, stride_x, padding_y, padding_x;
-    NUMBER factor;                           /* of a sum over a window */
+    int largest;                             /* of a window, else the sum of it */
+    NUMBER factor;                           /* of the sum */
 } pool_layer;
-// part average: pool
-/* Add active inputs to every window that they lie in; those of one pixel stand beside each other in the list. */
-static void average(const pool_layer *l, const INDEX *list, const NUMBER *values, NUMBER *out)
+// part pool: pool_layer bits
+static void pool$(const pool_layer *l, const uint32_t *spikes, const IN *values, OUT *out)
 {
-    int count;
+    for (int i = 0; i < l->out_height * l->out_width; i++, out += l->channels) {
+        int seen = 0;                        /* inputs of the window; those beyond the border are none */
 
-    memset(out, 0, (size_t)(l->out_height * l->out_width * l->channels) * sizeof *out);
-    for (int k = 1; k <= list[0]; k += count) {
-        const int pixel = list[k] / l->channels, first = pixel * l->channels;
-        const int bottom = pixel / l->width + l->padding_y, right = pixel % l->width + l->padding_x;
+        memset(out, 0, (size_t)l->channels * sizeof *out);
+        for (int k = 0; k < l->kernel_height * l->kernel_width; k++) {
+            const int y = i / l->out_width * l->stride_y - l->padding_y + k / l->kernel_width;
+            const int x = i % l->out_width * l->stride_x - l->padding_x + k % l->kernel_width;
+            const int first = (y * l->width + x) * l->channels, end = first + l->channels;
 
-        for (count = 1; k + count <= list[0] && list[k + count] < first + l->channels;)
-            count++;
-        for (int y = bottom / l->stride_y; y >= 0 && bottom - y * l->stride_y < l->kernel_height; y--)
-            for (int x = right / l->stride_x; x >= 0 && right - x * l->stride_x < l->kernel_width; x--)
-                if (y < l->out_height && x < l->out_width) {
-                    NUMBER *sums = out + (y * l->out_width + x) * l->channels;
-                    for (int i = k; i < k + count; i++)
-                        sums[list[i] - first] += values ? values[list[i]] * l->factor : l->factor;
-                }
-    }
-}
-// part largest: pool
-static void largest(const pool_layer *l, const NUMBER *in, NUMBER *out)
-{
-    for (int y = 0; y < l->out_height; y++)
-        for (int x = 0; x < l->out_width; x++)
-            for (int c = 0; c < l->channels; c++, out++) {
-                int found = 0;
-                for (int ky = 0; ky < l->kernel_height; ky++)
-                    for (int kx = 0; kx < l->kernel_width; kx++) {
-                        const int top = y * l->stride_y - l->padding_y + ky, left = x * l->stride_x - l->padding_x + kx;
-                        if (top < 0 || top >= l->height || left < 0 || left >= l->width)
-                            continue;
-                        const NUMBER one = in[(top * l->width + left) * l->channels + c];
-                        *out = found && *out > one ? *out : one;
-                        found = 1;
-                    }
+            if (y < 0 || y >= l->height || x < 0 || x >= l->width)
+                continue;
+            for (int c = 0; values && c < l->channels; c++) {
+                const IN value = values[first + c];
+                if (!l->largest)
+                    out[c] = (OUT)(out[c] + value * l->factor);
+                else if (!seen || value > out[c])
+                    out[c] = (OUT)value;
             }
+            for (int j = first; !values && j < end; j = (j | 31) + 1)
+                for (uint32_t active = bits_at(spikes, j, end); active; active &= active - 1) {
+                    const int c = j - first + lowest(active);
+                    out[c] = (OUT)(l->largest ? 1 : out[c] + l->factor);
+                }
+            seen = 1;
+        }
+    }
 }
 // part affine
 /* out = gain * in + shift, each of a channel; in and out may be the same. */
-static void affine(const NUMBER *in, const WEIGHT *gain, const NUMBER *shift, NUMBER *out, int size, int channels)
+static void affine$(const IN *in, const WEIGHT *gain, const NUMBER *shift, NUMBER *out, int size, int channels)
 {
     for (int i = 0; i < size;)
         for (int c = 0; c < channels; c++, i++)
             out[i] = gain[c] * in[i] + shift[c];
 }
 // part add
-/* Add what another path gives; in and out may be the same. */
-static void add(const NUMBER *in, NUMBER *out, int size)
+/* Add what another path gives, or begin a sum with it; in and out may be the same. */
+static void add$(const IN *in, NUMBER *out, int size, int begin)
 {
     for (int i = 0; i < size; i++)
-        out[i] += in[i];
+        out[i] = (begin ? 0 : out[i]) + in[i];
 }
-// part scaled
-/* factor / 2^14 of a value, to the nearest integer; compilers shift the sign in, as all known ones do. */
-static int32_t scaled(int32_t factor, int32_t value)
-{
-    return (int32_t)(((int64_t)factor * value + (1 << 13)) >> 14);
-}
-// part scale: scaled
-/* Bring a path to the unit of a sum, channel by channel; in and out may be the same. */
-static void scale(const NUMBER *in, const int32_t *factor, NUMBER *out, int size, int channels)
+// part add_scaled
+/* As add, of factor / 2^14 of each channel, to the nearest integer; compilers shift the sign in, as all known ones do. */
+static void add_scaled$(const IN *in, const int32_t *factor, NUMBER *out, int size, int channels, int begin)
 {
     for (int i = 0; i < size;)
         for (int c = 0; c < channels; c++, i++)
-            out[i] = scaled(factor[c], in[i]);
-}
-// part add_scaled: scaled
-static void add_scaled(const NUMBER *in, const int32_t *factor, NUMBER *out, int size, int channels)
-{
-    for (int i = 0; i < size;)
-        for (int c = 0; c < channels; c++, i++)
-            out[i] += scaled(factor[c], in[i]);
+            out[i] = (begin ? 0 : out[i]) + (NUMBER)(((int64_t)factor[c] * in[i] + (1 << 13)) >> 14);
 }
 // part charge float32
 /* What stays of a state, and a current. */
@@ -212,67 +264,59 @@ static float charge(float decay, float state, float current)
 {
     return decay * state + current;
 }
-// part charge int8: scaled
-/* What stays of a state, and a current, within limits that no sum of two leaves 32 bits from. */
+// part charge int8
+/* What stays of a state, decay / 2^14 of it to the nearest integer, and a current; within the limits of 16 bits. */
 static int32_t charge(int32_t decay, int32_t state, int32_t current)
 {
-    const int32_t sum = scaled(decay, state) + current;
+    int32_t sum = ((decay * state + (1 << 13)) >> 14) + current;
 
-    return sum > LIMIT ? LIMIT : sum < -LIMIT ? -LIMIT : sum;
+#if defined __GNUC__ && defined __ARM_FEATURE_SAT
+    __asm__("ssat %0, #16, %0" : "+r"(sum));
+    return sum;
+#else
+    return sum > INT16_MAX ? INT16_MAX : sum < INT16_MIN ? INT16_MIN : sum;
+#endif
 }
-// part charge int16
-/* What stays of a state, and a current, in a layer whose states all fit in 16 bits. */
-static int16_t charge_16(int16_t decay, int16_t state, int16_t current)
-{
-    return (int16_t)(((decay * state + (1 << 13)) >> 14) + current);
-}
-// part neuron
+// part lif: charge
 typedef struct {
-    SIZES
+    int channels;
     FIELD(FACTOR, decay);                    /* what stays of a potential */
-    FIELD(NUMBER, threshold);
+    FIELD(STATE, threshold);
     int hard;                                /* a spike sets the potential to 0, else takes the threshold off */
-    FIELD(FACTOR, synapse);                  /* what stays of a synaptic current */  //? cuba_lif
-    FIELD(FACTOR, adaptation);               /* what stays of a raise of the threshold */  //? alif
-    FIELD(NUMBER, rise);                     /* what a spike adds to it */  //? alif
-} neuron_layer$;
-// part lif: charge neuron
-/* Charge the potentials v with the currents in; list the neurons that reach their threshold, and reset them. */
-static void lif$(const neuron_layer$ *l, NUMBER *restrict v, const NUMBER *restrict in, INDEX *restrict list)
-{
-    int count = 0;
+    int shift;                               /* a current counts 2^-shift */  //? shift
+    FIELD(FACTOR, synapse);                  /* what stays of a synaptic current */  //? synapse
+    FIELD(FACTOR, adaptation);               /* what stays of a raise of the threshold */  //? adaptation
+    FIELD(STATE, rise);                      /* what a spike adds to it */  //? adaptation
+} neuron_layer;
 
-    EACH
-        v[i] = charge$(l->AT(decay, c), v[i], in[i]);
-    EACH {
-        list[count + 1] = (INDEX)i; /* stays if it fires */
-        count += v[i] >= l->AT(threshold, c);
-    }
-    list[0] = (INDEX)count;
-    for (int k = 1; k <= count; k++)
-        v[list[k]] = l->hard ? 0 : v[list[k]] - l->AT(threshold, list[k] % l->channels);
-}
-// part cuba_lif: lif
-/* Charge the synaptic currents i_syn, then the potentials with these. */
-static void cuba_lif$(const neuron_layer$ *l, NUMBER *i_syn, NUMBER *v, const NUMBER *in, INDEX *list)
+/* Charge the neurons of one pixel with the currents in. Those that reach their threshold spike, and are reset. */
+static void lif(const neuron_layer *l, const NUMBER *in, int pixel, uint32_t *spikes,
+                STATE *i_syn,  //? synapse
+                STATE *a,  //? adaptation
+                STATE *v)
 {
-    EACH
-        i_syn[i] = charge$(l->AT(synapse, c), i_syn[i], in[i]);
-    lif$(l, v, i_syn, list);
-}
-// part alif: charge neuron
-/* As lif, with thresholds that each spike raises by a. */
-static void alif$(const neuron_layer$ *l, NUMBER *a, NUMBER *v, const NUMBER *in, INDEX *list)
-{
-    int count = 0;
+    const int end = (pixel + 1) * l->channels;
 
-    EACH {
-        const NUMBER u = charge$(l->AT(decay, c), v[i], in[i]);
-        const int fires = u >= l->AT(threshold, c) + a[i];
-        v[i] = fires ? u - l->AT(threshold, c) : u;
-        a[i] = charge$(l->AT(adaptation, c), a[i], fires ? l->AT(rise, c) : 0);
-        list[count + 1] = (INDEX)i; /* stays if it fires */
-        count += fires;
+    for (int i = end - l->channels, c = 0, next; i < end; i = next) {
+        uint32_t bit = UINT32_C(1) << (i & 31), word = spikes[i >> 5] & (bit - 1);
+
+        next = (i | 31) + 1 < end ? (i | 31) + 1 : end;
+        for (int k = i; k < next; k++, c++, bit <<= 1) {
+            NUMBER u = CURRENT, threshold = l->AT(threshold);
+
+            if (i_syn)  //? synapse
+                u = i_syn[k] = (STATE)charge(l->AT(synapse), i_syn[k], u);  //? synapse
+            if (a)  //? adaptation
+                threshold += a[k];  //? adaptation
+            u = charge(l->AT(decay), v[k], u);
+            if (u >= threshold) {
+                word |= bit;
+                u = l->hard ? 0 : u - l->AT(threshold);
+            }
+            v[k] = (STATE)u;
+            if (a)  //? adaptation
+                a[k] = (STATE)charge(l->AT(adaptation), a[k], word & bit ? l->AT(rise) : 0);  //? adaptation
+        }
+        spikes[i >> 5] = word;
     }
-    list[0] = (INDEX)count;
 }

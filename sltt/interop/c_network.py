@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SHIFT = 14  # a factor is an integer over 2^14
-LIMIT = 2**29  # no potential goes beyond it, so that no sum of integers leaves 32 bits
+LIMIT = 2**29  # no sum of integers goes beyond it, so that none of two leaves 32 bits
+PEAK = 2**15 - 1  # no state goes beyond it, in 16 bits
 
 
 @dataclass(eq=False)
@@ -20,7 +21,7 @@ class Value:
 
     Attributes:
         shape: C, H, W.
-        spikes: it is 0 or 1, and C keeps it as the list of the active indices.
+        spikes: it is 0 or 1, and C keeps it as bits.
     """
 
     shape: tuple[int, int, int]
@@ -60,10 +61,7 @@ class Operation:
 
 @dataclass(eq=False)
 class Weights(Operation):
-    """A convolution, or a linear layer, whose kernel is the whole image: weight [O, C/groups, h, w], bias [O].
-
-    It reads spikes; or values, and the list of those that are not 0.
-    """
+    """A convolution, or a linear layer, whose kernel is the whole image: weight [O, C/groups, h, w], bias [O]."""
 
     weight: Tensor
     bias: Tensor
@@ -106,7 +104,8 @@ class Fire(Operation):
         v = u − θ s, or u (1 − s) with `hard`
         a = ρ a + β s
 
-    All parameters are [C], or [1] where the channels share one. No integer in the layer is larger than `limit`.
+    All parameters are [C], or [1] where the channels share one. In integers, x counts 2^-shift, and states have
+    16 bits.
     """
 
     decay: Tensor
@@ -117,7 +116,7 @@ class Fire(Operation):
     adaptation: Tensor | None = None
     rise: Tensor | None = None
     integers: bool = False
-    limit: float = float("inf")
+    shift: int = 0
     tensors = ("decay", "threshold", "start", "synapse", "adaptation", "rise")
 
     @property
@@ -127,6 +126,7 @@ class Fire(Operation):
 
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         (x,), none = inputs, torch.zeros_like(inputs[0])
+        x = _shift_right(x, self.shift) if self.shift else x
         if self.synapse is not None:
             states["i"] = x = self._charge(self.synapse, states.get("i", none), x)
         u = self._charge(self.decay, states.get("v", none + _channels(self.start)), x)
@@ -143,7 +143,7 @@ class Fire(Operation):
     def _charge(self, factor: Tensor, v: Tensor, x: Tensor) -> Tensor:
         if not self.integers:
             return _channels(factor) * v + x
-        return (_shift_right(_channels(factor) * v, SHIFT) + x).clamp(-LIMIT, LIMIT)
+        return (_shift_right(_channels(factor) * v, SHIFT) + x).clamp(-PEAK - 1, PEAK)
 
 
 @dataclass(eq=False)
@@ -186,18 +186,10 @@ class Sum(Operation):
 
 @dataclass(eq=False)
 class Spread(Operation):
-    """Spikes as zeros and ones, for what reads no lists."""
+    """Spikes as zeros and ones, for what reads no bits."""
 
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         return inputs[0]
-
-
-@dataclass(eq=False)
-class Active(Operation):
-    """The list of the inputs that are not 0, which `Weights` and `Pool` read beside the values."""
-
-    def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
-        return (inputs[0] != 0).to(inputs[0].dtype)
 
 
 @dataclass(eq=False)
@@ -211,7 +203,7 @@ class Network:
         steps: T.
         input_scale: the number that 1 stands for in an input of integers.
         logit_scale: the same of logits.
-        integers: weights are int8; all else is int32, or int16 where a layer's `limit` fits.
+        integers: weights are int8, sums int32, and states int16.
         bounds: no integer of a value is larger.
     """
 
@@ -234,8 +226,9 @@ class Network:
         return sum(op.inputs.count(value) for op in self.operations) + (value is self.output)
 
     def to_integers(self, x: Tensor) -> Tensor:
-        """Return an input as integers, in units of `input_scale`."""
-        return (x.double() / self.input_scale).round().clamp(-127, 127)
+        """Return an input as integers in ±127, in units of `input_scale`, as NAME_quantise does."""
+        units = x.float() * torch.tensor(1 / self.input_scale)
+        return ((units.abs() + 0.5).floor() * units.sign()).clamp(-127, 127).double()
 
     @torch.no_grad()
     def unroll(self, x: Tensor, rates: dict[str, float] | None = None, margin: Tensor | None = None) -> Tensor:

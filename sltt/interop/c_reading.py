@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.interop import reading
-from sltt.interop.c_network import Active, Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights
+from sltt.interop.c_network import Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights
 from sltt.interop.conversion import describe, require
 from sltt.interop.reading import Call, pair
 from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, Neuron, Recurrent
@@ -38,7 +38,7 @@ def read(model: nn.Module, x: Tensor, steps: int) -> Network:
         raise ValueError(f"expected {expected}, got {list(shape)}: train it with a logit for each class")
     network = Network(reader.operations, values[calls[0]], output, steps)
     _fold(network)
-    _add_lists(network)
+    _add_values(network)
     wide = [op for op in network.operations if isinstance(op, Pool) and op.adaptive]
     _refuse([f"{op.name}, whose windows have several sizes with no linear layer behind it" for op in wide])
     for op in network.operations:
@@ -217,28 +217,17 @@ def _fold(network: Network) -> None:
         network.operations.remove(op)
 
 
-def _add_lists(network: Network) -> None:
-    """Put a `Spread` behind spikes that others than weights and average pooling read; an `Active` before these two."""
+def _add_values(network: Network) -> None:
+    """Put a `Spread` behind spikes that others than weights and pooling read."""
     for op in network.neurons:
-        others = [
-            reader
-            for reader in network.operations
-            if op.output in reader.inputs and not isinstance(reader, Weights) and getattr(reader, "largest", True)
-        ]
+        readers = [reader for reader in network.operations if op.output in reader.inputs]
+        others = [reader for reader in readers if not isinstance(reader, Weights | Pool)]
         if others or op.output is network.output:
             spread = Spread(f"{op.name} as values", [op.output], Value(op.output.shape))
             network.operations.insert(network.operations.index(op) + 1, spread)
             for reader in others:
                 reader.inputs = [spread.output if value is op.output else value for value in reader.inputs]
             network.output = spread.output if op.output is network.output else network.output
-    lists: dict[Value, Value] = {}
-    for op in [*network.operations]:
-        (x, *_) = op.inputs
-        if isinstance(op, Weights | Pool) and not x.spikes and not getattr(op, "largest", False):
-            if x not in lists:
-                lists[x] = Value(x.shape, spikes=True)
-                network.operations.insert(network.operations.index(op), Active(f"{op.name} active", [x], lists[x]))
-            op.inputs = [x, lists[x]]
 
 
 def _weights_of(function: Callable[[Tensor], Tensor], weight: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -1,21 +1,21 @@
 """Write the operations of a network as C11: a struct of the state, constant weights, a function a kind of layer."""
 
 import re
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from sltt.interop.c_buffers import plan
-from sltt.interop.c_network import LIMIT, Active, Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights
+from sltt.interop.c_buffers import find_fused, kind_of, padded, plan
+from sltt.interop.c_network import Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights
 
-_TYPES = {
-    "float32": {"number": "float", "weight": "float", "value": "float", "factor": "float"},
-    "int8": {"number": "int32_t", "weight": "int8_t", "value": "int16_t", "factor": "int16_t"},
-}
-_BYTES = {"float": 4, "int32_t": 4, "int16_t": 2, "uint16_t": 2, "int8_t": 1}
+_WORDS = ("input", "number", "weight", "row", "factor", "state")
+_INTEGERS = ("int8_t", "int32_t", "int8_t", "uint32_t", "int16_t", "int16_t")
+_TYPES = {"float32": dict.fromkeys(_WORDS, "float"), "int8": dict(zip(_WORDS, _INTEGERS, strict=True))}
+_BYTES = {"float": 4, "int32_t": 4, "uint32_t": 4, "int16_t": 2, "int8_t": 1}
 
 
 class Program:
@@ -31,47 +31,56 @@ class Program:
     def __init__(self, network: Network, name: str, events: bool):
         self.network, self.name, self.events = network, name, events
         self.types = dict(_TYPES["int8" if network.integers else "float32"])
-        if any(network.bounds.get(op.inputs[0], 0) >= 2**15 for op in network.operations if isinstance(op, Weights)):
-            self.types["value"] = self.types["number"]
-        largest = max([value.size for op in network.operations for value in (*op.inputs, op.output)])
-        self.index = "uint16_t" if largest < 2**16 else "int32_t"
-        self.parts: set[tuple[str, str]] = set()  # functions that the network calls, and "_16" for states of 16 bits
-        self.constants: dict[str, tuple[str, Tensor]] = {}  # C's type and values, by name
+        self.parts: dict[tuple[str, str], dict[str, str]] = {}  # functions that the network calls; IN and OUT of each
+        self.constants: dict[str, tuple[str, Tensor, str]] = {}  # C's type, values, and layer, by name
         self.layers: list[str] = []
-        self.names = _identifiers(network.operations, name)
+        paths = [re.sub(r"\W", "_", op.name.split(" (")[0], flags=re.ASCII) for op in network.operations]
+        self.names = {
+            op: f"layer{k}_{path}" for k, (op, path) in enumerate(zip(network.operations, paths, strict=True))
+        }
         parameters = [(name, tensor) for op in network.neurons for name, tensor in op.arrays().items()]
         self.each = {name for name, tensor in parameters if len(tensor) > 1} - {"start"}  # those given by channel
-        made = {op.output for op in network.operations if isinstance(op, Weights) and network.readers(op.output) == 1}
-        self.narrow = made & {op.inputs[0] for op in network.neurons if op.limit < 2**15}  # currents of 16 bits
-        self.buffers, self.places = plan(network, self.narrow)
+        self.has = {name for name, _ in parameters} | {"shift" for op in network.neurons if op.shift}
+        self.fused = find_fused(network)
+        self.buffers, self.places = plan(network, self.fused)
         self.fields = self._fields()
         self.steps = [line for op in network.operations for line in self._call(op)]
+        if (buffer := self.places.get(network.output)) is not None:
+            self.steps.append(f"memcpy(logits, net->{buffer.name}, {network.output.size} * sizeof *logits);")
         self.resets = [line for op in network.neurons for line in self._start(op)]
-        self.flash = sum(_BYTES[kind] * values.numel() for kind, values in self.constants.values())
-        self.ram = -(-sum(_BYTES[kind] * size for kind, _, size in self.fields) // 4) * 4
+        self.ram, self.flash = (sum(sizes.values()) for sizes in self.by_layer().values())
+        self.ram += -self.ram % 4
+
+    def by_layer(self) -> dict[str, Counter[str]]:
+        """Return the bytes of "RAM" and of "flash" that each layer takes, by name."""
+        ram, flash = Counter[str](), Counter[str]()
+        for kind, _, size, layer in self.fields:
+            ram[layer] += _BYTES[kind] * size
+        for kind, values, layer in self.constants.values():
+            flash[layer] += _BYTES[kind] * values.numel()
+        return {"RAM": ram, "flash": flash}
 
     def source(self) -> str:
         """Return NAME.c."""
         name, T = self.name, self.network.steps
+        arrays = {f"static const {k} {key}[{len(v)}]": lines_of(v, k) for key, (k, v, _) in self.constants.items()}
         body = "\n".join(f"    {line}" for line in self.steps)
         code = [
             f"/* {name}: one time step of a spiking network, called {T} times for a sample; see {name}.h.\n\n"
-            "   Images are [height][width][channels]. Spikes are lists of the active indices: layers add the weights\n"
-            "   of these alone. Weights and parameters are at the end. */\n\n"
+            "   Images are [height][width][channels]. Spikes are bits; layers add the weights of active inputs alone.\n"
+            "   Weights and parameters are at the end. */\n\n"
             f'#include "{name}.h"\n\n#include <string.h>',
-            "\n".join(f"static const {kind} {key}[{len(values)}];" for key, (kind, values) in self.constants.items()),
+            "\n".join(f"{array};" for array in arrays),
             *self._functions(),
             "/* The layers. */\n\n" + "\n".join(self.layers),
             f"void {name}_reset({name}_net *net)\n{{\n    memset(net, 0, sizeof *net);\n"
             + "".join(f"    {line}\n" for line in self.resets)
             + "}",
             f"void {name}_step({name}_net *net, const {name}_input *input, {name}_logit *logits)\n{{\n{body}\n}}",
-            *([self._events()] if self.events else []),
+            *([self._quantise()] if self.network.integers else []),
+            *([self._events()[1]] if self.events else []),
             "/* Weights and parameters. */",
-            *(
-                f"static const {k} {key}[{len(v)}] = {{\n{lines_of(v, k)}\n}};"
-                for key, (k, v) in self.constants.items()
-            ),
+            *(f"{array} = {{\n{lines}\n}};" for array, lines in arrays.items()),
         ]
         return "\n\n".join(part for part in code if part) + "\n"
 
@@ -79,12 +88,14 @@ class Program:
         """Return NAME.h."""
         name, N = self.name, self.name.upper()
         channels, height, width = self.network.input.shape
-        number = self.types["number"]
-        scales = (
-            f"#define {N}_INPUT_SCALE {self.network.input_scale:.9g}f /* an input of 1 stands for this */\n"
-            f"#define {N}_LOGIT_SCALE {self.network.logit_scale:.9g}f /* a logit of 1 stands for this */\n"
-        )
-        fields = "\n".join(f"    {kind} {field}[{size}];" for kind, field, size in self.fields)
+        scales = f"""#define {N}_INPUT_SCALE {_literal(self.network.input_scale)} /* an input of 1 stands for this */
+#define {N}_LOGIT_SCALE {_literal(self.network.logit_scale)} /* a logit of 1 stands for this */
+"""
+        quantise = f"""
+/* Return the input that stands for a value: in ±127, which values beyond become. */
+{name}_input {name}_quantise(float value);
+"""
+        fields = "\n".join(f"    {kind} {field}[{size}];" for kind, field, size, _ in self.fields)
         return f"""#ifndef {N}_H
 #define {N}_H
 
@@ -98,8 +109,8 @@ extern "C" {{
 #define {N}_CLASSES {self.network.output.size}
 #define {N}_STEPS {self.network.steps} /* time steps of a sample in training */
 {scales if self.network.integers else ""}
-typedef {number} {name}_input;
-typedef {number} {name}_logit;
+typedef {self.types["input"]} {name}_input;
+typedef {self.types["number"]} {name}_logit;
 
 /* The state of one network: neurons, and what passes between layers in a step. */
 typedef struct {{
@@ -109,9 +120,11 @@ typedef struct {{
 /* Begin a sample. */
 void {name}_reset({name}_net *net);
 
-/* Take one time step: {N}_INPUTS inputs to {N}_CLASSES logits. The prediction is their mean over the steps. */
+/* Take one time step: {N}_INPUTS inputs to {N}_CLASSES logits. The largest sum over {N}_STEPS steps is the prediction{
+            ": it fits in 32 bits" if self.network.integers else ""
+        }. */
 void {name}_step({name}_net *net, const {name}_input *input, {name}_logit *logits);
-{self._event_header() if self.events else ""}
+{quantise if self.network.integers else ""}{self._events()[0] if self.events else ""}
 #ifdef __cplusplus
 }}
 #endif
@@ -119,100 +132,99 @@ void {name}_step({name}_net *net, const {name}_input *input, {name}_logit *logit
 #endif
 """
 
-    def _event_header(self) -> str:
-        name, image = self.name, self.network.input.shape[1:] != (1, 1)
-        of = "the pixel x, y; the polarity is the channel" if image else "an input"
-        where = "int x, int y, int polarity" if image else "int i"
-        return f"""
-/* Count an event of {of}. One outside is ignored. */
+    def _events(self) -> tuple[str, str]:
+        """Return what NAME.h and NAME.c have for events."""
+        name, (channels, height, width) = self.name, self.network.input.shape
+        of, where = "the pixel x, y; the polarity is the channel", "int x, int y, int polarity"
+        i = f"(y * {width} + x) * {channels} + polarity"
+        inside = f"x >= 0 && x < {width} && y >= 0 && y < {height} && polarity >= 0 && polarity < {channels}"
+        if (height, width) == (1, 1):
+            of, where, i, inside = "an input", "int i", "i", f"i >= 0 && i < {channels}"
+        one = min(max(round(1 / self.network.input_scale), 1), 127) if self.network.integers else 1
+        most = 127 if self.network.integers else "16777216.0f"
+        more = f": {one} more in its input, up to 127" if self.network.integers else ""
+        declared = f"""
+/* Count an event of {of}{more}. One outside is ignored. */
 void {name}_event({name}_net *net, {where});
 
 /* Take one time step with the events since the last. */
 void {name}_tick({name}_net *net, {name}_logit *logits);
 """
-
-    def _events(self) -> str:
-        name, (channels, height, width) = self.name, self.network.input.shape
-        one = max(round(1 / self.network.input_scale), 1)  # an event, in units of the input
-        full = f"net->events[i] <= {127 - one if self.network.integers else '16777215.0f'}"
-        if (height, width) == (1, 1):
-            head = f"int i)\n{{\n    if (i >= 0 && i < {channels} && {full})\n        net->events[i] += {one};"
-        else:
-            head = f"""int x, int y, int polarity)
+        return (
+            declared,
+            f"""void {name}_event({name}_net *net, {where})
 {{
-    const int i = (y * {width} + x) * {channels} + polarity;
-
-    if (x >= 0 && x < {width} && y >= 0 && y < {height} && polarity >= 0 && polarity < {channels} && {full})
-        net->events[i] += {one};"""
-        return f"""void {name}_event({name}_net *net, {head}
+    if ({inside})
+        net->events[{i}] = ({name}_input)(net->events[{i}] < {most} - {one} ? net->events[{i}] + {one} : {most});
 }}
 
 void {name}_tick({name}_net *net, {name}_logit *logits)
 {{
     {name}_step(net, net->events, logits);
     memset(net->events, 0, sizeof net->events);
+}}""",
+        )
+
+    def _quantise(self) -> str:
+        name = self.name
+        return f"""{name}_input {name}_quantise(float value)
+{{
+    const float units = value * {_literal(1 / self.network.input_scale)};
+
+    return ({name}_input)(units >= 127 ? 127 : units > -127 ? units + (units < 0 ? -0.5f : 0.5f) : -127);
 }}"""
 
     def _functions(self) -> list[str]:
         """Return the parts of c_layers.c that the network calls, with what these need, in C's types."""
         arithmetic = "int8" if self.network.integers else "float32"
-        parts = _parts()
-        needed, todo = set(self.parts), [*self.parts]
+        needed, todo = dict(self.parts), [*self.parts]
         while todo:
-            name, suffix = todo.pop()
-            given = [(f"{need} {'int16' if suffix else arithmetic}", need) for need in parts[name][0]]
-            more = [(long if long in parts else need, suffix) for long, need in given]
-            todo += more
-            needed.update(more)
-        return [self._set_types(parts[name][1], end) for name in parts for end in ("", "_16") if (name, end) in needed]
+            for need in _PARTS[todo.pop()[0]][0]:
+                key = (long if (long := f"{need} {arithmetic}") in _PARTS else need), ""
+                if key not in needed:
+                    needed[key] = {}
+                    todo.append(key)
+        ordered = sorted(needed.items(), key=lambda item: [*_PARTS].index(item[0][0]))
+        return [self._set_types(_PARTS[name][1].replace("$", suffix), types) for (name, suffix), types in ordered]
 
-    def _set_types(self, text: str, suffix: str) -> str:
-        lines = [line.partition("//?") for line in text.replace("$", suffix).splitlines()]
-        text = "\n".join(line.rstrip() for line, _, only in lines if not only or (only.strip(), suffix) in self.parts)
+    def _set_types(self, text: str, types: dict[str, str]) -> str:
+        lines = [line.partition("//?") for line in text.splitlines()]
+        text = "\n".join(line.rstrip() for line, _, only in lines if not only or only.strip() in self.has)
         for field in ("decay", "threshold", "synapse", "adaptation", "rise"):
-            declared, one = (rf"const \1 *{field}", rf"{field}[\1]") if field in self.each else (rf"\1 {field}", field)
-            text = re.sub(rf"FIELD\((\w+), {field}\)", declared, text)
-            text = re.sub(rf"AT\({field}, ([^()]+)\)", one, text)
-        by_channel = "for (int i = 0; i < l->size;)\n        for (int c = 0; c < l->channels; c++, i++)"
-        text = text.replace("EACH", by_channel if self.each else "for (int i = 0; i < l->size; i++)")
-        text = text.replace("SIZES", "int size, channels;" if self.each else "int size;").replace("LIMIT", str(LIMIT))
-        types = self.types | {"index": self.index, "input": self.types["number"]}
-        for kind, name in (types | ({"number": "int16_t"} if suffix else {})).items():
-            text = re.sub(rf"\b{kind.upper()}\b", name, text)
+            declared, one = (rf"const \1 *{field}", rf"{field}[c]") if field in self.each else (rf"\1 {field}", field)
+            text = re.sub(rf"FIELD\((\w+), {field}\)", declared, text).replace(f"AT({field})", one)
+        shifted = "(in[c] + ((1 << l->shift) >> 1)) >> l->shift"  # to the nearest integer
+        words = {"current": shifted if "shift" in self.has else "in[c]"} | self.types | types
+        for word, name in words.items():
+            text = re.sub(rf"\b{word.upper()}\b", name, text)
         return re.sub(r"^(    [^/\n]*;) +(?=/\*)", lambda m: m[1].ljust(45), text, flags=re.MULTILINE)
 
-    def _fields(self) -> list[tuple[str, str, int]]:
+    def _fields(self) -> list[tuple[str, str, int, str]]:
         """List the arrays of the struct, wide types first so that nothing is padded between them."""
-        number = self.types["number"]
-        fields = [
-            (self._number(op.inputs[0]), f"{self.names[op]}_{s}", op.output.size)
-            for op in self.network.neurons
-            for s in op.states
-        ]
-        kinds = {"values": number, "currents": "int16_t", "spikes": self.index}
-        fields += [(kinds[b.kind], b.name, b.size + (b.kind == "spikes")) for b in self.buffers]
+        kind, neurons = self.types["state"], self.network.neurons
+        fields = [(kind, f"{self.names[op]}_{s}", op.output.size, op.name) for op in neurons for s in op.states]
+        kinds = {"values": self.types["number"], "small": self.types["input"], "spikes": "uint32_t"}
+        fields += [(kinds[b.kind], b.name, b.size, b.layer) for b in self.buffers]
         if self.events:
-            fields.append((number, "events", self.network.input.size))
+            fields.append((self.types["input"], "events", self.network.input.size, "the events of a step"))
         return sorted(fields, key=lambda field: -_BYTES[field[0]])
 
     def _start(self, op: Fire) -> list[str]:
         """Return the lines that set potentials before the first step, if these are not 0."""
         if not op.start.any():
             return []
-        name, kind = self.names[op], self._number(op.inputs[0])
-        value = _literal(op.start[0], kind)
+        value = _literal(op.start[0], self.types["state"])
         if len(op.start) > 1:
-            value = f"{self._constant(op, 'start', op.start, kind)}[i % {len(op.start)}]"
-        return [f"for (int i = 0; i < {op.output.size}; i++)", f"    net->{name}_v[i] = {value};"]
+            value = f"{self._constant(op, 'start', op.start, 'state')}[i % {len(op.start)}]"
+        return [f"for (int i = 0; i < {op.output.size}; i++)", f"    net->{self.names[op]}_v[i] = {value};"]
 
     def _constant(self, op: Operation, field: str, values: Tensor, kind: str = "number") -> str:
         key = f"{self.names[op]}_{field}"
-        self.constants[key] = self.types.get(kind, kind), values.flatten()
+        self.constants[key] = self.types.get(kind, kind), values.flatten(), op.name
         return key
 
-    def _layer(self, kind: str, op: Operation, value: Value, **fields: Any) -> str:
-        """Note the constant that describes a layer, of currents `value`, and return its address."""
-        kind += "_16" if value in self.narrow else ""
+    def _layer(self, kind: str, op: Operation, **fields: Any) -> str:
+        """Note the constant that describes a layer, and return its address."""
         given = "\n".join(_lines([f".{field} = {value}," for field, value in fields.items()]))
         self.layers.append(f"/* {op.name} */\nstatic const {kind} {self.names[op]} = {{\n{given}\n}};")
         return f"&{self.names[op]}"
@@ -220,98 +232,116 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
     def _place(self, value: Value) -> str:
         if value is self.network.input:
             return "input"
-        return "logits" if value is self.network.output else f"net->{self.places[value].name}"
+        return f"net->{self.places[value].name}" if value in self.places else "logits"
 
-    def _number(self, value: Value) -> str:
-        """Return the type of a value, and of the neurons that read it."""
-        return "int16_t" if value in self.narrow else self.types["number"]
-
-    def _function(self, name: str, value: Value | None = None) -> str:
-        """Note that the network calls a function, on currents `value` of 16 bits or not, and return its name."""
-        suffix = "_16" if value in self.narrow else ""
-        self.parts.add((name, suffix))
+    def _function(self, name: str, x: Value, out: Value) -> str:
+        """Note that the network calls a function, from values of the type of x to those of out; return its name."""
+        kinds = {"small": "input", "spikes": "input", "values": "number"}
+        types = {word: self.types[kinds[kind_of(self.network, v)]] for word, v in (("in", x), ("out", out))}
+        text = _PARTS[name][1]
+        bits = [re.sub(r"\D", "", types[word]) for word in types if re.search(rf"\b{word.upper()}\b", text)]
+        suffix = "".join(f"_{b}" for b in bits if b)
+        self.parts[name, suffix] = types
         return name + suffix
 
     def _call(self, op: Operation) -> list[str]:
         """Return the statements of an operation."""
         places, out = [self._place(value) for value in op.inputs], self._place(op.output)
         x, size, channels = op.inputs[0], op.output.size, op.output.shape[0]
-        given = f"{places[0]}, NULL" if x.spikes else f"{places[-1]}, {places[0]}"  # the list, and values
+        offset = f" + i * {channels}" if size > channels else ""
         if isinstance(op, Weights):
-            function = self._function("linear" if op.linear else "conv", op.output)
-            return [f"{function}({self._weights(op)}, {given}, {out});"]
+            if op in self.fused.values():
+                return []
+            return _for_each(size // channels, [self._pixel(op, out + offset)])
         if isinstance(op, Pool):
-            function, given = ("largest", places[0]) if op.largest else ("average", given)
-            return [f"{self._function(function)}({self._pool(op)}, {given}, {out});"]
+            of = {"out_height": op.output.shape[1], "out_width": op.output.shape[2], "largest": int(op.largest)}
+            factor = _literal(op.factor, self.types["number"])
+            layer = self._layer("pool_layer", op, **_window(op, op.kernel), **of, factor=factor)
+            return [f"{self._function('pool', x, op.output)}({layer}, {self._given(x)}, {out});"]
         if isinstance(op, Fire):
-            function = "cuba_lif" if op.synapse is not None else "alif" if op.rise is not None else "lif"
-            states = ", ".join(f"net->{self.names[op]}_{s}" for s in reversed(op.states))
-            by_channel = {"channels": channels} if self.each else {}
-            layer = self._layer("neuron_layer", op, x, size=size, **by_channel, **self._parameters(op))
-            return [f"{self._function(function, x)}({layer}, {states}, {places[0]}, {out});"]
+            states = {s: f"net->{self.names[op]}_{s}" for s in op.states}
+            given = [states.get("i", "NULL")] * ("synapse" in self.has) + [states.get("a", "NULL")] * (
+                "rise" in self.has
+            )
+            layer = self._layer("neuron_layer", op, channels=channels, **self._parameters(op))
+            before = self.fused.get(op)
+            currents = places[0] + offset * (before is None)
+            call = f"{self._function('lif', x, x)}({', '.join([layer, currents, 'i', out, *given, states['v']])});"
+            return _for_each(size // channels, [self._pixel(before, places[0]), call] if before else [call])
         if isinstance(op, Affine):
             gain = self._constant(op, "gain", op.gain.expand(channels), "weight")
             shift = self._constant(op, "shift", op.shift.expand(channels))
-            return [f"{self._function('affine')}({places[0]}, {gain}, {shift}, {out}, {size}, {channels});"]
-        if isinstance(op, Spread | Active):
-            return [f"{self._function(type(op).__name__.lower())}({places[0]}, {out}, {size});"]
+            function = self._function("affine", x, op.output)
+            return [f"{function}({places[0]}, {gain}, {shift}, {out}, {size}, {channels});"]
+        if isinstance(op, Spread):
+            return [f"{self._function('spread', x, op.output)}({places[0]}, {out}, {size});"]
         assert isinstance(op, Sum)
         return self._sum(op, places, out)
+
+    def _pixel(self, op: Weights, out: str) -> str:
+        """Return the statement that computes pixel i of a layer with weights."""
+        outputs, inside, height, width = op.weight.shape
+        grouped = op.weight.view(op.groups, outputs // op.groups, inside, height, width).permute(3, 4, 0, 2, 1)
+        kind, row, more = "weight", outputs // op.groups, padded(self.network, op) - outputs
+        if op.groups == 1 and self.network.integers:  # four in a word
+            kind, row = "row", (outputs + more) // 4
+            four = pad(grouped + 128, (0, more), value=128).unflatten(-1, (row, 4))
+            grouped = pad((four * 256 ** torch.arange(4)).sum(-1).flatten(), (0, 1))  # which the last row's end reads
+        weights = self._constant(op, "weight", grouped, kind)
+        fields = {"outputs": outputs + more, "out_width": op.output.shape[2], "row": row, "groups": op.groups}
+        fields |= {"dilation_y": op.dilation[0], "dilation_x": op.dilation[1]} | _window(op, (height, width))
+        layer = self._layer("conv_layer", op, **fields, bias=self._constant(op, "bias", pad(op.bias, (0, more))))
+        function = self._function("conv" if op.groups == 1 else "grouped", op.inputs[0], op.output)
+        return f"{function}({layer}, {weights}, {self._given(op.inputs[0])}, i, {out});"
+
+    def _given(self, x: Value) -> str:
+        """Return the arguments for bits and for values, of which a function reads one."""
+        return f"{self._place(x)}, NULL" if x.spikes else f"NULL, {self._place(x)}"
 
     def _sum(self, op: Sum, places: list[str], out: str) -> list[str]:
         lines = []
         order = sorted(range(len(places)), key=lambda i: places[i] != out)  # in place first
         for k, i in enumerate(order):
             size, channels, factor = op.output.size, op.output.shape[0], op.factors[i]
+            begin = int(k == 0)
             if factor is not None:
                 key = self._constant(op, f"factor{i}", factor, "int32_t")
-                function = self._function("add_scaled" if k else "scale")
-                lines.append(f"{function}({places[i]}, {key}, {out}, {size}, {channels});")
-            elif k:
-                lines.append(f"{self._function('add')}({places[i]}, {out}, {size});")
-            elif places[i] != out:
-                lines.append(f"memcpy({out}, {places[i]}, {size} * sizeof *{out});")
+                function = self._function("add_scaled", op.inputs[i], op.output)
+                lines.append(f"{function}({places[i]}, {key}, {out}, {size}, {channels}, {begin});")
+            elif k or places[i] != out:
+                lines.append(f"{self._function('add', op.inputs[i], op.output)}({places[i]}, {out}, {size}, {begin});")
         return lines
-
-    def _weights(self, op: Weights) -> str:
-        outputs, inside, height, width = op.weight.shape
-        grouped = op.weight.view(op.groups, outputs // op.groups, inside, height, width)
-        weights = self._constant(op, "weight", grouped.permute(3, 4, 0, 2, 1), "weight")
-        bias = self._constant(op, "bias", op.bias, self._number(op.output))
-        given = {"outputs": outputs, "weights": weights, "bias": bias}
-        if op.linear:
-            return self._layer("linear_layer", op, op.output, **given)
-        given = {"dilation_y": op.dilation[0], "dilation_x": op.dilation[1], "groups": op.groups} | given
-        return self._layer("conv_layer", op, op.output, **_window(op, (height, width)), **given)
-
-    def _pool(self, op: Pool) -> str:
-        factor = _literal(torch.tensor(op.factor), self.types["number"])
-        return self._layer("pool_layer", op, op.output, **_window(op, op.kernel), factor=factor)
 
     def _parameters(self, op: Fire) -> dict[str, Any]:
         """Return the fields of a layer of neurons: numbers, or arrays where a layer of the network has them."""
-        fields: dict[str, Any] = {"hard": int(op.hard)} if op.hard else {}
+        fields: dict[str, Any] = {name: int(getattr(op, name)) for name in ("hard", "shift") if getattr(op, name)}
         for field in ("decay", "threshold", "synapse", "adaptation", "rise"):
             if (values := getattr(op, field)) is not None:
-                kind = self._number(op.inputs[0]) if field in ("threshold", "rise") else self.types["factor"]
+                kind = "state" if field in ("threshold", "rise") else "factor"
                 if field in self.each:
                     fields[field] = self._constant(op, field, values.expand(op.output.shape[0]), kind)
                 else:
-                    fields[field] = _literal(values[0], kind)
+                    fields[field] = _literal(values[0], self.types[kind])
         return fields
 
 
 def _window(op: Weights | Pool, kernel: tuple[int, int]) -> dict[str, int]:
-    (channels, height, width), (_, out_height, out_width) = op.inputs[0].shape, op.output.shape
-    names = ("channels", "height", "width", "out_height", "out_width", "kernel_height", "kernel_width")
-    given = dict(zip(names, (channels, height, width, out_height, out_width, *kernel), strict=True))
+    names = ("channels", "height", "width", "kernel_height", "kernel_width")
+    given = dict(zip(names, (*op.inputs[0].shape, *kernel), strict=True))
     pairs = {"stride_y": op.stride[0], "stride_x": op.stride[1]}
     if op.padding != (0, 0):
         pairs |= {"padding_y": op.padding[0], "padding_x": op.padding[1]}
     return given | pairs
 
 
-def _parts() -> dict[str, tuple[list[str], str]]:
+def _for_each(pixels: int, calls: list[str]) -> list[str]:
+    """Return the statements that make calls for each pixel i."""
+    if pixels == 1:
+        return [re.sub(r"\bi\b", "0", call) for call in calls]
+    return [f"for (int i = 0; i < {pixels}; i++) {{", *(f"    {call}" for call in calls), "}"]
+
+
+def _read_parts() -> dict[str, tuple[list[str], str]]:
     """Return the parts of c_layers.c by name, each with the names of those that it needs."""
     parts = {}
     for part in Path(__file__).with_name("c_layers.c").read_text().split("// part ")[1:]:
@@ -321,25 +351,11 @@ def _parts() -> dict[str, tuple[list[str], str]]:
     return parts
 
 
-def _identifiers(operations: Iterable[Operation], program: str) -> dict[Operation, str]:
-    """Give each operation a name in C: its layer's behind layer_, which no name of C or of a compiler begins with."""
-    taken = {f"{program}_{end}" for end in ("net", "input", "logit", "reset", "step", "event", "tick")}
-    found: dict[Operation, str] = {}
-    for op in operations:
-        if not isinstance(op, Active | Spread):  # which have no constants
-            path = name = "layer_" + re.sub(r"\W", "_", op.name.split(" (")[0], flags=re.ASCII)
-            n = 2
-            while taken & (names := {name, *(f"{name}_{field}" for field in op.arrays())}):
-                name, n = f"{path}_{n}", n + 1
-            found[op] = name
-            taken |= names
-    return found
+_PARTS = _read_parts()
 
 
-def _literal(value: Tensor, kind: str) -> str:
-    if kind != "float":
-        return str(int(value))
-    return f"{value.float().numpy().astype(str)}f"
+def _literal(value: Tensor | float, kind: str = "float") -> str:
+    return f"{torch.as_tensor(value).float().numpy().astype(str)}f" if kind == "float" else str(int(value))
 
 
 def lines_of(values: Tensor, kind: str) -> str:
@@ -347,6 +363,8 @@ def lines_of(values: Tensor, kind: str) -> str:
     array = values.detach().flatten().numpy()
     if kind == "float":
         return "\n".join(_lines([f"{text}f," for text in array.astype("float32").astype(str)]))
+    if kind == "uint32_t":
+        return "\n".join(_lines([f"0x{word:08x}," for word in array.astype("int64").tolist()]))
     return "\n".join(_lines([f"{number}," for number in array.astype("int64").tolist()]))
 
 

@@ -22,7 +22,7 @@ from sltt.interop import to_c
 from sltt.interop.c import Exported, pixels_first
 from sltt.models.resnet import Block
 
-STRICT = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-pedantic"]
+STRICT = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror", "-pedantic"]
 NEURONS = {
     "LIF soft": sltt.LIF(tau=2.0),
     "LIF hard": sltt.LIF(tau=2.0, v_reset=0.1, decay_input=True, v_threshold=0.5),
@@ -37,10 +37,6 @@ NEURONS = {
     "CubaLIF hard": sltt.CubaLIF(tau=None, v_reset=0.2),
     "ALIF": sltt.ALIF(tau=3.0, tau_a=4.0, beta=0.4),
 }
-
-
-# inputs that spike: a potential of 254 · 128 fits in 16 bits, one of 254 · 130 not
-SMALL_AND_LARGE = {"limit of 16 bits": 128, "beyond the limit of 16 bits": 130}
 
 
 class Residual(nn.Module):
@@ -106,7 +102,7 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...], int | None]]:
         "recurrent convolution": (back, (6, 4, 1, 6, 6), None),
     }
     far = nn.Sequential(nn.Linear(4096, 4, bias=False), sltt.IF(), nn.Linear(4, 3))
-    far[0].weight.data = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None].expand(4, 4096).contiguous()
+    far[0].weight.data = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None] * (torch.arange(4096) < 16)
     found["potentials that reach the limit"] = far, (40, 1, 4096), None
     with torch.random.fork_rng():  # the numbers that the others draw stay as they are
         found |= more_networks()
@@ -128,12 +124,14 @@ def more_networks() -> dict[str, Any]:
     fine += [nn.Conv2d(2, 8, 3), sltt.LIF(v_threshold=0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
     taken = ("NULL", "no", "exp_gain", "exp", "größe", "gr__e", "int8_t", "flat", "main")  # by C, gcc, each other
     found["finer units"] = nn.Sequential(OrderedDict(zip(taken, fine, strict=True))), (16, 16, 2, 12, 9), None
-    for title, active in SMALL_AND_LARGE.items():  # spikes in each step, which add 127 or -127; λ is 1/2
-        sums = nn.Sequential(nn.Linear(1, active + 20, bias=False), sltt.IF(), nn.Linear(active + 20, 4, bias=False))
-        some = (torch.arange(active + 20) < active).float()
-        sums[0].weight.data, sums[2].weight.data = some[:, None], torch.tensor([[1.0], [-1], [1], [-1]]) * some
-        found[title] = nn.Sequential(*sums, sltt.LIF(tau=2.0), nn.Linear(4, 3)), (40, 1, 1), None
     return found
+
+
+SIZES = {
+    "digits": (sltt.models.DigitsNet, torch.randn(4, 1, 8, 8), 4, 17_000),
+    "digits-events": (lambda: sltt.models.DigitsNet(2, width=16), torch.ones(2, 4, 2, 16, 16), None, 34_000),
+    "nmnist": (lambda: sltt.models.VGG(((32,), (64,), (128,)), 2, 10), torch.ones(2, 4, 2, 34, 34), None, 150_000),
+}
 
 
 def settle(model: nn.Module, x: torch.Tensor, steps: int | None = None) -> None:
@@ -187,7 +185,7 @@ def run(case: Case, library: Any) -> torch.Tensor:
     """The logits [T, B, classes] of C on the samples of a case, in numbers of the network."""
     network, name = case.exported.network, case.name
     assert case.exported.ram == ctypes.c_int.in_dll(library, f"{name}_size").value
-    given, kind = (network.to_integers(case.x), np.int32) if network.integers else (case.x, np.float32)
+    given, kind = (network.to_integers(case.x), np.int8) if network.integers else (case.x, np.float32)
     inputs = np.ascontiguousarray(pixels_first(network, given).numpy().astype(kind))
     net = np.full(case.exported.ram // 4, 1 << 30, dtype=np.int32)
     logits = np.zeros((*case.x.shape[:2], network.output.size), np.int32 if network.integers else np.float32)
@@ -231,12 +229,12 @@ def test_no_sum_of_integers_leaves_32_bits(tmp_path):
     assert [op.gain.unique().tolist() for op in network.operations if hasattr(op, "gain")] == [[8.0]]
 
 
-def test_states_have_16_bits_where_no_potential_is_larger(compiled):
-    cases = [compiled[0][key, "int8"] for key in ("small neurons of each kind", *SMALL_AND_LARGE)]
-    chain, small, large = ((case.exported.folder / f"{case.name}.h").read_text() for case in cases)
-    assert re.findall(r"int16_t layer_(\w+)\[12\]", chain) == ["3_v", "3_i", "5_v", "5_a", "7_v"]
-    assert "int16_t layer_3_v[4];" in small
-    assert "int32_t layer_3_v[4];" in large
+@pytest.mark.parametrize("recipe", SIZES)
+def test_what_the_recipes_take_in_memory(recipe, tmp_path):
+    make, x, steps, most = SIZES[recipe]
+    exported = to_c(make().eval(), x, tmp_path / "a", steps=steps, weights="int8")
+    assert exported.ram < most
+    assert sum(op.output.size for op in exported.network.neurons) * 2 < exported.ram  # states of 16 bits
 
 
 @pytest.mark.parametrize(
@@ -263,11 +261,11 @@ def test_the_exported_test_passes_under_sanitizers_and_finds_a_wrong_weight(key,
 
 def test_events_count_as_the_frame_does(compiled):
     cases, library = compiled
-    for weights, kind in (("float32", np.float32), ("int8", np.int32)):
+    for weights, kind, given in (("float32", np.float32, np.float32), ("int8", np.int32, np.int8)):
         case = cases["events", weights]
         frame = pixels_first(case.exported.network, case.x)[0, 0].reshape(12, 9, 2)  # [H, W, C] of the first step
         net, logits = np.zeros(case.exported.ram // 4, np.int32), np.zeros((3, 10), kind)
-        frames = np.stack([frame.numpy(), 0 * frame.numpy()]).astype(kind)
+        frames = np.stack([frame.numpy(), 0 * frame.numpy()]).astype(given)
         places = [a.ctypes.data_as(ctypes.c_void_p) for a in (net, *logits, *frames)]
         getattr(library, f"{case.name}_reset")(places[0])
         for y, x, polarity in frame.nonzero().tolist():
@@ -279,9 +277,30 @@ def test_events_count_as_the_frame_does(compiled):
         assert np.array_equal(logits[0], run(case, library)[0, 0].numpy())
         getattr(library, f"{case.name}_tick")(places[0], places[2])
         getattr(library, f"{case.name}_reset")(places[0])
-        for given in places[4:]:
-            getattr(library, f"{case.name}_step")(places[0], given, places[3])
+        for place in places[4:]:
+            getattr(library, f"{case.name}_step")(places[0], place, places[3])
         assert np.array_equal(logits[1], logits[2])  # the events of the first step are gone in the second
+
+
+def test_inputs_beyond_the_range_saturate(compiled):
+    cases, library = compiled
+    for key in ("MLP", "events"):
+        case = cases[key, "int8"]
+        network, quantise = case.exported.network, getattr(library, f"{case.name}_quantise")
+        quantise.restype, quantise.argtypes = ctypes.c_int8, [ctypes.c_float]
+        values = torch.tensor([0, 0.49, 0.51, 1.5, -1.5, 126.4, 126.6, 128, 300, -128, -1e30, torch.inf, -torch.inf])
+        values = torch.cat([values * network.input_scale, 300 * torch.randn(100)])
+        assert [quantise(value) for value in values.tolist()] == network.to_integers(values).tolist()
+        assert quantise(torch.nan) in range(-127, 128)
+    net, logits, frame = np.zeros(case.exported.ram // 4, np.int32), np.zeros((2, 10), np.int32), np.zeros(216, np.int8)
+    frame[2 * (9 * 3 + 5)] = 127
+    places = [a.ctypes.data_as(ctypes.c_void_p) for a in (net, *logits, frame)]
+    for _ in range(300):
+        getattr(library, f"{case.name}_event")(places[0], 5, 3, 0)
+    getattr(library, f"{case.name}_tick")(places[0], places[1])
+    getattr(library, f"{case.name}_reset")(places[0])
+    getattr(library, f"{case.name}_step")(places[0], places[3], places[2])
+    assert np.array_equal(*logits)
 
 
 SMALL = ["--model.width", "4", "--epochs", "2", "--device", "cpu"]
@@ -303,7 +322,9 @@ def test_the_command_exports_a_run_and_says_what_it_costs(recipe, tmp_path, monk
         assert ("_event(" in (place / f"{name}.h").read_text()) == (recipe != "digits")
     floats, integers = re.findall(r"accuracy +([\d.]+)% in C, ([\d.]+)% in PyTorch, on 143 validation samples", shown)
     assert floats[0] == floats[1]
-    assert abs(float(integers[0]) - float(integers[1])) < 5
+    assert abs(float(integers[0]) - float(integers[1])) < 10  # two epochs of training: one sample is 0.7
+    assert main(["export", str(folder), "--to", "c", "--out", "large", "--ram", "1k"]) == 1
+    assert "make it smaller" in capsys.readouterr().err
     assert main(["export", str(folder), "--to", "c"]) == 1
     assert "exists: choose another folder" in capsys.readouterr().err
 

@@ -59,13 +59,23 @@ def test_bad_input_is_refused_with_the_remedy(tmp_path):
             to_c(*args, **{"folder": tmp_path / "a", **kwargs})
         assert not (tmp_path / "a").exists()
 
-    for name in ("2d", 3, 'x"', "x\n"):
+    for name in ("2d", 3, 'x"', "x\n", "layer1_x"):
         refused(f"name must be a name in C, .* got {re.escape(repr(name))}; such as my_network", model, x, name=name)
     refused("exists: choose another folder", model, x, folder=tmp_path)
     refused("steps must be at least 1, got 0", model, x[0], steps=0)
     refused("at least one time step", model, x[:0])
     refused(r"of 2 classes or more, got \[2, 1\]: train it", nn.Sequential(nn.Linear(6, 1), sltt.LIF()), x)
     refused("weights must be one of 'float32', 'int8', got 'int4'", model, x, weights="int4")
+    refused("ram must be at least 1, got 0", model, x, ram=0)
+    taken = r"network takes 92 bytes of RAM in float32, more than 91; {} takes 36 of them: make it smaller, or use we"
+    refused(taken.format(r"1 \(LIF\)"), model, x, ram=91)
+    refused(
+        r"takes 152 bytes of flash in int8, more than 64; 0 \(Linear\) takes 84.*smaller$",
+        model,
+        x,
+        flash=64,
+        weights="int8",
+    )
     with torch.no_grad():
         model[0].weight[0, 0] = torch.nan
     refused(r"0\.weight has values that are NaN or infinite: export a checkpoint", model, x)
