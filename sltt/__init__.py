@@ -14,8 +14,7 @@ if TYPE_CHECKING:  # the public names, imported when one is first used: `sltt --
     from sltt.dropout import Dropout as Dropout
     from sltt.neurons import ALIF as ALIF, IF as IF, LIF as LIF, PLIF as PLIF, ChannelLIF as ChannelLIF
     from sltt.neurons import CubaLIF as CubaLIF, Delay as Delay, IntegerLIF as IntegerLIF, Neuron as Neuron
-    from sltt.neurons import OnlineRenorm as OnlineRenorm, Recurrent as Recurrent, StableLIF as StableLIF
-    from sltt.neurons import TernaryLIF as TernaryLIF, lif_step as lif_step
+    from sltt.neurons import Recurrent as Recurrent, TernaryLIF as TernaryLIF, lif_step as lif_step
     from sltt.parallel import devices as devices
     from sltt.pooling import RunningMax as RunningMax
     from sltt.rules import BPTT as BPTT, OTTT as OTTT, SLTT as SLTT, TBPTT as TBPTT, Mixed as Mixed, Output as Output

@@ -40,7 +40,7 @@ TRAININGS = {
     "a batch of one sample": {"rule": sltt.SLTT(), "batch_size": 59},
     "a metric of all samples": {"rule": sltt.SLTT(), "batch_size": 59, "metric": MacroF1()},
 }
-STABILISED = {name: RULES[name] for name in ("BPTT(segment=2, fold=2)", "SLTT(recompute)", "OTTT")}
+NORMED = {name: RULES[name] for name in ("BPTT(segment=2, fold=2)", "SLTT(recompute)", "OTTT")}
 
 
 class Sequences(Data):
@@ -74,13 +74,6 @@ def standardised() -> nn.Module:
     torch.manual_seed(0)
     layers = nn.Unflatten(1, (1, 2, 3)), ScaledWSConv2d(1, 8, 3, 1), sltt.LIF(), nn.Flatten(), nn.Linear(48, 3)
     return nn.Sequential(*layers).double()
-
-
-def stabilised() -> nn.Module:
-    """A network with running statistics in training, in its normalisation and in its thresholds."""
-    model = network(neuron=sltt.StableLIF)
-    model[1] = sltt.OnlineRenorm(8).double()
-    return model
 
 
 def statistics(model: nn.Module) -> list[float]:
@@ -163,9 +156,9 @@ def main(folder: Path) -> None:
     train(folder / "fsdp-from-one", network(), strategy="fsdp", resume=True)
     for minutes in (0.0, 10.0):  # a checkpoint after every batch, and of the epochs alone
         train(folder / f"every {minutes} minutes", network(norm=True), checkpoint_minutes=minutes)
-    for name, rule in STABILISED.items():
-        train(folder / "stabilised" / name, stabilised(), rule=rule, callbacks=[callback := Statistics()])
-        measured[f"stabilised {name}"] = callback.seen
+    for name, rule in NORMED.items():
+        train(folder / "normed" / name, network(norm=True), rule=rule, callbacks=[callback := Statistics()])
+        measured[f"normed {name}"] = callback.seen
     for name in ("plain", "k"):
         rule = sltt.SLTT(k=2 if name == "k" else None)
         train(folder / f"one-two-{name}", network(dropout=0.2), rule=rule, resume=True)

@@ -12,7 +12,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sltt.dropout import Dropout
 from sltt.interop.conversion import check_names, describe, has_hooks, require
-from sltt.neurons import OnlineRenorm
 from sltt.sequence.hooks import own_forward
 from sltt.sequence.state import Stateful, reset
 
@@ -20,7 +19,7 @@ WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 AVERAGES, ADAPTIVE = (nn.AvgPool1d, nn.AvgPool2d), (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
 MAXIMA = (nn.MaxPool1d, nn.MaxPool2d)
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, Dropout)  # in evaluation mode
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, OnlineRenorm)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 LAYERS = (*NOTHING, *NORMS, *WEIGHTS, *AVERAGES, *ADAPTIVE, *MAXIMA, nn.Flatten)
 MAX_POOLS = (*MAXIMA, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 

@@ -7,5 +7,4 @@ from sltt.neurons.graded import IntegerLIF as IntegerLIF, TernaryLIF as TernaryL
 from sltt.neurons.leaky import IF as IF, LIF as LIF, PLIF as PLIF, IntegrateAndFire as IntegrateAndFire
 from sltt.neurons.leaky import lif_step as lif_step
 from sltt.neurons.recurrent import Recurrent as Recurrent
-from sltt.neurons.stabilised import OnlineRenorm as OnlineRenorm, StableLIF as StableLIF
 from sltt.neurons.synaptic import CubaLIF as CubaLIF

@@ -89,7 +89,7 @@ class Processes:
         _add_up([p.grad for p in known if p.grad is not None])
 
     def average_statistics(self, model: nn.Module) -> None:
-        """Give all processes the mean of the running statistics of their normalisations and neurons."""
+        """Give all processes the mean of the running statistics of their layers."""
         if self.count == 1:
             return
         keepers = [m for m in model.modules() if isinstance(m, _NormBase | Stateful)]

@@ -11,7 +11,7 @@ from sltt._torch import _BatchNorm, _DropoutNd
 from sltt.checks import flag
 from sltt.dropout import Dropout
 from sltt.losses import OfMean, is_per_step
-from sltt.neurons import IntegrateAndFire, Neuron, Recurrent, StableLIF
+from sltt.neurons import IntegrateAndFire, Neuron, Recurrent
 from sltt.neurons.base import check_forward
 from sltt.pooling import RunningMax
 from sltt.rules.base import Rule
@@ -339,7 +339,7 @@ def _make_layer(layer: Layer, steady: bool, steps: int) -> _Layer | None:
     """Return what a layer sums; None if it runs as it is. Raise ValueError naming one without a rate pass."""
     module = layer.module
     # the class whose forward runs the neuron's `step`, and nothing else that a gradient passes
-    kinds = {StableLIF: _NeuronLayer, Neuron: _NeuronLayer, Recurrent: _RecurrentLayer, RunningMax: _PoolLayer}
+    kinds = {Neuron: _NeuronLayer, Recurrent: _RecurrentLayer, RunningMax: _PoolLayer}
     kind = next((kind for kind in kinds if isinstance(module, kind)), None)
     if kind and not own_forward(module, kind):
         return kinds[kind](layer, steps)

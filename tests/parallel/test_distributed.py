@@ -18,14 +18,13 @@ from sltt.training.batches import EpochSampler, train_loader
 from sltt.training.checkpoints import load_checkpoint
 from tests.conftest import LINUX, LOSS
 from tests.processes import (
+    NORMED,
     ONLINE,
     SHARDED,
-    STABILISED,
     TRAININGS,
     Sequences,
     network,
     several_lengths,
-    stabilised,
     standardised,
     statistics,
     train,
@@ -145,7 +144,7 @@ def two_in_one(rule):
 
     Returns the weights and statistics, and the statistics after every batch.
     """
-    first = stabilised()
+    first = network(norm=True)
     second = copy.deepcopy(first, {id(p): p for p in first.parameters()})  # the same weights, statistics of its own
     optimizer = torch.optim.SGD(first.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     splits = Sequences().splits(4)
@@ -173,12 +172,12 @@ def two_in_one(rule):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STABILISED)
+@pytest.mark.parametrize("name", NORMED)
 def test_processes_begin_every_batch_with_the_mean_of_their_statistics(name, two):
-    expected, seen = two_in_one(STABILISED[name])
-    assert len(seen) == expected["1.num_batches_tracked"] == 10
-    assert_same_weights(weights(two[0] / "stabilised" / name), expected)
-    found = torch.tensor(two[1]["measured"][f"stabilised {name}"])
+    expected, seen = two_in_one(NORMED[name])
+    assert len(seen) == 10
+    assert_same_weights(weights(two[0] / "normed" / name), expected)
+    found = torch.tensor(two[1]["measured"][f"normed {name}"])
     torch.testing.assert_close(found, torch.tensor(seen), rtol=0, atol=1e-6)
 
 

@@ -138,7 +138,7 @@ def test_steady_it_is_that_under_the_mean_current(kind):
 
 
 @pytest.mark.parametrize("rule", [RULE, STEADY], ids=repr)
-@pytest.mark.parametrize("kind", [*KINDS.values(), lambda channels: sltt.StableLIF()], ids=[*KINDS, "StableLIF"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_with_one_step_it_is_bptt(kind, rule):
     model = network(kind)
     x, y = batch(steps=1)
