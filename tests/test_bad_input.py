@@ -18,7 +18,7 @@ NEURON = {
     "detach_reset": FLAG, "half_state": FLAG, "surrogate": OBJECT,
 }  # fmt: skip
 LEAKY = NEURON | {"tau": number(1, 0.5, 0, -2), "decay_input": FLAG}
-SPLIT = {"validation": number(-0.1, 1.0), "split_seed": whole()}
+SPLIT = {"validation": number(-0.1, 1.0)}
 FRAMES = SPLIT | {
     "root": PATH, "size": whole(0, -1).but("none"), "resize": CHOICE, "slicing": CHOICE, "augment": OBJECT,
     "on_error": CHOICE, "cache": PATH.but("none"),
@@ -227,7 +227,6 @@ def test_bad_input_is_refused(calls, error, message):
     [
         (sltt.LIF, "tau", 2, 2.0),
         (partial(models.MLP, dropout=0), "features", (3, 2), [3, 2]),
-        (data.Digits, "split_seed", -1, -1),
         (partial(data.Recall, classes=3), "samples", 9, 9),
     ],
 )

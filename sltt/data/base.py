@@ -123,12 +123,10 @@ class Data(ABC):
     Args:
         validation: share of the training samples held out to select the best epoch, in [0, 1); 0 trains on everything,
             and then the last epoch counts.
-        split_seed: which samples are held out; the same seed gives the same split on every machine.
     """
 
-    def __init__(self, validation: float = 0.1, split_seed: int = 0):
+    def __init__(self, validation: float = 0.1):
         self.validation = number("validation", validation, least=0, below=1)
-        self.split_seed = whole_number("split_seed", split_seed)
         self._loaded: dict[int, Splits] = {}
 
     def __str__(self) -> str:
@@ -185,7 +183,7 @@ class Data(ABC):
         tested = test if isinstance(test, list) else []
         test_samples: Any = Subset(samples, tested) if tested else test
         rest = sorted({*range(len(labels))} - {*tested})
-        parts = hold_out([labels[i] for i in rest], self.validation, self.split_seed)
+        parts = hold_out([labels[i] for i in rest], self.validation)
         kept, held = ([rest[i] for i in part] for part in parts)
         plain = Subset(samples, kept)
         return Splits(
@@ -206,11 +204,11 @@ class Data(ABC):
         """Read the data; raises FileNotFoundError that says where it looked and what it expected there."""
 
 
-def hold_out(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+def hold_out(labels: Sequence[int], share: float) -> tuple[list[int], list[int]]:
     """Split sample indices into (kept, held out), with `share` of every class held out.
 
-    Within a class, samples are ordered by a hash of seed and index and the first are held out, so the split depends on
-    no random generator's version. A class of two or more samples keeps at least one on each side.
+    Within a class, samples are ordered by a hash of their index and the first are held out, so the split is the same on
+    every machine. A class of two or more samples keeps at least one on each side.
     """
     by_class: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
@@ -218,7 +216,7 @@ def hold_out(labels: Sequence[int], share: float, seed: int) -> tuple[list[int],
     kept: list[int] = []
     held: list[int] = []
     for indices in by_class.values():
-        indices.sort(key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
+        indices.sort(key=lambda i: hashlib.sha256(f"0:{i}".encode()).digest())
         count = round(share * len(indices))
         if share > 0 and len(indices) > 1:
             count = min(max(count, 1), len(indices) - 1)

@@ -30,7 +30,7 @@ class Classes(Data):
         self.classes = whole_numbers("classes", classes, least=0)
         if twice := [one for one in self.classes if self.classes.count(one) > 1]:
             raise ValueError(f"class {twice[0]} stands twice in classes={list(self.classes)}: name each once")
-        super().__init__(data.validation, data.split_seed)
+        super().__init__(data.validation)
 
     def missing(self) -> dict[str, int]:
         return self.data.missing()

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from sltt.checks import flag, number, whole_number
 from sltt.data.base import Data, Mapped, Splits, hold_out
 
-TEST_SHARE, TEST_SEED = 0.2, 0  # 359 test images, always the same
+TEST_SHARE = 0.2  # 359 test images, always the same
 
 
 class Digits(Data):
@@ -23,12 +23,11 @@ class Digits(Data):
 
     Args:
         validation: share of the training images held out to select the best epoch; 0 trains on everything.
-        split_seed: which training images are held out.
         augment: shift training images by up to one pixel in each direction.
     """
 
-    def __init__(self, validation: float = 0.1, split_seed: int = 0, augment: bool = True):
-        super().__init__(validation, split_seed)
+    def __init__(self, validation: float = 0.1, augment: bool = True):
+        super().__init__(validation)
         self.augment = flag("augment", augment)
 
     def load(self, steps: int) -> Splits:
@@ -47,7 +46,7 @@ class DigitsEvents(Digits):
     Args:
         size: height and width of the sensor in pixels, at least 12.
         threshold: contrast threshold, in units of log intensity.
-        kwargs: `validation`, `split_seed` and `augment`, as for `sltt.data.Digits`.
+        kwargs: `validation` and `augment`, as for `sltt.data.Digits`.
     """
 
     def __init__(self, size: int = 16, threshold: float = 0.2, **kwargs: Any):
@@ -121,5 +120,5 @@ def _shift(x: Tensor, fill: float) -> Tensor:
 def _split(data: Digits, x: Tensor, labels: Tensor) -> Splits:
     samples, names = TensorDataset(x, labels), labels.tolist()
     augmented = Mapped(samples, partial(_shift, fill=float(x.min()))) if data.augment else None
-    test = hold_out(names, TEST_SHARE, TEST_SEED)[1]
+    test = hold_out(names, TEST_SHARE)[1]
     return data.split(samples, names, test, names, augmented=augmented, static=x.ndim == 4, classes=10)

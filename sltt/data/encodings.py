@@ -131,7 +131,7 @@ class Encoded(Data):
     def __init__(self, data: Data, encoding: Encoding):
         self.data = instance("data", data, Data)
         self.encoding = instance("encoding", encoding, Encoding, "such as sltt.data.Poisson()")
-        super().__init__(data.validation, data.split_seed)
+        super().__init__(data.validation)
 
     def missing(self) -> dict[str, int]:
         return self.data.missing()

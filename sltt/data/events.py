@@ -61,7 +61,6 @@ class _Events(Data):
         self,
         root: str = "data",
         validation: float = 0.1,
-        split_seed: int = 0,
         size: int | None = None,
         resize: Resize = "sum",
         slicing: Slicing = "count",
@@ -75,7 +74,6 @@ class _Events(Data):
         Args:
             root: folder of the data.
             validation: share of the training recordings held out to select the best epoch; 0 trains on everything.
-            split_seed: which training recordings are held out.
             size: height and width of the frames in pixels; None is the camera's.
             resize: sum the events that fall into a pixel, or interpolate frames of the camera's size bilinearly, as the
                 SLTT paper's code does.
@@ -85,7 +83,7 @@ class _Events(Data):
             cache: folder for the frames; None is `.sltt-cache` under `root`.
             download: fetch the data into `root` where it is not there.
         """
-        super().__init__(validation, split_seed)
+        super().__init__(validation)
         self.root = folder("root", root)
         self.size = None if size is None else whole_number("size", size, least=1)
         self.resize = choice("resize", resize, get_args(Resize))

@@ -74,7 +74,6 @@ class _Images(Data):
         self,
         root: str = "data",
         validation: float = 0.1,
-        split_seed: int = 0,
         augment: bool = True,
         cutout: int = 16,
         download: bool = False,
@@ -88,7 +87,6 @@ class _Images(Data):
         Args:
             root: folder of the data.
             validation: share of the training images held out to select the best epoch; 0 trains on everything.
-            split_seed: which training images are held out.
             augment: change training images: those of CIFAR are padded by 4 pixels, cropped to 32 × 32 at random,
                 flipped, and get Cutout, as in the SLTT paper.
             cutout: side of the Cutout square in pixels; 0 is no Cutout.
@@ -98,7 +96,7 @@ class _Images(Data):
             mixup: α of a mix of two images with the label of one of them, see `sltt.data.Mixup`; 0 is none.
             reflect: fill the margin of a crop with the image reflected at its edge, instead of zeros.
         """
-        super().__init__(validation, split_seed)
+        super().__init__(validation)
         self.root = folder("root", root)
         self.augment = flag("augment", augment)
         self.cutout = whole_number("cutout", cutout, least=0)
@@ -204,8 +202,8 @@ class ImageFolder(_Images):
         size: height and width of the images that the network sees, in pixels.
         crop_padding: instead of the random resized crop, crop out of a margin of so many pixels, as for CIFAR.
         cutout: side of the Cutout square in pixels; 0 is no Cutout.
-        test: share of the images of `root/CLASS/*` to test on, drawn by `split_seed`; 0 for folders train and test.
-        kwargs: `validation`, `split_seed` and augmentations as for `sltt.data.CIFAR10`.
+        test: share of the images of `root/CLASS/*` to test on; 0 for folders train and test.
+        kwargs: `validation` and augmentations as for `sltt.data.CIFAR10`.
     """
 
     mean = (0.485, 0.456, 0.406)  # of ImageNet
@@ -240,7 +238,7 @@ class ImageFolder(_Images):
         if split := _folders(self.root) & {"train", "test", "val"}:
             raise ValueError(f"test={self.test} splits {self.root}/CLASS/*, and it has {min(split)}: leave test out")
         plain = self._open(self.root)
-        tested = hold_out(plain.targets, self.test, self.split_seed)[1]
+        tested = hold_out(plain.targets, self.test)[1]
         return self.split_images(plain, tested, self.names(plain))
 
     def open(self, train: bool) -> Any:

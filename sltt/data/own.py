@@ -23,7 +23,6 @@ def from_datasets(
     pad: bool = False,
     by_length: bool = False,
     per_step: bool = False,
-    split_seed: int = 0,
 ) -> Data:
     """Return the data of a training, from data sets of your own.
 
@@ -49,7 +48,6 @@ def from_datasets(
         by_length: train on batches of sequences of similar length, which have few added steps. Each sample is read once
             for its length.
         per_step: targets are sequences [T, ...], one target for each time step.
-        split_seed: which samples are held out.
 
     Raises:
         ValueError: data sets or samples of another form; the message says which and what to do.
@@ -65,7 +63,7 @@ def from_datasets(
     classes = None if classes is None else whole_number("classes", classes, least=1)
     form = {"static": static, "pad": pad, "per_step": flag("per_step", per_step)}
     datasets = {"train": train, "validation": validation, "test": test}
-    return _OwnData(datasets, form, share, split_seed, columns, classes, by_length)
+    return _OwnData(datasets, form, share, columns, classes, by_length)
 
 
 class _OwnData(Data):
@@ -79,12 +77,11 @@ class _OwnData(Data):
         datasets: Mapping[str, Any],
         form: dict[str, Any],
         validation: float = 0.0,
-        split_seed: int = 0,
         columns: tuple[str, str] | None = None,
         classes: int | None = None,
         by_length: bool = False,
     ):
-        super().__init__(validation, split_seed)
+        super().__init__(validation)
         self.datasets = {name: one for name, one in datasets.items() if one is not None or name == "train"}
         for name, dataset in self.datasets.items():
             _check_dataset(name, dataset, columns)
@@ -99,7 +96,7 @@ class _OwnData(Data):
         samples = {name: self._samples(name, dataset, steps) for name, dataset in self.datasets.items()}
         labels = self._labels(samples["train"])
         order = range(len(samples["train"]))
-        kept, held = hold_out(labels or [0] * len(order), self.validation, self.split_seed)
+        kept, held = hold_out(labels or [0] * len(order), self.validation)
         parts: dict[str, Any] = {"validation": None, "test": None, **samples}
         if held:
             parts |= {"train": Subset(samples["train"], kept), "validation": Subset(samples["train"], held)}

@@ -33,7 +33,6 @@ class Recall(Data):
 
     Args:
         validation: share of the training samples held out to select the best epoch; 0 trains on everything.
-        split_seed: which training samples are held out.
         classes: C, at least 2; chance is 1/C.
         delay: silent time steps between cue and probe.
         noise: standard deviation of the cue's noise, where that of its pattern is 1.
@@ -50,7 +49,6 @@ class Recall(Data):
     def __init__(
         self,
         validation: float = 0.1,
-        split_seed: int = 0,
         classes: int = 4,
         delay: int = 7,
         noise: float = 2.0,
@@ -59,7 +57,7 @@ class Recall(Data):
         seed: int = 0,
         cues: int = 1,
     ):
-        super().__init__(validation, split_seed)
+        super().__init__(validation)
         self.classes = whole_number("classes", classes, least=2)
         self.delay = whole_number("delay", delay, least=0)
         self.noise = number("noise", noise, least=0)

@@ -25,7 +25,7 @@ class SequentialDigits(Digits):
 
     Args:
         permute: put the pixels in a fixed random order, the same on every machine.
-        kwargs: `validation`, `split_seed` and `augment`, as for `sltt.data.Digits`.
+        kwargs: `validation` and `augment`, as for `sltt.data.Digits`.
 
     Raises:
         ValueError: when loaded, a T that does not divide 64.

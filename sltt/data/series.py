@@ -31,7 +31,6 @@ class TimeSeries(Data):
     Args:
         name: `JapaneseVowels` or `BasicMotions`.
         validation: share of the training samples held out to select the best epoch; 0 trains on everything.
-        split_seed: which training samples are held out.
         delta: threshold of `Delta`, in standard deviations: the samples are then its spikes [T, 2C]. None gives the
             values themselves, as input current.
 
@@ -44,10 +43,9 @@ class TimeSeries(Data):
         self,
         name: Name = "JapaneseVowels",
         validation: float = 0.2,
-        split_seed: int = 0,
         delta: float | None = None,
     ):
-        super().__init__(validation, split_seed)
+        super().__init__(validation)
         self.name = choice("name", name, get_args(Name))
         self.delta = None if delta is None else number("delta", delta, above=0)
 
@@ -57,9 +55,7 @@ class TimeSeries(Data):
     def load(self, steps: int) -> Splits:
         train, test = prepare(_read(self.name, "train"), _read(self.name, "test"), self.delta)
         pad = len({len(x) for x, _ in [*train, *test]}) > 1
-        return from_datasets(train, self.validation, test, static=False, pad=pad, split_seed=self.split_seed).splits(
-            steps
-        )
+        return from_datasets(train, self.validation, test, static=False, pad=pad).splits(steps)
 
 
 def prepare(train: Samples, test: Samples, delta: float | None) -> tuple[Samples, Samples]:

@@ -22,7 +22,6 @@ class SHD(Data):
     Args:
         root: folder of the data.
         validation: share of the training samples held out to select the best epoch; 0 trains on everything.
-        split_seed: which training samples are held out.
         duration: seconds of a sample; later spikes count to the last time step.
         download: fetch the data into `root` where it is not there.
     """
@@ -31,11 +30,10 @@ class SHD(Data):
         self,
         root: str = "data",
         validation: float = 0.1,
-        split_seed: int = 0,
         duration: float = 1.4,
         download: bool = False,
     ):
-        super().__init__(validation, split_seed)
+        super().__init__(validation)
         self.root = folder("root", root)
         self.duration = number("duration", duration, above=0)
         self.download = flag("download", download)
