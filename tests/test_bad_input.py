@@ -181,7 +181,6 @@ OTHER_CALLS = [
     ("CIFAR10(nothing there)", partial(data.CIFAR10("nowhere").splits, 4), FileNotFoundError, "cifar-10.*load true"),
     ("ImageFolder(nothing there)", partial(data.ImageFolder("x").splits, 1), FileNotFoundError, "train and test"),
     ("NMNIST(interpolate)", partial(data.NMNIST, resize="interpolate"), ValueError, "give a size"),
-    ("CIFAR10(reflect)", partial(data.CIFAR10, augment=False, reflect=True), ValueError, "reflect=True .* set augment"),
     ("ImageFolder(reflect)", partial(data.ImageFolder, "x", reflect=True), ValueError, "needs a crop_padding"),
     ("ResNet(blocks: 3)", partial(models.ResNet, (1, 1, 1)), ValueError, "blocks must be"),
     ("DigitsNet(neuron: instance)", partial(models.DigitsNet, neuron=sltt.LIF()), ValueError, "neuron must be a class"),

@@ -84,13 +84,8 @@ def compare(
         "validation": [],  # the same on the validation samples, if there are any
         "seconds": math.nan,  # of a training epoch, median over epochs and seeds
         "seconds_of_seeds": [],  # the median over the epochs of each seed
-        **{
-            "peak_memory": 0,
-            "needed_memory": 0,
-            "operations": None,
-            "cosine": math.nan,
-            "energy": None,
-        },  # see `_measure`
+        # see `_measure`
+        **{"peak_memory": 0, "needed_memory": 0, "operations": None, "cosine": math.nan, "energy": None},
         "errors": [],  # of the seeds that died
     }
     name, seconds = label_row(row["rule"], varied), []

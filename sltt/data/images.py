@@ -68,7 +68,6 @@ class _Images(Data):
     layout: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    only_augmented: tuple[str, ...] = ("randaugment", "erase", "mixup", "reflect")
 
     def __init__(
         self,
@@ -106,9 +105,6 @@ class _Images(Data):
         self.mixup = number("mixup", mixup, least=0)
         self.reflect = flag("reflect", reflect)
         self.margin: Literal["reflect", "constant"] = "reflect" if reflect else "constant"
-        for name in self.only_augmented:
-            if getattr(self, name) and not augment:
-                raise ValueError(f"{name}={getattr(self, name)} is an augmentation: set augment=True, or leave it out")
 
     def open(self, train: bool) -> Any:
         """Return the training or test images, not augmented: a dataset of torchvision, `classes` and `targets`."""
@@ -168,7 +164,7 @@ class _Images(Data):
         augmented.transform = self.transform(True)
         classes = len(plain.classes)
         splits = self.split(plain, plain.targets, test, names, augmented=augmented, static=True, classes=classes)
-        return replace(splits, train=Mixup(splits.train, self.mixup)) if self.mixup else splits
+        return replace(splits, train=Mixup(splits.train, self.mixup)) if self.augment and self.mixup else splits
 
 
 class CIFAR10(_Images):
@@ -208,7 +204,6 @@ class ImageFolder(_Images):
 
     mean = (0.485, 0.456, 0.406)  # of ImageNet
     std = (0.229, 0.224, 0.225)
-    only_augmented = (*_Images.only_augmented, "cutout")
 
     def __init__(
         self,

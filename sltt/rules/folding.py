@@ -152,7 +152,7 @@ def _measure(model: nn.Module, x: Tensor, proved: bool) -> tuple[float, float]:
     ours = all(role_of(type(m)).kind != "keeper" or isinstance(m, Stateful) for m in model.modules())
     model = model if proved and ours else copy_apart(model)  # states of other libraries keep the size of their batch
     with without_marked_hooks(model.modules()), Run(model, Sequence(few, 1, True), step, grad=False) as run:
-        buffers = Buffers(run)  # of neurons that follow their layer
+        buffers = Buffers(run)
         run(few)
         buffers.restore()
     scale = len(x) / len(few)

@@ -30,13 +30,8 @@ _BY_DIM = (  # of the first sample's dimensions on
     "_log_softmax _softmax amax amin argmax argmin cumsum flip logsumexp max mean min "
     "permute roll select slice softmax split split_with_sizes squeeze sum transpose unbind unsqueeze var std cat stack"
 )
-_WEIGHTED = {
-    "addmm": 1,
-    "convolution": 0,
-    "embedding": 1,
-    "linear": 0,
-    "mm": 0,
-}  # the argument with samples; all others are weights
+# the argument with samples; all others are weights
+_WEIGHTED = {"addmm": 1, "convolution": 0, "embedding": 1, "linear": 0, "mm": 0}
 _POOLS = "avg_pool max_pool adaptive_avg_pool adaptive_max_pool _adaptive_avg_pool upsample pixel_shuffle im2col"
 _UNIFORM = "zeros ones full empty new_zeros new_ones new_full zeros_like ones_like full_like scalar_tensor"
 _PADS = "constant_pad_nd reflection_pad replication_pad"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sltt import kernels
-from sltt._torch import _BatchNorm, has_own_operations
+from sltt._torch import has_own_operations
 from sltt.neurons import Recurrent
 from sltt.rules.credit import CreditStep
 from sltt.rules.traces import Traces
@@ -146,8 +146,6 @@ class TraceStep(CreditStep):
         return y
 
     def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(layer.module, _BatchNorm):  # with a state besides
-            return self.norm(layer, *args, **kwargs)
         if isinstance(layer.module, Recurrent) and len(args) == 1 and not in_backward():
             if (y := self._recurrent(layer, args[0])) is not None:
                 return y

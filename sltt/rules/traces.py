@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from sltt._torch import _BatchNorm
 from sltt.neurons import Delay, IntegrateAndFire, Recurrent
 from sltt.rules.decays import Decay, Decays, decay_of
 from sltt.sequence.layout import Layout
@@ -180,8 +179,6 @@ class Traces:
                 found.append(f"the bias of {layer}")
             if self.learns_decay(module):
                 found.append(f"the λ of {layer}")
-            if layer.states and isinstance(module, _BatchNorm):
-                found.append(str(layer))
         return found
 
     def end(self, value: Tensor, steps: int) -> None:
