@@ -13,7 +13,7 @@ from sltt.parallel.signals import PREEMPTED, Preempted
 
 COMMANDS = (
     "train", "eval", "predict", "agreement", "compare", "fscil", "profile", "lr", "report", "export", "recipes", "data",
-    "doctor", "completion",
+    "doctor",
 )  # fmt: skip
 USAGE = """usage: sltt COMMAND ...
 
@@ -30,7 +30,6 @@ USAGE = """usage: sltt COMMAND ...
   sltt recipes [NAME]       list the recipes, or print one
   sltt data check RECIPE    is a recipe's data whole? --data.root DIR
   sltt doctor               what works on this machine, what would be faster
-  sltt completion SHELL     for bash and zsh: source <(sltt completion bash)
   sltt --version            the version
 
 `sltt COMMAND --help` explains a command, and `sltt train RECIPE --help` all
