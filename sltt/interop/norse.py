@@ -22,6 +22,7 @@ from sltt.interop.adapted import Adapter, make_adapter
 from sltt.interop.conversion import ConversionError, describe, leaky, read_constant, require, synaptic
 from sltt.neurons import CubaLIF
 from sltt.sequence.hooks import own_forward, runs_hooks
+from sltt.sequence.spikes import show
 from sltt.sequence.state import Stateful, map_tensors, register, role_of, set_role
 
 
@@ -182,6 +183,7 @@ def _advance(keeper: KeepState) -> Any:
             found = cells[i](x, steps, cut, states[i]) if cells[i] else None
             if found is not None:
                 x, states[i] = found
+                show(module, x)
             elif passes[i]:
                 outputs = []
                 for t, part in enumerate(x.chunk(steps)):
@@ -190,6 +192,7 @@ def _advance(keeper: KeepState) -> Any:
                     y, states[i] = type(module).forward(module, part, states[i])  # without the handler of a run
                     outputs.append(y)
                 x = torch.cat(outputs)
+                show(module, x)
             else:
                 x = module(x)
         keeper.state = states if whole is not modules[0] else states[0]
