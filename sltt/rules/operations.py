@@ -206,8 +206,15 @@ def _watch(model: nn.Module, x: Tensor) -> list[Any]:
     operations, layout = Operations(x, [*model.parameters(), *model.buffers()]), layout_of(model)
     inner = Run(model, Sequence(x, 1, True), _Watched(operations))
     with kernels.using(bits=False), without_marked_hooks(model.modules()), inner:
+        # states that no neuron reads here: a forward that reads, changes or resets one does more
+        states = [(k.module, name) for k in inner.layout.keepers if k.spikes and k.advance for name in k.states]
+        planted = torch.empty(0)
+        for module, name in states:
+            setattr(module, name, planted)
         with torch.enable_grad(), _Hooks(), operations:
             y = model(x)
+        if any(getattr(module, name) is not planted for module, name in states):
+            raise UnknownError("changes the state of a neuron")
         _check_gradient(y, operations)
     if changes := layout.changes():
         raise UnknownError(f"changes {next(iter(changes))}")

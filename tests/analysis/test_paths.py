@@ -52,8 +52,8 @@ def test_the_paths_are_those_of_a_training(mode, monkeypatch):
         assert path.sparse_forward == ran["forward", shapes[path.name]], path
         assert path.sparse_gradient == ran["gradient", shapes[path.name]], path
         assert (path.saved_seconds != 0) == (path.sparse_forward + path.sparse_gradient > 0)
-    # not what is padded by hand or transposed, nor in auto the few products of the last layer in the call of one step
-    expected = {"on": {"2": (2, 2), "12": (2, 2)}, "auto": {"2": (0, 2), "12": (0, 1)}, "off": {}}[mode]
+    # in one call of three steps; not what is padded by hand or transposed
+    expected = {"on": {"2": (1, 1), "12": (1, 1)}, "auto": {"2": (0, 1), "12": (0, 1)}, "off": {}}[mode]
     found = {path.name: (path.sparse_forward, path.sparse_gradient) for path in paths if path.sparse_gradient}
     found.pop("5", None)  # the averages of few spikes may all be 0 or 1/4
     assert found == expected

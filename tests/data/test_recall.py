@@ -137,4 +137,4 @@ def test_agreement_advises_traces(seed, batches):
     x, y = splits.collate([splits.train[i] for i in range(128)])
     found = agreement(model, x, y, LOSS, cheaper_rules(model, 8))
     assert found[0].cosine < 0.85
-    assert advice(found).startswith("Take OTTT().")
+    assert advice(found).startswith("Take OTTT.")
