@@ -178,6 +178,8 @@ class Run:
                 f"expected the model to return the logits [B, C] of one time step, got {type(logits).__name__}; "
                 "keep the state in the modules and return the output only"
             )
+        if self.sequence.last and logits.ndim > 2:  # a loss may view it
+            logits = logits.contiguous()
         if logits.shape[:1] == x.shape[:1]:
             return logits.unsqueeze(0) if steps == 1 else logits.unflatten(0, (steps, self.batch))
         if steps == 1:

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 import sltt
 from sltt import kernels
 from sltt.kernels import stepwise_norm
-from tests.conftest import LOSS, gradients
+from sltt.sequence.layout import layout_of
+from tests.conftest import LOSS, gradient, gradients
 from tests.references import marked, measured, recorded
 
 
@@ -340,3 +341,30 @@ def test_steps_of_slttk_with_and_without_a_backward_share_a_call_where_many_have
         found.append((out[0], out[1].loss, out[1].logits))
     assert_same(*found)
     assert isinstance(loss, sltt.losses.Activity) or len(counts) <= calls + 16
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_images_run_channels_last_where_a_network_takes_them_so(views):
+    """A loss may view a dense output, and a forward of the user's own what a convolution gives."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), sltt.LIF(), nn.Conv2d(8, 3, 3, padding=1))
+
+        def forward(self, x):
+            y = self.layers(x)
+            return y.view(len(x), -1).view(len(x), 3, 8, 8) if views else y
+
+    def loss(y, target):
+        return y.view(-1).square().mean()
+
+    x, target = torch.randn(4, 2, 2, 8, 8), torch.zeros(2)
+    for model in (Own(), Own().layers):
+        precise = copy.deepcopy(model).double()
+        for _ in range(2):  # the first batch shows it
+            model.zero_grad()
+            sltt.SLTT()(model, x, target, loss)
+        sltt.SLTT(fold=1)(precise, x.double(), target, loss)
+        torch.testing.assert_close(gradient(model).double(), gradient(precise), rtol=1e-3, atol=1e-5)
+        assert layout_of(model).channels_last == (not views or isinstance(model, nn.Sequential))
