@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sltt._torch import transforms_active
 from sltt.interop.conversion import ConversionError
-from sltt.neurons import IntegrateAndFire
+from sltt.neurons import CubaLIF, IntegrateAndFire
 from sltt.sequence.hooks import count_hooks, own_forward
 
 Translate = Callable[[Any], Any]
@@ -22,19 +22,16 @@ Read = Callable[[Any], Iterable[Any]]
 class Adapter:
     """Runs time steps of a neuron of another library by one of ours.
 
-    It keeps its membrane potential in an attribute, after the reset as ours do.
-
     Args:
         module: the neuron.
-        state: the attribute.
         translate: gives the neuron of ours, or raises ConversionError.
         read: gives what the translation rests on, which may change before each call.
     """
 
     ours: Any = None  # the neuron
 
-    def __init__(self, module: Any, state: str, translate: Translate, read: Read):
-        self.module, self.state, self.translate, self.read = module, state, translate, read
+    def __init__(self, module: Any, translate: Translate, read: Read):
+        self.module, self.translate, self.read = module, translate, read
         self._seen: Any = None
         self.find_ours()
 
@@ -52,31 +49,39 @@ class Adapter:
                 self._run = self.ours.prepare()
         return self.ours is not None
 
-    def run(self, x: Tensor, steps: int, cut: bool, v: Any) -> Tensor | None:
-        """Run the time steps in x [n·B, ...] from v; return None where only the neuron's own code does it.
+    def run(self, x: Tensor, steps: int, cut: bool, states: Iterable[Any]) -> Tensor | None:
+        """Run the time steps in x [n·B, ...] from states; return None where only the neuron's own code does it.
 
-        The state, None or of no elements before the first step, is then that of `ours`.
+        The states, each None or of no elements before the first step, are then those of `ours`.
         """
         if not self.find_ours() or not x.is_floating_point():
             return None
-        shape = len(x) // steps, *x.shape[1:]
-        if not isinstance(v, Tensor) or not v.numel():
-            v = None if not isinstance(v, float) or v == self.ours.first_states()["v"] else x.new_full(shape, v)
-        elif v.shape != shape or v.dtype != x.dtype or v.device != x.device:
-            return None
-        self.ours.v = v
+        shape, first = (len(x) // steps, *x.shape[1:]), self.ours.first_states()
+        for name, state in zip(self.ours.states, states, strict=True):
+            if not isinstance(state, Tensor) or not state.numel():
+                state = None if not isinstance(state, float) or state == first[name] else x.new_full(shape, state)
+            elif state.shape != shape or state.dtype != x.dtype or state.device != x.device:
+                return None
+            setattr(self.ours, name, state)
         return self._run(x, steps, cut)
 
+
+class AfterReset(Adapter):
+    """A neuron that keeps its membrane potential in an attribute, after the reset as ours do."""
+
+    def __init__(self, module: Any, state: str, translate: Translate, read: Read):
+        super().__init__(module, translate, read)
+        self.state = state
+
     def __call__(self, x: Tensor, steps: int, cut: bool, *_: Any) -> Tensor | None:
-        """Return the spikes, or None where only the neuron's own code runs."""
-        spikes = self.run(x, steps, cut, getattr(self.module, self.state))
+        spikes = self.run(x, steps, cut, [getattr(self.module, self.state)])
         if spikes is not None:
             setattr(self.module, self.state, self.ours.v)
             self.ours.v = None
         return spikes
 
 
-class BeforeReset(Adapter):
+class BeforeReset(AfterReset):
     """A neuron that keeps u, from which the next time step subtracts r s: v = u − r s."""
 
     _left: Tensor | None = None  # the u that was left, and the v behind it
@@ -87,7 +92,7 @@ class BeforeReset(Adapter):
         if not self.find_ours() or ours.v_reset is not None:
             return None
         amount = ours.v_threshold if ours.subtract is None else ours.subtract
-        spikes = self.run(x, steps, cut, self._after_reset(u, amount) if u.numel() else None)
+        spikes = self.run(x, steps, cut, [self._after_reset(u, amount) if u.numel() else None])
         if spikes is not None:
             self._v = ours.v
             self._left = torch.add(self._v, spikes.detach()[-len(self._v) :], alpha=amount)
@@ -115,4 +120,4 @@ def make_adapter(kind: type[Adapter], module: Any, *args: Any) -> Any:
         adapter = kind(module, *args)
     except AttributeError:  # another class of the library, without these constants
         return None
-    return adapter if isinstance(adapter.ours, IntegrateAndFire) else None
+    return adapter if isinstance(adapter.ours, IntegrateAndFire | CubaLIF) else None

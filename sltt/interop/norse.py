@@ -3,17 +3,26 @@
 # pyright: reportMissingImports=false
 
 import inspect
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import norse.torch as norse
+import torch
+from norse.torch.functional.iaf import IAFFeedForwardState
+from norse.torch.functional.lif import LIFFeedForwardState
+from norse.torch.functional.lif_box import LIFBoxFeedForwardState
 from norse.torch.functional.reset import reset_subtract, reset_value
 from norse.torch.module.snn import SNN, SNNCell, SNNRecurrent, SNNRecurrentCell
 from torch import Tensor, nn
 
 from sltt import surrogates
 from sltt.checks import instance
+from sltt.interop.adapted import Adapter, make_adapter
 from sltt.interop.conversion import ConversionError, describe, leaky, read_constant, require, synaptic
-from sltt.sequence.state import Stateful, map_tensors, register
+from sltt.neurons import CubaLIF
+from sltt.sequence.hooks import own_forward, runs_hooks
+from sltt.sequence.state import Stateful, map_tensors, register, role_of, set_role
 
 
 class KeepState(Stateful):
@@ -109,7 +118,88 @@ def _refuse_spiking(module: Any) -> nn.Module:
     return module
 
 
+class _Cell(Adapter):
+    """A cell that passes its state; that of a synaptic current is kept as it is after its decay, α i[t]."""
+
+    def __call__(self, x: Tensor, steps: int, cut: bool, state: Any) -> Any:
+        """Return spikes and state, or None where only the cell's own code runs."""
+        if not self.find_ours():
+            return None
+        decay = self.ours.synaptic_decay() if isinstance(self.ours, CubaLIF) else 1.0
+        given = [None] * len(self.ours.states) if state is None else [*state]
+        if len(given) == 2 and given[1] is not None:
+            given[1] = given[1] / decay
+        if not decay or (spikes := self.run(x, steps, cut, given)) is None:
+            return None
+        left = [getattr(self.ours, name) for name in self.ours.states]
+        if len(left) == 2:
+            left[1] = decay * left[1]
+        return spikes, _STATES[type(self.module)](*left)
+
+
+_STATES = {
+    norse.LIFCell: LIFFeedForwardState,
+    norse.LIFBoxCell: LIFBoxFeedForwardState,
+    norse.IAFCell: IAFFeedForwardState,
+}
+
+
+def _constants(cell: Any) -> Iterator[Any]:
+    yield cell.dt
+    yield from (getattr(cell.p, name, None) for name in ("v_th", "v_reset", "v_leak", "tau_mem_inv", "tau_syn_inv"))
+    yield from (getattr(cell.p, name, None) for name in ("method", "alpha", "reset_method"))
+
+
+def _advance(keeper: KeepState) -> Any:
+    """Return what runs the time steps of a call layer by layer; None where the module runs each by itself."""
+    whole = keeper.module
+    if type(whole) is norse.SequentialState:
+        if own_forward(whole, norse.SequentialState) or runs_hooks(whole) or whole.return_hidden:
+            return None
+        modules = [*whole]
+    else:
+        modules = [whole]
+    passes = [_passes_state(type(module)) for module in modules]
+    cells = [module for module, p in zip(modules, passes, strict=True) if p]
+    if any(runs_hooks(m) or own_forward(m, type(m)) or not isinstance(m, SNNCell) for m in cells):
+        return None
+    cells: list[Any] = [
+        make_adapter(_Cell, module, _translate_cell, _constants) if type(module) in _STATES else None
+        for module in modules
+    ]
+    if not any(cells):
+        return None
+
+    def advance(x: Tensor, steps: int, cut: bool, *_: Any) -> Tensor:
+        states = (
+            [None] * len(modules)
+            if keeper.state is None
+            else [*keeper.state]
+            if whole is not modules[0]
+            else [keeper.state]
+        )
+        for i, module in enumerate(modules):
+            found = cells[i](x, steps, cut, states[i]) if cells[i] else None
+            if found is not None:
+                x, states[i] = found
+            elif passes[i]:
+                outputs = []
+                for t, part in enumerate(x.chunk(steps)):
+                    if cut and t:
+                        states[i] = map_tensors(Tensor.detach, states[i])
+                    y, states[i] = type(module).forward(module, part, states[i])  # without the handler of a run
+                    outputs.append(y)
+                x = torch.cat(outputs)
+            else:
+                x = module(x)
+        keeper.state = states if whole is not modules[0] else states[0]
+        return x
+
+    return advance
+
+
 register(KeepState, KeepState.states, reset=KeepState.reset, translate=_translate)
+set_role(KeepState, replace(role_of(KeepState), advance=_advance))
 for _cls in (SNN, SNNCell, SNNRecurrent, SNNRecurrentCell, *vars(norse).values()):
     if isinstance(_cls, type) and issubclass(_cls, nn.Module) and _passes_state(_cls):
         register(_cls, (), spikes=_spikes, check=_check, translate=_refuse_spiking)

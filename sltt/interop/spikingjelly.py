@@ -13,7 +13,7 @@ from spikingjelly.activation_based import base, layer, neuron, surrogate
 from torch import Tensor, nn
 
 from sltt import surrogates
-from sltt.interop.adapted import Adapter, make_adapter
+from sltt.interop.adapted import AfterReset, make_adapter
 from sltt.interop.conversion import ConversionError, require
 from sltt.neurons import IF, LIF, PLIF
 from sltt.sequence.hooks import own_forward
@@ -111,6 +111,6 @@ register(
     check=_check,
     translate=_translate,
 )
-_advance = partial(make_adapter, Adapter)
+_advance = partial(make_adapter, AfterReset)
 _role = replace(role_of(base.MemoryModule), advance=lambda module: _advance(module, "v", _translate, _constants))
 set_role(neuron.BaseNode, _role)

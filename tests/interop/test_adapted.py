@@ -14,8 +14,8 @@ from tests.conftest import LOSS, batch
 from tests.interop.libraries import CASES, gradients_of, network_of
 
 RULES = [sltt.SLTT(), sltt.SLTT(fold=1), sltt.BPTT(fold=3), sltt.TBPTT(window=2), sltt.BPTT(segment=2)]
-ADAPTED = [name for name in CASES if name.split()[1].rstrip(",") in ("LIF", "IF", "PLIF", "Leaky")]
-OWN = "jelly LIF, soft", "snn Leaky, zero", "sinabs LIF", "sinabs LIF with current", "norse LIF"
+ADAPTED = [name for name in CASES if name.split()[1].rstrip(",") in ("LIF", "IF", "PLIF", "Leaky", "LIFBox", "IAF")]
+OWN = "jelly LIF, soft", "snn Leaky, zero", "sinabs LIF", "sinabs LIF with current", "sinabs IAF"
 ADAPTED = [name for name in ADAPTED if name not in OWN]  # theirs store potentials, or fire several times
 
 
