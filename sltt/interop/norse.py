@@ -22,6 +22,7 @@ from sltt.interop.adapted import Adapter, make_adapter
 from sltt.interop.conversion import ConversionError, describe, leaky, read_constant, require, synaptic
 from sltt.neurons import CubaLIF
 from sltt.sequence.hooks import own_forward, runs_hooks
+from sltt.sequence.spikes import show
 from sltt.sequence.state import Stateful, map_tensors, register, role_of, set_role
 
 
@@ -152,50 +153,40 @@ def _constants(cell: Any) -> Iterator[Any]:
 
 def _advance(keeper: KeepState) -> Any:
     """Return what runs the time steps of a call layer by layer; None where the module runs each by itself."""
-    whole = keeper.module
-    if type(whole) is norse.SequentialState:
-        if own_forward(whole, norse.SequentialState) or runs_hooks(whole) or whole.return_hidden:
-            return None
-        modules = [*whole]
-    else:
-        modules = [whole]
+    whole: Any = keeper.module
+    several = type(whole) is norse.SequentialState
+    modules: list[Any] = [*whole] if several else [whole]
     passes = [_passes_state(type(module)) for module in modules]
-    cells = [module for module, p in zip(modules, passes, strict=True) if p]
-    if any(runs_hooks(m) or own_forward(m, type(m)) or not isinstance(m, SNNCell) for m in cells):
+    outer = [whole, *(module for module, p in zip(modules, passes, strict=True) if p)]
+    if any(runs_hooks(m) or own_forward(m, type(m)) for m in outer) or getattr(whole, "return_hidden", False):
+        return None
+    if not all(isinstance(module, SNNCell) for module in outer[1:]):
         return None
     cells: list[Any] = [
-        make_adapter(_Cell, module, _translate_cell, _constants) if type(module) in _STATES else None
-        for module in modules
+        make_adapter(_Cell, m, _translate_cell, _constants) if type(m) in _STATES else None for m in modules
     ]
-    if not any(cells):
-        return None
 
     def advance(x: Tensor, steps: int, cut: bool, *_: Any) -> Tensor:
-        states = (
-            [None] * len(modules)
-            if keeper.state is None
-            else [*keeper.state]
-            if whole is not modules[0]
-            else [keeper.state]
-        )
+        state = keeper.state
+        states = [None] * len(modules) if state is None else [*state] if several else [state]
         for i, module in enumerate(modules):
-            found = cells[i](x, steps, cut, states[i]) if cells[i] else None
-            if found is not None:
+            if not passes[i]:
+                x = module(x)
+                continue
+            if cells[i] and (found := cells[i](x, steps, cut, states[i])) is not None:
                 x, states[i] = found
-            elif passes[i]:
-                outputs = []
-                for t, part in enumerate(x.chunk(steps)):
-                    if cut and t:
-                        states[i] = map_tensors(Tensor.detach, states[i])
-                    y, states[i] = type(module).forward(module, part, states[i])  # without the handler of a run
+            else:
+                outputs: list[Tensor] = []
+                for part in x.chunk(steps):
+                    before = map_tensors(Tensor.detach, states[i]) if cut and outputs else states[i]
+                    y, states[i] = type(module).forward(module, part, before)  # without the handler of a run
                     outputs.append(y)
                 x = torch.cat(outputs)
-            else:
-                x = module(x)
-        keeper.state = states if whole is not modules[0] else states[0]
+            show(module, x)
+        keeper.state = states if several else states[0]
         return x
 
-    return advance
+    return advance if any(cells) else None
 
 
 register(KeepState, KeepState.states, reset=KeepState.reset, translate=_translate)
