@@ -21,16 +21,16 @@ from sltt import kernels
 from sltt.checks import whole_number
 from sltt.rules.batch import Fold
 from sltt.rules.fold_trial import PlainError, RunRule, apart_from_user, copy_apart, find_difference, run_steps
-from sltt.rules.operations import leave_samples_apart
+from sltt.rules.operations import Sizes, leave_samples_apart
 from sltt.sequence.hooks import without_marked_hooks
-from sltt.sequence.layout import Layer, Layout
+from sltt.sequence.layout import Layout
 from sltt.sequence.once import is_sharded
 from sltt.sequence.proof import find_modes
 from sltt.sequence.reach import refers_to
 from sltt.sequence.run import Run
 from sltt.sequence.snapshot import Buffers
 from sltt.sequence.state import Stateful, role_of
-from sltt.sequence.step import NEURON, Step
+from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence
 
 ROWS = 2048  # of a layer's matrix product in a call; more save no time
@@ -112,43 +112,13 @@ def _choose(run: Run, x: Tensor, fold: Any, kind: Any, make_step: Callable[[], S
     return Fold(why=layout.refused) if layout.refused else chosen
 
 
-class _Sizes(Step):
-    """A time step that shows the sizes of layers: neurons and BatchNorms pass on what they read.
-
-    Attributes:
-        products: the multiplications of the layers' matrix products.
-        weights: the elements of their weights.
-        bytes: of what the layers give.
-    """
-
-    def __init__(self) -> None:
-        self.products = self.weights = self.bytes = 0
-
-    def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        if layer.advance is None or len(args) != 1:
-            return layer.plain(*args, **kwargs)
-        self.run.take_turn(layer, NEURON)
-        self.bytes += args[0].nbytes
-        return args[0].asinh()  # keeps large values in bounds
-
-    def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        return args[0] if layer.role.stepwise and len(args) == 1 else layer.plain(*args, **kwargs)
-
-    def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        y, weight = layer.plain(*args, **kwargs), layer.role.weight(layer.module)
-        self.products += y.numel() // len(weight) * weight.numel()
-        self.weights += weight.numel()
-        self.bytes += y.nbytes
-        return y
-
-
 @torch.no_grad()
 def _measure(model: nn.Module, x: Tensor, proved: bool) -> tuple[float, float]:
     """Return the mean rows of a layer's product in a time step x [B, ...], and the bytes that its layers give.
 
     What structure proves leaves no trace in the network; another forward runs on a copy.
     """
-    few, step = x[:2].clone(), _Sizes()
+    few, step = x[:2].clone(), Sizes()
     ours = all(role_of(type(m)).kind != "keeper" or isinstance(m, Stateful) for m in model.modules())
     model = model if proved and ours else copy_apart(model)  # states of other libraries keep the size of their batch
     with without_marked_hooks(model.modules()), Run(model, Sequence(few, 1, True), step, grad=False) as run:

@@ -22,7 +22,7 @@ from sltt.sequence.hooks import without_marked_hooks
 from sltt.sequence.layout import Layer, layout_of
 from sltt.sequence.proof import is_proved
 from sltt.sequence.run import Run
-from sltt.sequence.step import Step
+from sltt.sequence.step import NEURON, Step
 from sltt.sequence.steps import Sequence
 
 _ALIKE = "alias clone contiguous detach lift_fresh _to_copy _unsafe_view view reshape _reshape_alias"
@@ -151,21 +151,51 @@ class _Hooks(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Watched(Step):
-    """A time step whose neurons and BatchNorms pass on what they read; other layers of ours are known."""
+class Sizes(Step):
+    """A time step that shows the sizes of layers: neurons and BatchNorms pass on what they read.
 
-    def __init__(self, operations: Operations):
-        self.operations = operations
+    Attributes:
+        products: the multiplications of the layers' matrix products.
+        weights: the elements of their weights.
+        bytes: of what the layers give.
+    """
+
+    def __init__(self) -> None:
+        self.products = self.weights = self.bytes = 0
 
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if layer.advance is None or len(args) != 1:
-            return self.keeper(layer, *args, **kwargs)
-        return args[0].asinh()
+            return layer.plain(*args, **kwargs)
+        self.run.take_turn(layer, NEURON)
+        self.bytes += args[0].nbytes
+        return args[0].asinh()  # keeps large values in bounds
+
+    def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if layer.role.stepwise and len(args) == 1 else layer.plain(*args, **kwargs)
+
+    def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        y, weight = layer.plain(*args, **kwargs), layer.role.weight(layer.module)
+        self.products += y.numel() // len(weight) * weight.numel()
+        self.weights += weight.numel()
+        self.bytes += y.nbytes
+        return y
+
+
+class _Watched(Sizes):
+    """Such a time step whose operations are seen; layers of ours that keep a state are known."""
+
+    def __init__(self, operations: Operations):
+        super().__init__()
+        self.operations = operations
+
+    def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        known = layer.advance is not None and len(args) == 1
+        return args[0].asinh() if known else self.keeper(layer, *args, **kwargs)
 
     def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if kernels.others_save():
             raise UnknownError("normalises in a checkpoint")
-        return args[0] if layer.role.stepwise and len(args) == 1 else layer.plain(*args, **kwargs)
+        return super().norm(layer, *args, **kwargs)
 
     def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if not is_proved(layer):
@@ -175,9 +205,6 @@ class _Watched(Step):
         self.operations.ours = False
         self.operations.add(y)
         return y
-
-    def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        return layer.plain(*args, **kwargs)
 
 
 def leave_samples_apart(run: Run, model: nn.Module, steps: int) -> bool:
