@@ -188,7 +188,7 @@ def _path_table(found: Mapping[str, Any]) -> Table:
             }
         )
     title = (
-        "layers on active inputs only (sparse), or dense; saved: share of the time of these, as the costs have it\n"
+        "layers on active inputs only (sparse), or dense; saved: share of their time\n"
         "convolutions need --channels_last true"
     )
     return Table(rows, title=title)
