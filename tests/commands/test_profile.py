@@ -150,10 +150,10 @@ def test_the_command(capsys, here):
     bptt, sltt_1 = (next(c for c in found["costs"] if c["rule"] == r and c["steps"] == 4) for r in ("BPTT", "SLTT:k=1"))
     assert bptt["operations"]["backward"] == 4 * sltt_1["operations"]["backward"]
     parts = bptt["memory"]
-    shown = [part / 1e6 for part in (parts["states"] + parts["saved"] + parts["rest"], parts["states"], parts["saved"])]
+    shown = [parts[name] / 1e6 for name in ("batch", "gradients", "states", "saved")]
     rows = [line.split() for line in out[out.index("memory of a batch") :].splitlines()]
     row = next(cells for cells in rows if cells[:2] == ["BPTT", "4"])
-    assert [float(cell) for cell in row[2:5]] == pytest.approx(shown, abs=0.006)
+    assert [float(cell) for cell in row[2:6]] == pytest.approx(shown, abs=0.006)
     assert float(row[-1]) == pytest.approx(parts["total"] / 1e6, abs=0.006)
     assert bptt["memory"]["saved"] > 2 * sltt_1["memory"]["saved"]
     assert [layer["name"] for layer in found["layers"]][:3] == ["features.0", "features.2", "features.3"]
