@@ -37,7 +37,7 @@ class Adapter:
 
     def find_ours(self) -> bool:
         """Return whether a neuron of ours has the equation, with the constants of now."""
-        now = [(id(v), v._version, v.requires_grad) if isinstance(v, Tensor) else v for v in self.read(self.module)]
+        now = [_value(v) if isinstance(v, Tensor) else v for v in self.read(self.module)]
         if now != self._seen:
             try:
                 self.ours = self.translate(self.module)
@@ -88,9 +88,11 @@ class BeforeReset(AfterReset):
     _v: Tensor
 
     def __call__(self, x: Tensor, steps: int, cut: bool, *_: Any) -> Tensor | None:
-        u, ours = getattr(self.module, self.state), self.ours
-        if not self.find_ours() or ours.v_reset is not None:
+        seen, u = self._seen, getattr(self.module, self.state)
+        if not self.find_ours() or (ours := self.ours).v_reset is not None:
             return None
+        if seen is not self._seen:  # v is another with another threshold
+            self._left = None
         amount = ours.v_threshold if ours.subtract is None else ours.subtract
         spikes = self.run(x, steps, cut, [self._after_reset(u, amount) if u.numel() else None])
         if spikes is not None:
@@ -109,6 +111,12 @@ class BeforeReset(AfterReset):
         return u - amount * self.ours.surrogate.fires(u.detach() - self.ours.v_threshold).to(u.dtype)
 
 
+def _value(constant: Tensor) -> Any:
+    """Return what tells a change of a constant; on another device, to read the number would wait."""
+    known = constant.is_cpu and constant.numel() == 1
+    return constant.item() if known else (id(constant), constant._version), constant.requires_grad
+
+
 def make_adapter(kind: type[Adapter], module: Any, *args: Any) -> Any:
     """Return an adapter of a module; None where its own code runs: it is changed, or of another equation."""
     cls = type(module)
@@ -116,8 +124,5 @@ def make_adapter(kind: type[Adapter], module: Any, *args: Any) -> Any:
         return None
     if any(callable(getattr(cls, name, None)) for name in vars(module) if name != "forward"):
         return None  # a method of the user's own
-    try:
-        adapter = kind(module, *args)
-    except AttributeError:  # another class of the library, without these constants
-        return None
+    adapter = kind(module, *args)
     return adapter if isinstance(adapter.ours, IntegrateAndFire | CubaLIF) else None

@@ -74,9 +74,10 @@ def _as_pytorch(module: Any) -> nn.Module:
 
 
 def _constants(module: Any) -> tuple[Any, ...]:
-    surrogate, more = module.surrogate_function, [getattr(module, name, None) for name in ("tau", "decay_input")]
-    reset = module.v_threshold, module.v_reset, module.detach_reset
-    return *reset, surrogate, surrogate.alpha, surrogate.spiking, module.step_mode, module.store_v_seq, *more
+    names = "v_threshold", "v_reset", "detach_reset", "step_mode", "store_v_seq", "tau", "decay_input"
+    surrogate = module.surrogate_function
+    of_surrogate = surrogate, getattr(surrogate, "alpha", None), getattr(surrogate, "spiking", None)
+    return *of_surrogate, *(getattr(module, name, None) for name in names)
 
 
 def _surrogate(function: Any) -> surrogates.Surrogate:

@@ -239,7 +239,7 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int |
         with network:
             calls = [range(t, min(t + n, sequence.steps)) for t in range(0, sequence.steps, n)]
             network.weights = kernels.Weights(len(calls))
-            logits = [network(sequence.input(call), len(call)).clone() for call in calls]
+            logits = [network(network.sequence.input(call), len(call)).clone() for call in calls]
             (result,) = network.result(torch.cat(logits))
         if looks:
             layout.looked, layout.steady = True, all(torch.equal(p, was) for p, was in before)

@@ -21,7 +21,7 @@ from sltt import kernels
 from sltt.checks import whole_number
 from sltt.rules.batch import Fold
 from sltt.rules.fold_trial import PlainError, RunRule, apart_from_user, copy_apart, find_difference, run_steps
-from sltt.rules.operations import Sizes, leave_samples_apart
+from sltt.rules.operations import Sizes, leave_samples_apart, takes_channels_last
 from sltt.sequence.hooks import without_marked_hooks
 from sltt.sequence.layout import Layout
 from sltt.sequence.once import is_sharded
@@ -78,6 +78,8 @@ def choose_fold(
         problem = "has a loss that refers to it, which may read the states of one time step"
     if not problem and key not in layout.folds:
         layout.folds[key] = _choose(run, x, fold, kind, make_step, run_rule or run_steps)
+    if not problem and kind in layout.channels_last:
+        run.take_channels_last()
     layout.chosen = chosen = Fold(why=problem) if problem else layout.folds[key]
     if fold != "auto" and chosen.why:
         marked = ", or mark a hook that takes several, hook.sees_folds = True" if "hooks on" in chosen.why else ""
@@ -100,7 +102,10 @@ def _choose(run: Run, x: Tensor, fold: Any, kind: Any, make_step: Callable[[], S
         n = min(chosen.trained if chosen.trained > 1 else chosen.forward, run.sequence.steps)
         if layout.unproved is None or n <= layout.tried.get(kind, 1):
             return chosen
-        if not leave_samples_apart(run, copy_apart(run.model), n):
+        twin = copy_apart(run.model)
+        if leave_samples_apart(run, twin, n):
+            layout.channels_last |= {kind} if takes_channels_last(run, twin) else set()
+        else:
             if weights > TRIED and fold == "auto":
                 size = f"{weights / 1e6:.0f} MB of weights"
                 return Fold(why=f"{layout.unproved}, and {size} are too many to try it on copies")

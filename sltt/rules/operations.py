@@ -33,7 +33,7 @@ _BY_DIM = (  # of the first sample's dimensions on
 # the argument with samples; all others are weights
 _WEIGHTED = {"addmm": 1, "convolution": 0, "embedding": 1, "linear": 0, "mm": 0}
 _POOLS = "avg_pool max_pool adaptive_avg_pool adaptive_max_pool _adaptive_avg_pool upsample pixel_shuffle im2col"
-_UNIFORM = "zeros ones full empty new_zeros new_ones new_full zeros_like ones_like full_like scalar_tensor"
+_UNIFORM = "zeros ones full new_zeros new_ones new_full scalar_tensor"
 _PADS = "constant_pad_nd reflection_pad replication_pad"
 _PAIRED = "bmm baddbmm _scaled_dot_product"
 _KEEPS = {*_ALIKE.split(), *_BY_DIM.split(), "expand", "repeat", "native_layer_norm", "native_group_norm"}
@@ -210,7 +210,7 @@ class _Watched(Sizes):
 def leave_samples_apart(run: Run, model: nn.Module, steps: int) -> bool:
     """Return whether a network's operations leave samples apart, in one time step of a batch and in so many in a call.
 
-    `model` is a copy of the run's. Notes in the run's layout whether it takes images with their channels last.
+    `model` is a copy of the run's.
     """
     drawn = repr((random.getstate(), np.random.get_state()))
     try:
@@ -220,11 +220,16 @@ def leave_samples_apart(run: Run, model: nn.Module, steps: int) -> bool:
             return False
     except Exception:  # of any kind: it is the user's code
         return False
-    if run.layout.has_images:
-        with suppress(Exception):  # such as a view that another order of channels does not have
-            _watch(model, run.sequence.channels_last().input(range(1)))
-            run.layout.channels_last = True
     return True
+
+
+def takes_channels_last(run: Run, model: nn.Module) -> bool:
+    """Return whether a network takes images with their channels last in memory; some views do not."""
+    if run.layout.has_images:
+        with suppress(Exception):
+            _watch(model, run.sequence.channels_last().input(range(1)))
+            return True
+    return False
 
 
 def _watch(model: nn.Module, x: Tensor) -> list[Any]:

@@ -77,8 +77,8 @@ class Layout:
         chosen: the last of them.
         tried: most time steps that a trial showed to share a call, by the kind of a batch.
         refused: why no steps share a call, as a trial found.
-        has_images: it has convolutions of images; `channels_last`: which may have their channels last in memory, where
-            convolutions on spikes are faster.
+        has_images: it has convolutions of images.
+        channels_last: the batches for which operations have shown that images may have their channels last in memory.
         in_use: a run has it.
         reused: a second batch had it, since nothing had changed.
     """
@@ -96,7 +96,7 @@ class Layout:
         self.unproved = find_unproved(self.layers)
         self.steady, self.looked = self.unproved is None, "hooks on" in (self.unproved or "")
         self.has_images = any(isinstance(layer.module, nn.Conv2d) for layer in self.layers.values())
-        self.channels_last = self.has_images and self.unproved is None
+        self.channels_last: set[Any] = set()
         self.folds: dict[Any, Any] = {}
         self.chosen: Any = None
         self.tried: dict[Any, int] = {}

@@ -68,14 +68,13 @@ class Run:
         self.bits = kernels.current_options().bits and not kernels.others_save()
         self.fast, self.recompute = self.bits and sequence.x.is_cpu, False
         self.layout = layout_of(model)
-        if sequence.x.is_cpu and sequence.x.dtype == torch.float32 and self.layout.channels_last:
-            sequence = sequence.channels_last()
         self.model, self.sequence, self.batch = model, sequence, sequence.batch
+        if self.layout.has_images and self.layout.unproved is None:
+            self.take_channels_last()
         self.step = step or Step()
         self.step.run = self
         self.thread = threading.get_ident()
-        fixed = sequence.x if sequence.static and hoist else None
-        self.results = Results(fixed, grad, keep and not is_sharded(model))
+        self._hoists, self._grad = hoist, grad
         self.keep, self.weights = keep, kernels.Weights()
         self.seen: deque[Tensor] = deque(maxlen=2)
         self.fold = self.steps = 1
@@ -92,6 +91,8 @@ class Run:
         self.layout.check(self.batch)
         self._before = claim(self, self.layout)
         self.layout.in_use = True
+        fixed = self.sequence.x if self.sequence.static and self._hoists else None
+        self.results = Results(fixed, self._grad, self.keep and not is_sharded(self.model))
         try:
             self.reset()
             self.handle()
@@ -112,6 +113,11 @@ class Run:
                 layer.plain, layer.seen = None, 0
             self._handled.clear()
             self.layout.in_use = False
+
+    def take_channels_last(self) -> None:
+        """Give images with their channels last in memory, before the run: convolutions on spikes are faster then."""
+        if self.sequence.x.is_cpu and self.sequence.x.dtype == torch.float32:
+            self.sequence = self.sequence.channels_last()
 
     def handle(self) -> None:
         """Install what the step does instead of the forwards of layers."""

@@ -76,6 +76,28 @@ def test_layers_of_spikingjelly_are_those_of_pytorch():
         sltt.SLTT()(jelly, x, y, LOSS)
 
 
+@pytest.mark.parametrize("name", ["beta", "threshold"])
+def test_a_constant_of_snntorch_that_is_changed_has_its_effect(name):
+    """In the middle of a sequence, and where no counter of changes sees it."""
+    library = CASES["snn Leaky"][0]
+    model, x, y = network_of(library("Leaky"))
+    found = []
+
+    def shrink(module, args):
+        getattr(module, name).data.mul_(0.9)
+
+    for own in (True, False):
+        before = model[1].beta.clone(), model[1].threshold.clone()
+        handle = model[1].register_forward_pre_hook(
+            lambda m, args: getattr(m, name).data.mul_(0.9).new_tensor([]).tolist() or None
+        )
+        with counted(own):
+            found.append(gradients_of(sltt.BPTT(fold=1), model, x, y))
+        handle.remove()
+        model[1].beta.data, model[1].threshold.data = before
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("change", ["threshold", "state", "method", "subclass", "hook on the surrogate"])
 def test_what_is_changed_has_its_effect(change):
     neuron = pytest.importorskip("spikingjelly.activation_based.neuron")

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 import sltt
 from sltt import kernels
 from sltt.kernels import stepwise_norm
-from sltt.sequence.layout import layout_of
+from sltt.sequence.once import Results
+from sltt.sequence.run import Run
 from tests.conftest import LOSS, gradient, gradients
 from tests.references import marked, measured, recorded
 
@@ -343,28 +344,47 @@ def test_steps_of_slttk_with_and_without_a_backward_share_a_call_where_many_have
     assert isinstance(loss, sltt.losses.Activity) or len(counts) <= calls + 16
 
 
-@pytest.mark.parametrize("views", [False, True])
-def test_images_run_channels_last_where_a_network_takes_them_so(views):
-    """A loss may view a dense output, and a forward of the user's own what a convolution gives."""
+class Images(nn.Sequential):
+    """A forward of its own; with views, it takes no other memory format."""
 
-    class Own(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), sltt.LIF(), nn.Conv2d(8, 3, 3, padding=1))
+    def __init__(self, views=False):
+        super().__init__(nn.Conv2d(2, 8, 3, padding=1), sltt.LIF(), nn.Conv2d(8, 3, 3, padding=1))
+        self.views = views
 
-        def forward(self, x):
-            y = self.layers(x)
-            return y.view(len(x), -1).view(len(x), 3, 8, 8) if views else y
+    def forward(self, x):
+        y = super().forward(x)
+        return y.view(len(x), -1).view(len(x), 3, 8, 8) if self.views else y
 
-    def loss(y, target):
+
+@pytest.mark.parametrize(
+    ("make", "last"),
+    [(lambda: nn.Sequential(*Images()), True), (Images, True), (lambda: Images(views=True), False)],
+    ids=["known", "own", "views"],
+)
+def test_images_run_channels_last_where_a_network_takes_them_so(make, last, monkeypatch):
+    """In each batch alike, the first one too; a loss may view a dense output."""
+
+    def square(y, target):
         return y.view(-1).square().mean()
 
-    x, target = torch.randn(4, 2, 2, 8, 8), torch.zeros(2)
-    for model in (Own(), Own().layers):
-        precise = copy.deepcopy(model).double()
-        for _ in range(2):  # the first batch shows it
-            model.zero_grad()
-            sltt.SLTT()(model, x, target, loss)
-        sltt.SLTT(fold=1)(precise, x.double(), target, loss)
-        torch.testing.assert_close(gradient(model).double(), gradient(precise), rtol=1e-3, atol=1e-5)
-        assert layout_of(model).channels_last == (not views or isinstance(model, nn.Sequential))
+    seen, run, model = [], Run.__call__, make()
+    monkeypatch.setattr(Run, "__call__", lambda self, *args: (seen.append(self.sequence.last), run(self, *args))[1])
+    x, target, found = torch.randn(4, 2, 2, 8, 8), torch.zeros(2), []
+    for batch, y in ((x, target), (x[:, :1], target[:1]), (x, target)):  # a smaller one between changes nothing
+        seen.clear()
+        model.zero_grad()
+        found.append(gradients(model, sltt.SLTT(), batch, y, square)[0])  # of a copy, whose first batch it is
+        sltt.SLTT()(model, batch, y, square)
+        assert seen[-1] == last
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[0], gradient(model))
+    model.zero_grad()
+    expected = gradients(model.double(), sltt.SLTT(fold=1), x.double(), target, square)
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-3, atol=1e-5)
+
+
+def test_a_static_image_is_convolved_once_in_an_evaluation(monkeypatch):
+    seen, is_fixed = [], Results.is_fixed
+    monkeypatch.setattr(Results, "is_fixed", lambda self, x: (seen.append(is_fixed(self, x)), seen[-1])[1])
+    sltt.unroll(sltt.models.DigitsNet(2, 5).eval(), torch.rand(4, 2, 8, 8), steps=6, fold=1)
+    assert seen[0]
