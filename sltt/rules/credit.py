@@ -96,7 +96,7 @@ class CreditStep(Step):
 
 
 class _Waiting:
-    """What waits before a delay.
+    """Holds what waits before a delay.
 
     Attributes:
         queue: steps of a call, and a scalar that sends their error through the graph before the delay.
@@ -136,7 +136,7 @@ class _Waiting:
 
 
 class _Read(torch.autograd.Function):
-    """What a delay gave; its gradient goes to the leaves of the steps that were tapped."""
+    """Gives what a delay gave; the gradient goes to the leaves of the steps that were tapped."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, waiting: _Waiting, tapped: list[int], anchor: Tensor, *leaves: Any) -> Tensor:  # type: ignore[override]

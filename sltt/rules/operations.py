@@ -33,10 +33,8 @@ _BY_DIM = (  # of the first sample's dimensions on
 # the argument with samples; all others are weights
 _WEIGHTED = {"addmm": 1, "convolution": 0, "embedding": 1, "linear": 0, "mm": 0}
 _POOLS = "avg_pool max_pool adaptive_avg_pool adaptive_max_pool _adaptive_avg_pool upsample pixel_shuffle im2col"
-_UNIFORM = "zeros ones full new_zeros new_ones new_full scalar_tensor"
-_PADS = "constant_pad_nd reflection_pad replication_pad"
 _PAIRED = "bmm baddbmm _scaled_dot_product"
-_KEEPS = {*_ALIKE.split(), *_BY_DIM.split(), "expand", "repeat", "native_layer_norm", "native_group_norm"}
+_KEEPS = {*_ALIKE.split(), *_BY_DIM.split(), "native_layer_norm", "native_group_norm"}
 
 
 class UnknownError(Exception):
@@ -57,7 +55,6 @@ class Operations(DispatchMode):
         self.ours = False  # within a layer that is known
         self.samples = {id(x): x}  # which keeps the id its own
         self._constants = {id(t): t for t in constants}
-        self._uniform: dict[int, Tensor] = {}
         self.called: list[Any] = []  # operations, the weights and numbers that they read
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -74,9 +71,9 @@ class Operations(DispatchMode):
         self.called.append((func, [id(t) for t in given if isinstance(t, nn.Parameter)], numbers))
         name, results = func._opname.removesuffix("_"), [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if not any(id(t) in self.samples for t in given):
-            if func._schema.is_mutable or not all(id(t) in self._constants or id(t) in self._uniform for t in given):
+            if func._schema.is_mutable or not all(id(t) in self._constants for t in given):
                 raise UnknownError(f"calls {func} on what is not its input")
-            kept = self._uniform if name in _UNIFORM.split() else self._constants
+            kept = self._constants
         elif self._is_alike(func, name, args, kwargs, given, results):
             kept = self.samples
         else:
@@ -103,8 +100,6 @@ class Operations(DispatchMode):
             return len(samples) == 1 and first is args[at] and len(results[0]) == len(first) and first.ndim > 1
         if name.startswith(tuple(_PAIRED.split())):
             return len(rows) == 1 and all(t.ndim > 2 and self._broadcasts(t, first) for t in given)
-        if name.startswith(tuple(_PADS.split())):
-            return len(args[1]) < 2 * first.ndim and len(results[0]) == len(first)
         if len(rows) > 1 or len(samples) < len(given) - (name in ("native_layer_norm", "native_group_norm")) * 2:
             return False
         if name == "as_strided":  # of a dimension of size 1, in another memory format
@@ -119,17 +114,13 @@ class Operations(DispatchMode):
         """Return whether an argument is of each sample, or the same for all."""
         if id(t) in self.samples:
             return t.ndim == like.ndim
-        return id(t) in self._uniform or t.ndim < like.ndim or len(t) == 1
+        return t.ndim < like.ndim or len(t) == 1
 
     def _keeps_first(self, name: str, args: Any, kwargs: Any, first: Tensor) -> bool:
         """Return whether an operation by dimensions leaves the first one alone."""
         ndim, more = first.ndim, list(args[1:])
-        if name in ("expand", "repeat"):
-            return len(more[0]) == ndim and (name == "expand" or more[0][0] == 1)
-        if name == "native_layer_norm":
-            return len(more[0]) < ndim
-        if name == "native_group_norm":
-            return True
+        if name in ("native_layer_norm", "native_group_norm"):
+            return name == "native_group_norm" or len(more[0]) < ndim
         if name == "permute":
             return more[0][0] == 0
         if name in ("roll", "split", "split_with_sizes"):

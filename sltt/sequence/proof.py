@@ -24,9 +24,9 @@ from sltt.sequence.hooks import count_hooks
 from sltt.sequence.state import LIBRARIES
 
 _ALIKE = (activation, conv, dropout, linear, normalization, padding, pixelshuffle, pooling, upsampling)
-_NOT_ALIKE = nn.MultiheadAttention, nn.RReLU  # over samples, or with numbers that are drawn
+# over samples, with numbers that are drawn, or over any dimension, of which the operations tell
+_NOT_ALIKE = nn.MultiheadAttention, nn.RReLU, nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.GLU
 _CONTAINERS = nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict
-_WITH_DIM = nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.GLU
 
 
 def find_unproved(layers: dict[nn.Module, Any]) -> str | None:
@@ -69,9 +69,5 @@ def is_proved(layer: Any) -> bool:
         return package in LIBRARIES
     if role.kind == "norm" and role.of is None:
         return package == "torch"
-    if isinstance(module, nn.Embedding):
-        return kind is nn.Embedding and not module.scale_grad_by_freq and module.max_norm is None
-    if isinstance(module, _WITH_DIM):
-        return package == "torch" and module.dim is not None and module.dim > 0
     alike = name in {m.__name__ for m in _ALIKE} and not isinstance(module, _NOT_ALIKE)
     return alike or kind in _CONTAINERS or name.startswith("torch.nn.utils")
