@@ -187,11 +187,7 @@ def _path_table(found: Mapping[str, Any]) -> Table:
                 "saved": number(share, ".0%", none=""),
             }
         )
-    title = (
-        "layers on active inputs only (sparse), or dense; saved: share of their time\n"
-        "convolutions need --channels_last true"
-    )
-    return Table(rows, title=title)
+    return Table(rows, title="layers on active inputs only (sparse), or dense; saved: share of their time")
 
 
 def _way(sparse: int, calls: int) -> Cell:

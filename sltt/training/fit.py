@@ -108,8 +108,8 @@ def fit(
         norm_weight_decay: weight decay of normalisation, which makes currents smaller; None is that of the others.
         norm_bias_lr: factor on the learning rate of the biases of normalisation.
         precision: float32, or mixed with bfloat16 or float16.
-        channels_last: keep images and weights channels-last, which sparse convolutions need. None does so on CUDA, for
-            faster convolutions, if the network has some and runs in this format.
+        channels_last: keep images and weights channels-last, for faster convolutions. None does so on CUDA, if the
+            network has some and runs in this format; on a CPU, rules see to the images.
         seed: random seed of sample order, augmentation, dropout and the steps of SLTT-K.
         workers: processes that load data, for each that trains.
         device: auto takes CUDA where there is a GPU.
