@@ -11,6 +11,7 @@ changed; else each step runs by itself.
 
 import math
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from sltt.checks import whole_number
 from sltt.rules.batch import Fold
 from sltt.rules.fold_trial import PlainError, RunRule, apart_from_user, copy_apart, find_difference, run_steps
 from sltt.rules.operations import Sizes, leave_samples_apart, takes_channels_last
-from sltt.sequence.hooks import without_marked_hooks
+from sltt.sequence.hooks import put_forward, without_marked_hooks
 from sltt.sequence.layout import Layout
 from sltt.sequence.once import is_sharded
 from sltt.sequence.proof import find_modes
@@ -159,6 +160,9 @@ def _problem(run: Run) -> str | None:
             return f"has compiled code in {layer}"
     if run.layout.unproved and run.layout.unproved.startswith("has hooks"):
         return run.layout.unproved
+    functions = [f for m in run.model.modules() if isinstance(f := put_forward(m), FunctionType)]
+    if refers_to(functions, run.layout.layers):
+        return "has a function in place of a forward, which reads layers that a copy to try would share"
     try:
         run.require_folds()
     except ValueError as error:

@@ -74,8 +74,13 @@ def own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     inner = ("__call__", "_conv_forward") if hasattr(kind, "_conv_forward") else ("__call__",)
     if any(getattr(type(module), name) is not getattr(kind, name) for name in inner):
         return True
+    forward = put_forward(module) or type(module).forward
+    return getattr(forward, "__func__", forward) is not kind.forward
+
+
+def put_forward(module: nn.Module) -> Any:
+    """Return the forward that a user put on a module, or None."""
     forward = vars(module).get("forward")
     while isinstance(forward, Handler):
         forward = forward.args[0].before
-    forward = type(module).forward if forward is None else getattr(forward, "__func__", forward)
-    return forward is not kind.forward
+    return forward

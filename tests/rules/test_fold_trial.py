@@ -232,6 +232,14 @@ def test_trying_a_network_leaves_no_trace():
     assert not any("forward" in vars(m) for m in model.modules())
 
 
+def test_a_function_in_place_of_a_forward_is_not_tried():
+    """A copy of the network runs the layers of the original."""
+    model, x = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), sltt.LIF()), torch.randn(6, 5, 6)
+    model.forward = lambda x: model[2](model[1](model[0](x)))
+    sltt.unroll(model, x)
+    assert model[1].num_batches_tracked == 6
+
+
 def test_steps_without_a_graph_are_tried_too():
     """Also where a step is too large for two with a graph."""
     model = Net(nn.Linear(6, 16), sltt.LIF(), SINGLE["mixes samples"](), nn.Linear(16, 3)).double()
