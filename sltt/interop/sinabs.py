@@ -6,16 +6,28 @@ The others take [B, T, ...], and would take the channels of a time step for its 
 # pyright: reportMissingImports=false
 
 from collections.abc import Iterator
+from dataclasses import replace
+from math import inf
 from typing import Any
 
 import torch
-from sinabs.activation import Gaussian, MembraneReset, MembraneSubtract, SingleExponential, SingleSpike
+from sinabs.activation import (
+    Gaussian,
+    MaxSpike,
+    MembraneReset,
+    MembraneSubtract,
+    MultiSpike,
+    SingleExponential,
+    SingleSpike,
+)
 from sinabs.layers import IAFSqueeze, LIFSqueeze, SqueezeMixin, StatefulLayer
-from torch import nn
+from torch import Tensor, nn
 
 from sltt import surrogates
+from sltt.interop.adapted import AfterReset, make_adapter
 from sltt.interop.conversion import ConversionError, leaky, read_constant, require, synaptic
-from sltt.sequence.state import register
+from sltt.neurons import IntegrateAndFire
+from sltt.sequence.state import register, role_of, set_role
 
 
 def _states(module: Any) -> Iterator[str]:
@@ -82,6 +94,41 @@ def _surrogate(function: Any, threshold: float) -> surrogates.Surrogate:
     raise ConversionError(f"has the surrogate {function}, which is not in sltt.surrogates")
 
 
+class _Integrate(IntegrateAndFire):
+    """A layer of sinabs that runs in our kernels: it may fire several times in a time step, and learns τ by default."""
+
+    def __init__(self, module: Any):
+        plain = type(module) in (LIFSqueeze, IAFSqueeze) and module.does_spike and module.tau_syn is None
+        require(plain and module.min_v_mem is None and not module.record_states, "has other dynamics")
+        require(isinstance(module.reset_fn, MembraneSubtract), "has a reset that ours do not have")
+        threshold = read_constant("spike_threshold", module.spike_threshold)
+        super().__init__(threshold, surrogate=_surrogate(module.surrogate_grad_fn, threshold))
+        fires, self.layer = module.spike_fn, (module,)
+        require(fires in (SingleSpike, MultiSpike) or isinstance(fires, MaxSpike), "has a spike_fn of its own")
+        self.most = 1.0 if fires is SingleSpike else getattr(fires, "max_num_spikes_per_bin", None) or inf
+        self.decay_input, self.subtract = module.norm_input, module.reset_fn.subtract_value
+        require(module.alpha_mem_calculated.numel() == 1, "has a tau_mem for each neuron")
+
+    def decay(self) -> Any:
+        alpha = self.layer[0].alpha_mem_calculated
+        return alpha if alpha.requires_grad else alpha.item()
+
+
+class _Run(AfterReset):
+    def __call__(self, x: Tensor, steps: int, cut: bool, how: Any = None) -> Tensor | None:
+        spikes = super().__call__(x, steps, cut, how)
+        if spikes is not None:
+            self.module.i_syn, self.module.recordings = None, {}
+            self.module.firing_rate = spikes[-len(self.module.v_mem) :].mean()
+        return spikes
+
+
+def _constants(module: Any) -> tuple[Any, ...]:
+    functions = module.spike_fn, module.reset_fn, module.surrogate_grad_fn
+    others = "spike_threshold", "min_v_mem", "norm_input", "record_states", "tau_syn", "train_alphas"
+    return *functions, repr(functions), *(getattr(module, name) for name in others)
+
+
 register(
     StatefulLayer,
     _states,
@@ -91,3 +138,5 @@ register(
     translate=_translate,
     decay=_decay,
 )
+_role = replace(role_of(StatefulLayer), advance=lambda m: make_adapter(_Run, m, "v_mem", _Integrate, _constants))
+set_role(StatefulLayer, _role)

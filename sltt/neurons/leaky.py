@@ -18,7 +18,7 @@ from sltt.neurons.base import Neuron, split_steps, takes_any
 from sltt.neurons.inspection import emits_bits
 from sltt.surrogates import Surrogate, Triangle
 
-_CONSTANTS = "v_threshold", "v_reset", "decay_input", "detach_reset", "surrogate", "subtract"
+_CONSTANTS = "v_threshold", "v_reset", "decay_input", "detach_reset", "surrogate", "subtract", "most"
 BELOW = "it must be below v_threshold"
 
 
@@ -33,6 +33,7 @@ def lif_step(
     detach_reset: bool = False,
     surrogate: Surrogate = Triangle(),
     subtract: float | None = None,
+    most: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """One time step of leaky integrate-and-fire neurons.
 
@@ -54,6 +55,7 @@ def lif_step(
         detach_reset: no gradient through the spike in the reset.
         surrogate: stands in for the derivative of H.
         subtract: r of a soft reset; None is V_th.
+        most: spikes in a time step at most; of more than one, s = ⌊u/V_th⌋ between 0 and this number.
 
     Returns:
         The spikes s and the membrane potential v, both [B, ...].
@@ -66,6 +68,8 @@ def lif_step(
     current = (1 - decay) * x if decay_input else x
     u = decay * v + current if rest == 0 else rest + decay * (v - rest) + current
     s = surrogate(u - v_threshold)
+    if most != 1:
+        s = s + ((u / v_threshold).trunc().clamp(0, most) - s).detach()
     reset_s = s.detach() if detach_reset else s
     amount = v_threshold if subtract is None else subtract
     v = u - amount * reset_s if v_reset is None else u - (u - v_reset) * reset_s
@@ -81,6 +85,7 @@ class IntegrateAndFire(Neuron):
     v: Tensor | None
     decay_input = False
     subtract: float | None = None
+    most = 1.0
 
     def __init__(
         self,

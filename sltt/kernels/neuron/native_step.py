@@ -35,7 +35,7 @@ SURROGATES: Known = {
 
 class _Constants(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_float) for name in ("decay", "gain", "threshold", "rest", "amount")),
+        *((name, ctypes.c_float) for name in ("decay", "gain", "threshold", "rest", "amount", "most")),
         *((name, ctypes.c_int32) for name in ("soft", "detached", "above", "surrogate")),
         *((name, ctypes.c_float) for name in ("a", "b", "inverse")),
     )
@@ -54,8 +54,8 @@ class NativeStep:
         self.library = library
         self.constants = ctypes.byref(
             _Constants(
-                decay, gain, step.v_threshold, step.v_reset or 0.0, step.amount, soft, step.detach_reset, above,
-                number, a, b, inverse,
+                decay, gain, step.v_threshold, step.v_reset or 0.0, step.amount, step.most, soft, step.detach_reset,
+                above, number, a, b, inverse,
             )
         )  # fmt: skip
 

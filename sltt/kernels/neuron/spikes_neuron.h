@@ -11,7 +11,8 @@ constexpr int64_t BLOCK = 512;     // elements that go through all loops before 
 enum Surrogate : int32_t { TRIANGLE, RECTANGLE, ARCTAN, FAST_SIGMOID, SIGMOID, EXPONENTIAL, GAUSSIAN };
 
 struct Neuron {  // shared with native_step.py
-  float decay, gain, threshold, rest, amount;  // a soft reset subtracts the amount
+  float decay, gain, threshold, rest;
+  float amount, most;  // a soft reset subtracts the amount for each spike, of which there are at most so many
   int32_t soft, detached, above;
   Surrogate surrogate;
   float a, b;     // of the surrogate
@@ -70,7 +71,12 @@ void forward_block(const Neuron& z, const Norm& norm, const T* __restrict x, con
     for (int64_t i = 0; i < n; i++) u[i] = z.decay * v[i] + u[i];
   else
     for (int64_t i = 0; i < n; i++) u[i] = z.rest + z.decay * (v[i] - z.rest) + u[i];
-  if (z.above)
+  if (z.most != 1)
+    for (int64_t i = 0; i < n; i++) {
+      const float fires = std::trunc(u[i] / z.threshold);
+      s[i] = fires > 0 ? std::min(fires, z.most) : 0.0f;
+    }
+  else if (z.above)
     for (int64_t i = 0; i < n; i++) s[i] = u[i] - z.threshold > 0 ? 1.0f : 0.0f;
   else
     for (int64_t i = 0; i < n; i++) s[i] = u[i] - z.threshold >= 0 ? 1.0f : 0.0f;

@@ -42,6 +42,7 @@ class NeuronStep:
     detach_reset: bool
     surrogate: Surrogate
     subtract: float | None = None
+    most: float = 1.0
 
     @property
     def amount(self) -> float:
@@ -54,6 +55,12 @@ class NeuronStep:
         if not self.v_reset:
             return decay * v + current
         return self.v_reset + decay * (v - self.v_reset) + current
+
+    def fires(self, u: Tensor) -> Tensor:
+        """Return the spikes: one at the threshold; where `most` is not 1, ⌊u/V_th⌋ of them up to it."""
+        if self.most == 1:
+            return self.surrogate.fires(u - self.v_threshold)
+        return (u / self.v_threshold).trunc().clamp(0, self.most)
 
     def reset(self, u: Tensor, s: Tensor) -> Tensor:
         """Return v, the membrane potential after the reset."""
@@ -165,7 +172,7 @@ def _run(
     s = torch.empty_like(x)
     whole = v.numel() % 8 == 0 and (not channels or Tiles(first, True, 8).whole_bytes)
     # on another device, where no kernel packs, packing is a pass of its own, which a graph of one step is not worth
-    packs = packs and (s.is_cpu or not cut or (fast is not None and keep and whole))
+    packs = packs and step.most == 1 and (s.is_cpu or not cut or (fast is not None and keep and whole))
     packs = packs and s.numel() >= (BITS_FROM if cut else PACK_FROM) and can_pack(s)
     bits = s.new_empty(s.numel() // 8, dtype=torch.uint8) if fast and packs and whole else None
     kept = torch.empty_like(x, dtype=v.dtype) if keep else None
@@ -197,7 +204,7 @@ def _kernels(step: NeuronStep) -> tuple[Kernel, Kernel]:
 
     def forward(s_out: Tensor, v_out: Tensor, u_out: Tensor | None, v: Tensor, x: Tensor, decay: Tensor | None) -> None:
         u = step.charge(v, x.to(v.dtype), step.rate(decay))
-        s = step.surrogate.fires(u - step.v_threshold).to(v.dtype)
+        s = step.fires(u).to(v.dtype)
         s_out.copy_(s)
         v_out.copy_(step.reset(u, s))
         if u_out is not None:

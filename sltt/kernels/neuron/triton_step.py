@@ -179,7 +179,7 @@ def triton_step(
         return None
     if decay is not None and (decay.dtype != dtype or decay.device != like.device):
         return None
-    known = fires_as_usual(step.surrogate) and step.subtract is None
+    known = fires_as_usual(step.surrogate) and step.subtract is None and step.most == 1
     if not known or options().compile == "off" or problem(like.device):
         return None
     return _constant_step(step)
