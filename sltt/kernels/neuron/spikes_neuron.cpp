@@ -105,10 +105,7 @@ void backward_block(const Neuron& z, const T* __restrict grad_s, const float* __
     unpack_part(bits, s, n);
   else
     for (int64_t i = 0; i < n; i++) s[i] = widen(s_in[i]);
-  if (z.soft)
-    for (int64_t i = 0; i < n; i++) fires[i] = kept[i] - (z.threshold - z.amount * s[i]);
-  else
-    for (int64_t i = 0; i < n; i++) fires[i] = kept[i] - z.threshold;
+  for (int64_t i = 0; i < n; i++) fires[i] = kept[i] - (z.soft ? z.threshold - z.amount * s[i] : z.threshold);
   with_surrogate(z.surrogate, [&](auto surrogate) {
     for (int64_t i = 0; i < n; i++) fires[i] = slope<surrogate()>(z, fires[i]);
   });
@@ -116,12 +113,11 @@ void backward_block(const Neuron& z, const T* __restrict grad_s, const float* __
     for (int64_t i = 0; i < n; i++) g[i] = widen(grad_s[i]) * fires[i];
   else
     std::fill_n(g, n, 0.0f);
-  if (grad_v && z.detached)
-    for (int64_t i = 0; i < n; i++) g[i] += grad_v[i] * (z.soft ? 1.0f : 1 - s[i]);
-  else if (grad_v && z.soft)
-    for (int64_t i = 0; i < n; i++) g[i] += grad_v[i] * (1 - fires[i] * z.amount);
-  else if (grad_v)
-    for (int64_t i = 0; i < n; i++) g[i] += grad_v[i] * (1 - s[i] - fires[i] * (kept[i] - z.rest));
+  if (grad_v)
+    for (int64_t i = 0; i < n; i++) {
+      const float stays = z.soft ? 1.0f : 1 - s[i], falls = z.soft ? z.amount : kept[i] - z.rest;
+      g[i] += grad_v[i] * (z.detached ? stays : stays - fires[i] * falls);
+    }
   for (int64_t i = 0; i < n; i++) put(out + i, g[i]);
   if (out_v)
     for (int64_t i = 0; i < n; i++) out_v[i] = g[i] * z.decay;
