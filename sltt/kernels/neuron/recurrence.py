@@ -24,18 +24,9 @@ Trace = Callable[[Tensor], tuple[Tensor, list[Any]]]
 
 
 def recurrent_steps(
-    step: NeuronStep,
-    x: Tensor,
-    s: Tensor | None,
-    v: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    decay: Tensor | None,
-    weights: Weights,
-    steps: int,
-    cut: bool,
-    trace: "Trace | None" = None,
-) -> tuple[Tensor, Tensor, Tensor] | None:
+    step: NeuronStep, x: Tensor, s: Tensor | None, v: Tensor, weight: Tensor, bias: Tensor | None, decay: Tensor | None,
+    weights: Weights, steps: int, cut: bool, trace: Trace | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
     """Spikes of the time steps in x, those of the last one, and the membrane potential; None where no kernel does it.
 
     Args:
@@ -83,7 +74,7 @@ class _Call(NamedTuple):
     weights: Weights
     steps: int
     cut: bool
-    trace: "Trace | None"
+    trace: Trace | None
 
 
 def _forward(
@@ -105,16 +96,7 @@ def _forward(
 
 class _Recurrence(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        s: Tensor | None,
-        v: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        decay: Tensor | None,
-        call: _Call,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, s: Any, v: Tensor, weight: Tensor, bias: Any, decay: Any, call: _Call) -> Any:  # type: ignore[override]
         spikes, last, kept = _forward(call, x, s, v, weight, bias, keep=True)
         read = torch.zeros_like(v) if s is None else s
         read = torch.cat([read, spikes[: len(x) - len(v)]])

@@ -55,15 +55,7 @@ class TritonStep:
         return self.differentiates and 1 < steps <= REPLAYED
 
     def forward(
-        self,
-        s: Tensor,
-        v_out: Tensor,
-        u_out: Tensor | None,
-        v: Tensor,
-        x: Tensor,
-        bits: Tensor | None,
-        decay: Tensor | None,
-        factors: Tensor | None = None,
+        self, s: Tensor, v_out: Tensor, u_out: Any, v: Tensor, x: Tensor, bits: Any, decay: Any, factors: Any = None
     ) -> Tensor:
         """Write spikes and membrane potentials of the time steps in x, and what else is given: u, and the spikes' bits.
 
@@ -81,21 +73,10 @@ class TritonStep:
         return counts
 
     def gradient(
-        self,
-        out: Tensor,
-        out_v: Tensor | None,
-        grad_s: Tensor | None,
-        grad_v: Tensor | None,
-        kept: Tensor | None,
-        s: Tensor | None,
-        v: Tensor | None,
-        x: Tensor | None,
-        decay: Tensor | None,
-        learns: bool,
-        steps: int,
-        cut: bool,
-        factors: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
+        self, out: Tensor, out_v: Tensor | None, grad_s: Tensor | None, grad_v: Tensor | None, kept: Tensor | None,
+        s: Tensor | None, v: Tensor | None, x: Tensor | None, decay: Tensor | None,
+        learns: bool, steps: int, cut: bool, factors: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """Write ∂L/∂x of all time steps, and ∂L/∂v before the first if wanted; give that of a learned `decay`.
 
         `kept` and s, the spikes or their bits, are of all time steps; without them the steps are replayed. v is the
