@@ -25,10 +25,7 @@ WEIGHTED = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 class TraceStep(CreditStep):
     """Time steps in which weights have the gradient of their traces; `end` is to be called after each forward.
 
-    Args:
-        decay: λ of all traces; None takes that of the neurons that a layer feeds.
-        inputs: trace every layer; else those that read spikes, and no biases.
-        credit: as of `CreditStep`.
+    The arguments are those of `OTTT`.
     """
 
     def __init__(self, decay: float | None, inputs: bool, credit: bool = True):
@@ -189,16 +186,9 @@ class _Operations(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def weigh(
-        self,
-        func: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
+        self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None,
+        stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+    ) -> Tensor:  # fmt: skip
         """Compute the layer's output from its weight, whose gradient is that of its trace."""
         x, settings = input, () if func is F.linear else (stride, padding, dilation, groups)
         if not weight.requires_grad and (bias is None or not bias.requires_grad):
@@ -238,16 +228,9 @@ class _Traced(torch.autograd.Function):
     """A layer's output, with traces in place of the input and of the constant 1 in the gradient of its weights."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        trace: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ones: list[float | Tensor],
-        func: Any,
-        settings: tuple[Any, ...],
-    ) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, trace: Tensor, weight: Tensor, bias: Any, ones: Any, func: Any, settings: Any
+    ) -> Any:  # type: ignore[override]
         ctx.settings, ctx.ones = settings, ones
         ctx.save_for_backward(trace, weight)
         return func(x, weight, bias)  # which may be sparse

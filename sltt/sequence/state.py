@@ -236,14 +236,6 @@ def map_tensors(function: Callable[[Tensor], Any], state: Any) -> Any:
     return state
 
 
-def _refuse_explicit(module: nn.Module, batch: int, kept: bool) -> str | None:
-    return None if kept else "is recurrent and keeps no state itself: put it into a sltt.Stateful that keeps its state"
-
-
-def _refuse_replicated(module: nn.Module, batch: int, kept: bool) -> str:
-    return "runs each step on a new copy of the model, which would forget the state: use DistributedDataParallel"
-
-
 def _norm_folds(norm: nn.Module) -> str | None:
     own = "normalises over the batch in a way of its own"
     return own if isinstance(norm, torch.jit.ScriptModule) or own_forward(norm, role_of(type(norm)).of) else None  # pyright: ignore
@@ -254,16 +246,13 @@ def _other_folds(module: Any) -> str | None:
         return "is scripted, so that it cannot be looked into"
     if isinstance(module, _InstanceNorm) and module.training and module.track_running_stats:
         return "keeps running statistics"
-    spectral = isinstance(module, _SpectralNorm) or any(
-        isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()
-    )
+    hooks = module._forward_pre_hooks.values()
+    spectral = isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks)
     return "changes its estimate in every call" if spectral and module.training else None
 
 
-def _recurrent(module: nn.Module) -> str:
-    return "is recurrent"
-
-
+_EXPLICIT = "is recurrent and keeps no state itself: put it into a sltt.Stateful that keeps its state"
+_COPIED = "runs each step on a new copy of the model, which would forget the state: use DistributedDataParallel"
 _OTHER = Role("other", folds=_other_folds)
 set_role(_BatchNorm, Role("norm", folds=_norm_folds, stepwise=True, of=_BatchNorm))
 for _kind in (nn.LayerNorm, nn.GroupNorm, _InstanceNorm):
@@ -274,8 +263,8 @@ for _kind in (nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn
     set_role(_kind, Role("pool", of=_kind))
 set_role(nn.Sequential, Role("sequence", folds=_other_folds, of=nn.Sequential))
 for _kind in (nn.RNNBase, nn.RNNCellBase):
-    set_role(_kind, Role("other", check=_refuse_explicit, folds=_recurrent))
-set_role(nn.DataParallel, Role("other", check=_refuse_replicated))
+    set_role(_kind, Role("other", check=lambda *call: None if call[-1] else _EXPLICIT, folds=lambda _: "is recurrent"))
+set_role(nn.DataParallel, Role("other", check=lambda *_: _COPIED))
 register(Stateful, lambda m: m.states, reset=lambda m: m.reset(), spikes=lambda m: m.spikes)
 
 

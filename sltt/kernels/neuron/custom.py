@@ -29,21 +29,13 @@ States = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class CustomStep:
-    """spikes, *states = function(x, *states, **parameters, **constants), elementwise.
+    """spikes, *states = function(x, *states, **parameters, **constants), elementwise."""
 
-    Attributes:
-        function: pure; what it returns has the shape and type of x.
-        states: their number.
-        parameters: the keyword arguments that are tensors, and whether each has a value for each channel.
-        constants: names and values of the others.
-        reads: what the function reads from outside of its arguments, as it is now.
-    """
-
-    function: Callable[..., tuple[Tensor, ...]]
-    states: int
-    parameters: tuple[tuple[str, bool], ...]
-    constants: tuple[tuple[str, Any], ...]
-    reads: tuple[Any, ...] = ()
+    function: Callable[..., tuple[Tensor, ...]]  # pure; what it returns has the shape and type of x
+    states: int  # their number
+    parameters: tuple[tuple[str, bool], ...]  # the tensors, and whether each has a value for each channel
+    constants: tuple[tuple[str, Any], ...]  # names and values of the others
+    reads: tuple[Any, ...] = ()  # what the function reads from outside of its arguments, as it is now
 
     def __call__(self, x: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
         named = {name: value for (name, _), value in zip(self.parameters, parameters, strict=True)}
@@ -57,13 +49,7 @@ class CustomStep:
 
 
 def custom_step(
-    step: CustomStep,
-    binary: bool,
-    x: Tensor,
-    states: States,
-    parameters: States,
-    steps: int = 1,
-    cut: bool = False,
+    step: CustomStep, binary: bool, x: Tensor, states: States, parameters: States, steps: int = 1, cut: bool = False
 ) -> tuple[Tensor, States]:
     """Spikes in x's type, and the states after the time steps in x.
 
@@ -139,22 +125,17 @@ class _CustomStep(torch.autograd.Function):
         of_s = unfold(match_format(grad_s, grad_x), steps)
         after = [match_format(g, every[0][0]) for g in grad_states]
         totals: list[Tensor | None] = [None] * sum(learned)
-        for x_t, grad_x_t, grad_s_t, before in reversed(
-            list(zip(unfold(x, steps), unfold(grad_x, steps), of_s, every, strict=True))
-        ):
+        parts = zip(unfold(x, steps), unfold(grad_x, steps), of_s, every, strict=True)
+        for x_t, grad_x_t, grad_s_t, before in reversed([*parts]):
             goes_on = needs_states if before is every[0] else not ctx.cut
             of_states = [torch.empty_like(v) for v in before] if goes_on else []
             of_parameters = [torch.empty_like(p) for p in compress(parameters, learned)]
             given = [grad_s_t, *after]
             backward = _backward_kernel(step, goes_on, learned, tuple(g is not None for g in given))
             seen = seen_as(x_t, step.by_channel)
-            backward(
-                *map(seen, (grad_x_t, *of_states)),
-                *map(as_parameter, of_parameters),
-                *map(seen, (x_t, *before)),
-                *map(as_parameter, parameters),
-                *(seen(g) for g in given if g is not None),
-            )
+            outputs = *map(seen, (grad_x_t, *of_states)), *map(as_parameter, of_parameters)
+            inputs = *map(seen, (x_t, *before)), *map(as_parameter, parameters)
+            backward(*outputs, *inputs, *(seen(g) for g in given if g is not None))
             after = of_states or [None] * step.states
             totals = [g if sum_ is None else sum_ + g for sum_, g in zip(totals, of_parameters, strict=True)]
         found = iter(totals)

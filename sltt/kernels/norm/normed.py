@@ -26,21 +26,13 @@ NORMED_FROM = 2**17
 
 
 class Normed(NamedTuple):
-    """The input of a BatchNorm, and how a neuron normalises it.
-
-    Attributes:
-        x: the input.
-        weight: of the BatchNorm, or None.
-        bias: of the BatchNorm, or None.
-        factors: scale, shift, mean and inverse deviation [4, C]; in Triton those of each time step, [4, T, C].
-        training: mean and deviation are those of the input.
-    """
+    """The input of a BatchNorm, and how a neuron normalises it."""
 
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    factors: Tensor
-    training: bool
+    factors: Tensor  # scale, shift, mean and inverse deviation [4, C]; in Triton those of each time step, [4, T, C]
+    training: bool  # mean and deviation are those of the input
 
 
 def prepare_norm(norm: Any, x: Tensor, bias: Tensor | None = None, steps: int = 1) -> Normed | None:
