@@ -1,6 +1,6 @@
 """The time steps of OTTT: weight layers have the gradient of their traces, biases of normalisations too."""
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -31,19 +31,13 @@ class TraceStep(CreditStep):
     def __init__(self, decay: float | None, inputs: bool, credit: bool = True):
         super().__init__(credit)
         self.decay, self.inputs = decay, inputs
-        self.traces: Any = None
         self.operations: dict[Layer, _Operations] = {}
 
-    def handler(self, layer: Layer, folds: bool) -> Any:
-        self._begin()
-        return super().handler(layer, folds)
-
-    def _begin(self) -> None:
-        if self.traces is None:
-            self.traces = Traces(self.run.layout, self.decay, self.inputs)
+    @cached_property
+    def traces(self) -> Traces:
+        return Traces(self.run.layout, self.decay, self.inputs)
 
     def require_folds(self) -> None:
-        self._begin()
         if problems := self.traces.layers_without_fold(self.run.layout):
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
             raise ValueError(f"OTTT in a fold has no traces for {problems[0]}{more}; use fold=1")
@@ -81,9 +75,9 @@ class TraceStep(CreditStep):
             trace = traces.read(norm.module, None)
             bias = bias if trace is None else _scale_gradient(bias, trace.ones[-1])
         y = self.run_pair(norm, neuron, x, bias)
-        if y is None and trace is None:
-            return None
         if y is None:
+            if trace is None:
+                return None
             z = kernels.plain_norm(norm.module, x, bias)
             traces.wrote(trace, z)
             return neuron.module(z)

@@ -107,8 +107,6 @@ class _CustomStep(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if all(g is None for g in grads):
-            return (None,) * len(ctx.needs_input_grad)
         with in_force(ctx.options):
             return None, None, None, None, *_CustomStep._backward(ctx, *grads)
 

@@ -89,12 +89,6 @@ void steady_block(const Neuron& z, const T* __restrict x, float start, int steps
   for (int64_t i = 0; i < n; i++) put(by_input + i, slopes[i]);
 }
 
-// Spikes as 0 and 1, from their bits.
-void unpack_part(const uint8_t* __restrict bits, float* __restrict s, int64_t n) {
-  for (int64_t j = 0; j < n / 8; j++)
-    for (int i = 0; i < 8; i++) s[8 * j + i] = float(bits[j] >> i & 1);
-}
-
 // `s` are the spikes where there are no bits. The gradient is left in g too.
 template <class T, class G>
 void backward_block(const Neuron& z, const T* __restrict grad_s, const float* __restrict grad_v,
@@ -102,7 +96,8 @@ void backward_block(const Neuron& z, const T* __restrict grad_s, const float* __
                     G* __restrict out, float* __restrict out_v, float* __restrict g, int64_t n) {
   float s[BLOCK], fires[BLOCK];
   if (bits)
-    unpack_part(bits, s, n);
+    for (int64_t j = 0; j < n / 8; j++)
+      for (int i = 0; i < 8; i++) s[8 * j + i] = float(bits[j] >> i & 1);
   else
     for (int64_t i = 0; i < n; i++) s[i] = widen(s_in[i]);
   for (int64_t i = 0; i < n; i++) fires[i] = kept[i] - (z.soft ? z.threshold - z.amount * s[i] : z.threshold);

@@ -24,13 +24,7 @@ class Steady:
 
 
 def steady_steps(
-    step: NeuronStep,
-    x: Tensor,
-    steps: int,
-    dtype: torch.dtype,
-    start: float,
-    decay: Tensor | None = None,
-    see: Any = None,
+    step: NeuronStep, x: Tensor, steps: int, dtype: torch.dtype, start: float, decay: Any = None, see: Any = None
 ) -> Steady:
     """Run T time steps under the current x [B, ...], without a graph.
 

@@ -240,8 +240,6 @@ class _NeuronStep(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if grad_s is None and grad_v is None:
-            return (None,) * 6
         same = ctx.options is options()  # but in a thread of autograd
         with nullcontext() if same else in_force(ctx.options), without_modes():
             call: _Call = ctx.call
