@@ -65,30 +65,22 @@ class Stateful(nn.Module):
 
 @dataclass(frozen=True)
 class Role:
-    """Role of the modules of a class; see `register` for the fields with its names.
+    """Role of the modules of a class; see `register` for the fields with its names."""
 
-    Attributes:
-        kind: keeper of a state, weight, norm, pool, sequence or other. Of keepers, those that emit spikes are neurons.
-        folds: `folds(module)` says why a call of several time steps would give other results, or None.
-        stepwise: a norm that takes the statistics of each time step of a call by itself.
-        advance: `advance(module)` gives what runs several time steps in a call, or None: of neurons `(x, steps, cut)`;
-            of other layers `(x, steps, cut, weights)`, which gives None where no kernel does it.
-        of: the class whose forward is known.
-        weight: `weight(module)` gives the weight that a weight layer applies.
-    """
-
-    kind: str
+    kind: str  # keeper of a state, weight, norm, pool, sequence or other; keepers that emit spikes are neurons
     states: Callable[[Any], Iterable[str]] = lambda _: ()
     reset: Callable[[Any], Any] | None = None
     spikes: Callable[[Any], bool] = lambda _: False
     check: Callable[[Any, int, bool], str | None] | None = None
     translate: Callable[[Any], nn.Module] | None = None
     decay: Callable[[Any], float | Tensor | None] | None = None
-    folds: Callable[[Any], str | None] | None = None
-    stepwise: bool = False
+    folds: Callable[[Any], str | None] | None = None  # why a call of several time steps would give other results
+    stepwise: bool = False  # a norm that takes the statistics of each time step of a call by itself
+    # gives what runs several time steps in a call, or None: of neurons `(x, steps, cut)`; of other layers
+    # `(x, steps, cut, weights)`, which gives None where no kernel does it
     advance: Callable[[Any], Any] | None = None
-    of: type | None = None
-    weight: Callable[[Any], Tensor] = lambda module: module.weight
+    of: type | None = None  # the class whose forward is known
+    weight: Callable[[Any], Tensor] = lambda module: module.weight  # that a weight layer applies
 
 
 # Known without `register`: sltt.interop.<library> is imported when a network has a module of the library.

@@ -51,16 +51,10 @@ class CustomStep:
 def custom_step(
     step: CustomStep, binary: bool, x: Tensor, states: States, parameters: States, steps: int = 1, cut: bool = False
 ) -> tuple[Tensor, States]:
-    """Spikes in x's type, and the states after the time steps in x.
+    """Spikes in x's type, and the states after the time steps in x; as `neuron_step`, of any function.
 
-    Args:
-        step: the function and its constants.
-        binary: spikes are 0 or 1, so that they can be saved as bits.
-        x: input of n time steps, one after the other, [n·B, ...].
-        states: after the step before, each [B, ...], of one type.
-        parameters: of the states' type: of no dimension, or [C, 1, ...], to be broadcast to [B, C, ...].
-        steps: n.
-        cut: no gradient flows from one time step to the step before.
+    The states are of one type, and so are the parameters: of no dimension, or [C, 1, ...], to be broadcast to
+    [B, C, ...]. Spikes that are `binary`, 0 or 1, can be saved as bits.
     """
     x = x if known_layout(unfold(x, steps)[0], step.by_channel) else x.contiguous()
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *parameters)):
@@ -143,9 +137,7 @@ class _CustomStep(torch.autograd.Function):
 class FunctionKernel(Kernel):
     """Writes what a function returns. The compiler reads the function's graph, which may hold a backward.
 
-    Args:
-        compute: gives the results, from the inputs.
-        results: their number. They are written over the first arguments, which are no inputs unless it is `in_place`.
+    So many results are written over the first arguments, which are no inputs unless it is `in_place`.
     """
 
     def __init__(self, compute: Callable[..., tuple[Tensor, ...]], results: int, in_place: bool = False):

@@ -29,17 +29,11 @@ def recurrent_steps(
 ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
     """Spikes of the time steps in x, those of the last one, and the membrane potential; None where no kernel does it.
 
-    Args:
-        step: the constants of the neurons.
-        x: input current of n time steps, one after the other, [n·B, ..., H].
+    Args as of `neuron_step`, for x [n·B, ..., H], and:
         s: spikes of the step before, [B, ..., H]; None at the first step.
-        v: membrane potential after the step before, [B, ..., H].
         weight: W of the layer that reads the spikes, [H, H].
         bias: b of this layer, [H].
-        decay: λ where it is learned.
         weights: where the forms of weights are kept.
-        steps: n.
-        cut: no gradient flows from one time step to the step before.
         trace: maps the spikes that the layer reads to what stands for them, and for 1 in each time step, in the
             gradients of W and b; with `cut` only.
     """

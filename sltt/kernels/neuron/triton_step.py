@@ -114,24 +114,16 @@ class TritonStep:
 
 
 class Tiles:
-    """The division of a time step's neurons [B, C, ...] among programs.
+    """The division of a time step's neurons [B, C, ...] among programs, a block for each.
 
-    Args:
-        x: of their shape and memory format: contiguous or with the channels last, if divided by channel.
-        channels: programs tell channels apart.
-        block: neurons of a program.
-
-    Attributes:
-        arguments: of the kernels.
-        programs: their number.
-        parts: the shape of their sums, to be added up along the first dimension.
+    x has their shape and memory format: contiguous or with the channels last, if programs tell channels apart.
     """
 
     def __init__(self, x: Tensor, channels: bool, block: int):
         n = x.numel()
         width, count, tile, columns = n, 1, 0, False
-        self.programs = -(-n // block)
-        self.parts: tuple[int, ...] = (self.programs,)
+        self.programs = -(-n // block)  # their number
+        self.parts: tuple[int, ...] = (self.programs,)  # the shape of their sums, to be added up along the first axis
         if channels:
             count, inner = x.shape[1], x[:1, :1].numel()
             columns = inner <= 1 or not x.is_contiguous()

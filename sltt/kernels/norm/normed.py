@@ -82,9 +82,7 @@ def _fits(x: Any, others: Sequence[Any], training: bool, steps: int) -> bool:
         return False
     if x.dtype not in (torch.float32, torch.bfloat16, *([torch.float16] if triton else [])):
         return False
-    if x.is_inference() or x.is_neg() or x.numel() == steps * x.shape[1]:  # one value for each channel
-        return False
-    if transforms_active():
+    if x.is_inference() or x.is_neg() or transforms_active() or x.numel() == steps * x.shape[1]:  # one a channel
         return False
     if (others[0] is None) != (others[1] is None) or not (training or others[0] is not None):
         return False
