@@ -92,13 +92,12 @@ def neuron_step(
 
 
 class _Call(NamedTuple):
-    """What a call has besides tensors with a gradient, see `neuron_step`; the last two are those of a `Normed`."""
+    """What a call has besides tensors, see `neuron_step`; `of_batch` is `Normed.training`."""
 
     step: NeuronStep
     fast: NativeStep | TritonStep | None
     steps: int
     cut: bool
-    factors: Tensor | None = None
     of_batch: bool = False
 
 
@@ -107,12 +106,12 @@ def run_step(
 ) -> tuple[Tensor, Tensor]:
     """Run `neuron_step` in the form that `fast_step` gives; x may be a `Normed`, for `normed_step`."""
     x, weight, bias, factors, of_batch = x if isinstance(x, Normed) else (x, None, None, None, False)
-    read, call = (v, x, decay, weight, bias), _Call(step, fast, steps, cut, factors, of_batch)
-    trained = any(t.requires_grad for t in read if t is not None)
+    tensors, call = (v, x, decay, weight, bias, factors), _Call(step, fast, steps, cut, of_batch)
+    trained = any(t.requires_grad for t in tensors if t is not None)
     with without_modes():
         if trained and torch.is_grad_enabled():
-            return _NeuronStep.apply(*read, call)  # type: ignore[return-value]
-        s, v, _, _ = _run(call, v, x, decay)
+            return _NeuronStep.apply(*tensors, call)  # type: ignore[return-value]
+        s, v, _, _ = _run(call, v, x, decay, factors)
         return s, v
 
 
@@ -143,13 +142,13 @@ def steps_by_channel(step: NeuronStep, v: Tensor, x: Tensor, values: Tensor) -> 
 
 
 def _run(
-    call: _Call, v: Tensor, x: Tensor, decay: Tensor | None, keep: bool = False, packs: bool = False
+    call: _Call, v: Tensor, x: Tensor, decay: Any, factors: Any = None, keep: bool = False, packs: bool = False
 ) -> tuple[Tensor, Tensor, Any, Tensor | None]:
     """Spikes, the last v, if asked to `keep` it what the backward needs of each step, and the bits of the spikes.
 
     The backward needs v, or u for a hard reset. With `factors`, x is the input of a BatchNorm.
     """
-    step, fast, steps, cut, factors, _ = call
+    step, fast, steps, cut, _ = call
     x = x.resolve_neg()
     first = x if steps == 1 else x[: len(x) // steps]
     follow = x is first or x.stride(0) * len(first) == first.numel()  # each other in memory
@@ -212,13 +211,15 @@ def _kernels(step: NeuronStep) -> tuple[Kernel, Kernel]:
 
 class _NeuronStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, v: Tensor, x: Tensor, decay: Any, weight: Any, bias: Any, call: _Call) -> Any:  # type: ignore[override]
-        step, fast, steps, cut, factors, _ = call
+    def forward(  # type: ignore[override]
+        ctx: Any, v: Tensor, x: Tensor, decay: Any, weight: Any, bias: Any, factors: Any, call: _Call
+    ) -> tuple[Tensor, Tensor]:
+        step, fast, steps, cut, _ = call
         # Over several steps, an input that is saved as a tag costs nothing: then the steps are replayed from it. A few
         # steps are replayed in Triton within the backward's own pass, which reads less than what is kept of each.
         in_its_pass = isinstance(fast, TritonStep) and fast.replays(steps)
         ctx.replays = in_its_pass or (steps > 1 and factors is None and tag_of(x) is not None)
-        s, v_next, kept, bits = _run(call, v, x, decay, keep=not ctx.replays, packs=True)
+        s, v_next, kept, bits = _run(call, v, x, decay, factors, keep=not ctx.replays, packs=True)
         if bits is not None:
             if s.is_cpu:
                 setattr(s.untyped_storage(), BITS, bits)  # for layers that look at the spikes
@@ -233,6 +234,7 @@ class _NeuronStep(torch.autograd.Function):
             decay,
             v if learnable or ctx.replays else None,
             x if (learnable and step.decay_input) or ctx.replays or factors is not None else None,
+            factors,
             kept,
         )
         return s, v_next
@@ -243,9 +245,9 @@ class _NeuronStep(torch.autograd.Function):
         same = ctx.options is options()  # but in a thread of autograd
         with nullcontext() if same else in_force(ctx.options), without_modes():
             call: _Call = ctx.call
-            step, _, steps, cut, factors, of_batch = call
-            s, decay, v, x, kept = ctx.saved_tensors
-            needs_v, needs_x, needs_decay, needs_weight, needs_bias, _ = ctx.needs_input_grad
+            step, _, steps, cut, of_batch = call
+            s, decay, v, x, factors, kept = ctx.saved_tensors
+            needs_v, needs_x, needs_decay, needs_weight, needs_bias, *_ = ctx.needs_input_grad
             fast: Any = call.fast if call.fast and call.fast.differentiates else None
             in_triton = isinstance(fast, TritonStep)
             if ctx.replays and not (in_triton and fast.replays(steps)):
@@ -282,7 +284,7 @@ class _NeuronStep(torch.autograd.Function):
             if of_u and needs_x:
                 out = (out * (1 - step.rate(decay) if step.decay_input else 1.0)).to(ctx.x_dtype)
             of_affine = of_weight if needs_weight else None, of_bias if needs_bias else None
-            return before, out if needs_x else None, of_decay, *of_affine, None
+            return before, out if needs_x else None, of_decay, *of_affine, None, None
 
 
 def _plain_gradient(
