@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
     """Return a backward whose gradients raise an error when they are differentiated, for `create_graph=True`.
 
     PyTorch's `once_differentiable` gives gradients without a graph where the incoming ones are constants, as of a sum.
@@ -21,11 +21,9 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
             found = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return found
-        several = found if isinstance(found, tuple) else (found,)
         # what they depend on, so that every way to differentiate them comes by here
         of = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, Tensor) and t.requires_grad]
-        several = tuple(_Once.apply(g, *of) if isinstance(g, Tensor) else g for g in several)
-        return several if isinstance(found, tuple) else several[0]
+        return tuple(_Once.apply(g, *of) if isinstance(g, Tensor) else g for g in found)
 
     return run
 

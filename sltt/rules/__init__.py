@@ -10,16 +10,4 @@ from sltt.rules.truncated import BPTT, SLTT, TBPTT, Truncated
 # every rule, in the order of the help; tests/rules/test_shipped.py says what else a new one needs
 SHIPPED: tuple[type[Rule], ...] = (SLTT, BPTT, TBPTT, OTTT, RateBased, Mixed)
 
-__all__ = [
-    "BPTT",
-    "OTTT",
-    "SHIPPED",
-    "SLTT",
-    "TBPTT",
-    "Mixed",
-    "Output",
-    "RateBased",
-    "Rule",
-    "Truncated",
-    "unroll",
-]
+__all__ = ["BPTT", "OTTT", "SHIPPED", "SLTT", "TBPTT", "Mixed", "Output", "RateBased", "Rule", "Truncated", "unroll"]

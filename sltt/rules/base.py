@@ -131,7 +131,7 @@ class Rule(Frozen, ABC):
         """Return how many time steps share a call of a network, before its run; see `folding.choose_fold`."""
         if self.fold == "auto" and (self.hoist or self.recompute or self.online):
             return Fold()
-        return choose_fold(network, self.fold, self, loss, self.step, self.run_trial)
+        return choose_fold(network, self.fold, self, loss)
 
     def run_trial(self, run: Run, fold: int) -> Tensor:
         """Run the rule on a copy of a network with so many time steps in a call; return the logits."""

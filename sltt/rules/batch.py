@@ -32,17 +32,11 @@ class Output(NamedTuple):
 
 
 class Fold(NamedTuple):
-    """Time steps in a call of the network.
+    """Time steps in a call of the network."""
 
-    Attributes:
-        trained: with a graph.
-        forward: without one.
-        why: why it is one; None if the network's layers are large, or if there are several.
-    """
-
-    trained: int = 1
-    forward: int = 1
-    why: str | None = None
+    trained: int = 1  # with a graph
+    forward: int = 1  # without one
+    why: str | None = None  # why it is one; None if the network's layers are large, or if there are several
 
 
 @dataclass

@@ -10,7 +10,6 @@ changed; else each step runs by itself.
 """
 
 import math
-from collections.abc import Callable
 from types import FunctionType
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from sltt import kernels
 from sltt.checks import whole_number
 from sltt.rules.batch import Fold
-from sltt.rules.fold_trial import PlainError, RunRule, apart_from_user, copy_apart, find_difference, run_steps
+from sltt.rules.fold_trial import PlainError, apart_from_user, copy_apart, find_difference, run_steps
 from sltt.rules.operations import Sizes, takes_channels_last, watch_samples
 from sltt.sequence.hooks import put_forward, without_marked_hooks
 from sltt.sequence.layout import Layout
@@ -44,23 +43,14 @@ def fold_of(fold: Any) -> int | Literal["auto"]:
     return "auto" if fold == "auto" else whole_number("fold", fold, least=1, remedy="or use 'auto'")
 
 
-def choose_fold(
-    run: Run,
-    fold: int | Literal["auto"] = "auto",
-    rule: Any = None,
-    loss: Any = None,
-    make_step: Callable[[], Step] = Step,
-    run_rule: RunRule | None = None,
-) -> Fold:
+def choose_fold(run: Run, fold: int | Literal["auto"] = "auto", rule: Any = None, loss: Any = None) -> Fold:
     """Return how many time steps of a sequence share a call of its network, before it runs.
 
     Args:
         run: of the batch.
         fold: a number asks for so many.
-        rule: another one is tried by itself; None in an evaluation.
+        rule: is tried by its `run_trial`; None tries steps with a backward of their own.
         loss: what refers to the network may read its states, of which a call leaves those of its last step.
-        make_step: what layers do in a time step of the rule.
-        run_rule: runs the rule on a copy; None runs each step with a backward of its own.
 
     Raises:
         ValueError: so many steps as were asked for would change results.
@@ -78,7 +68,7 @@ def choose_fold(
     if not problem and loss is not None and refers_to(loss, layout.layers):
         problem = "has a loss that refers to it, which may read the states of one time step"
     if not problem and key not in layout.folds:
-        layout.folds[key] = _choose(run, x, fold, kind, make_step, run_rule or run_steps)
+        layout.folds[key] = _choose(run, x, fold, kind, rule)
     if not problem:
         run.pairs = layout.pairs.get(kind, {})
     if not problem and kind in layout.channels_last:
@@ -90,7 +80,7 @@ def choose_fold(
     return chosen
 
 
-def _choose(run: Run, x: Tensor, fold: Any, kind: Any, make_step: Callable[[], Step], run_rule: RunRule) -> Fold:
+def _choose(run: Run, x: Tensor, fold: Any, kind: Any, rule: Any) -> Fold:
     layout: Layout = run.layout
     if problem := _problem(run) or layout.refused:
         return Fold(why=problem)
@@ -115,7 +105,7 @@ def _choose(run: Run, x: Tensor, fold: Any, kind: Any, make_step: Callable[[], S
                 size = f"{weights / 1e6:.0f} MB of weights"
                 return Fold(why=f"{layout.unproved}, and {size} are too many to try it on copies")
             try:
-                layout.refused = find_difference(run, n, make_step, run_rule)
+                layout.refused = find_difference(run, n, *((rule.step, rule.run_trial) if rule else (Step, run_steps)))
             except PlainError:
                 return Fold()
     layout.tried[kind], layout.steady = n, layout.refused is None

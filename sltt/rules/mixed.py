@@ -13,6 +13,7 @@ from sltt.rules.batch import Batch, Output
 from sltt.sequence.hooks import keep_hooks
 from sltt.sequence.layout import Layer, Layout
 from sltt.sequence.once import hand_over
+from sltt.sequence.reach import graph_nodes, operations
 from sltt.sequence.run import Run
 from sltt.sequence.state import detach_module, state_tensors
 from sltt.sequence.step import Step
@@ -147,16 +148,12 @@ def _parts(logits: Tensor, output: Any) -> bool:
 
 
 class _Cut(Step):
-    """Time steps whose graph is cut at the output of the last of the `kept` modules.
-
-    Attributes:
-        module: where the graph is cut; None if it is whole.
-    """
+    """Time steps whose graph is cut at the output of the last of the `kept` modules."""
 
     def begin(self, kept: list[nn.Module]) -> None:
         """Begin a sequence."""
         self.kept = kept
-        self.module: nn.Module | None = None
+        self.module: nn.Module | None = None  # where the graph is cut; None if it is whole
         self._outputs: list[tuple[Tensor, Tensor]] = []  # of that module, and the leaf that stands for it above
         self._first: list[tuple[nn.Module, Any, set[Tensor]]] = []  # of the first step: what kept modules gave
         self._calls, self._in_first = 0, False
@@ -246,20 +243,3 @@ class _Cut(Step):
 def _graph_of_states(modules: Iterable[nn.Module]) -> set[Any]:
     states = (state for module in modules for state in state_tensors(module))
     return {state.grad_fn for state in states if state.grad_fn is not None}
-
-
-def graph_nodes(roots: Iterable[Any], stop: Iterable[Any] = ()) -> set[Any]:
-    """Return the nodes of the graph behind `roots`, with these, and not further than `stop`."""
-    seen: set[Any] = set()
-    stop, todo = set(stop), [root for root in roots if root is not None]
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo += [behind for behind, _ in node.next_functions if behind is not None and node not in stop]
-    return seen
-
-
-def operations(nodes: set[Any]) -> set[Any]:
-    """Return the nodes but those of leaves, which add up gradients."""
-    return {node for node in nodes if node.name() != "torch::autograd::AccumulateGrad"}

@@ -23,6 +23,7 @@ from sltt._torch import DispatchMode, tree_leaves
 from sltt.sequence.hooks import without_marked_hooks
 from sltt.sequence.layout import Layer, layout_of
 from sltt.sequence.proof import is_proved
+from sltt.sequence.reach import graph_nodes
 from sltt.sequence.run import Run
 from sltt.sequence.step import NEURON, Step
 from sltt.sequence.steps import Sequence
@@ -46,9 +47,7 @@ class UnknownError(Exception):
 class Operations(DispatchMode):
     """Sees that the operations in its block leave samples apart; raises UnknownError for another.
 
-    Args:
-        x: the input [B, ...].
-        constants: tensors that are the same for all samples: weights and buffers.
+    Weights and buffers are `constants`, which are the same for all samples.
     """
 
     def __init__(self, x: Tensor, constants: Iterable[Tensor]):
@@ -147,16 +146,12 @@ class _Hooks(TorchFunctionMode):
 
 
 class Sizes(Step):
-    """A time step that shows the sizes of layers: neurons and BatchNorms pass on what they read.
-
-    Attributes:
-        products: the multiplications of the layers' matrix products.
-        weights: the elements of their weights.
-        bytes: of what the layers give.
-    """
+    """A time step that shows the sizes of layers: neurons and BatchNorms pass on what they read."""
 
     def __init__(self) -> None:
-        self.products = self.weights = self.bytes = 0
+        self.products = 0  # multiplications of the layers' matrix products
+        self.weights = 0  # elements
+        self.bytes = 0  # of what the layers give
 
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if layer.advance is None or len(args) != 1:
@@ -225,11 +220,11 @@ def watch_samples(run: Run, model: nn.Module, steps: int) -> dict[str, str] | No
     drawn = repr((random.getstate(), np.random.get_state()))
     try:
         (called, pairs), again = (_watch(model, run.sequence.input(range(n))) for n in (1, steps))
-        # the same of more samples, and when it runs again
-        same = again == (called, pairs) and drawn == repr((random.getstate(), np.random.get_state()))
-        return pairs if same else None
     except Exception:  # of any kind: it is the user's code
         return None
+    # the same of more samples, and when it runs again
+    same = again == (called, pairs) and drawn == repr((random.getstate(), np.random.get_state()))
+    return pairs if same else None
 
 
 def takes_channels_last(run: Run, model: nn.Module) -> bool:
@@ -266,12 +261,7 @@ def _watch(model: nn.Module, x: Tensor) -> tuple[list[Any], dict[str, str]]:
 def _check_gradient(y: Any, operations: Operations) -> None:
     if id(y) not in operations.samples:
         raise UnknownError("gives what is not of its input")
-    waiting, seen = [y.grad_fn], set[Any]()
-    while waiting:
-        if (node := waiting.pop()) is None or node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes([y.grad_fn]):
         own = isinstance(node, torch.autograd.function.BackwardCFunction)
         if own and not type(node)._forward_cls.__module__.startswith("sltt."):  # type: ignore[attr-defined]
             raise UnknownError(f"has a gradient of its own in {type(node).__name__}")
-        waiting += [before for before, _ in node.next_functions]

@@ -28,9 +28,6 @@ class RandomSteps(Rule):
     k: int | None = None
 
     def check(self, model: nn.Module, steps: int) -> None:
-        self._check_steps(steps)
-
-    def _check_steps(self, steps: int) -> None:
         if self.k is not None and self.k > steps:
             name = f"{type(self).__name__}(k={self.k})"
             raise ValueError(f"{name} trains {self.k} steps, but the sequence has T = {steps}; use k ≤ T")
@@ -52,7 +49,7 @@ class RandomSteps(Rule):
     def trained_steps(self, batch: Batch) -> Collection[int]:
         """Return the steps with a backward."""
         if not isinstance(batch.target, Padded):  # T of a padded batch is that of its longest sequence
-            self._check_steps(batch.steps)
+            RandomSteps.check(self, batch.model, batch.steps)
         if self.k and batch.seed is None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             kind = type(self).__name__
             raise ValueError(

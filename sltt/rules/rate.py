@@ -79,7 +79,7 @@ class RateBased(Rule):
         return self._run_steady(batch) if self.steady else self._run_recorded(batch)
 
     def choose_fold(self, network: Run, loss: Any = None) -> Fold:
-        return Fold() if self.steady else choose_fold(network, self.fold, self, loss)  # of steps without a graph
+        return Fold() if self.steady else choose_fold(network, self.fold, loss=loss)  # of steps without a graph
 
     def step(self) -> Step:
         return _Recording("steady" if self.steady else "step")
@@ -107,14 +107,10 @@ class RateBased(Rule):
 
 
 class _Recording(Step):
-    """Layers in the T steps, which gather what the rate pass needs; in the rate pass; or in a pass of steady currents.
-
-    Args:
-        what: the method of `_Layer` that runs: "step", "rate" or "steady".
-    """
+    """Layers in the T steps, which gather what the rate pass needs; in it; or in a pass of steady currents."""
 
     def __init__(self, what: str):
-        self.what = what
+        self.what = what  # the method of `_Layer` that runs: "step", "rate" or "steady"
         self.gathered: dict[Layer, _Layer] = {}
 
     def handler(self, layer: Layer, folds: bool) -> Any:
@@ -173,9 +169,7 @@ class _Layer:
     def count(self) -> int:
         """Return in how many time steps the layer ran."""
         if not self.calls:
-            raise ValueError(
-                f"{self.layer.name} does not run in the time steps as it does on their mean input: use SLTT"
-            )
+            raise ValueError(f"{self.layer} does not run in the time steps as it does on their mean input: use SLTT")
         return self.calls
 
 

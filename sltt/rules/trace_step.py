@@ -1,6 +1,6 @@
 """The time steps of OTTT: weight layers have the gradient of their traces, biases of normalisations too."""
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,28 +25,19 @@ WEIGHTED = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 class TraceStep(CreditStep):
     """Time steps in which weights have the gradient of their traces; `end` is to be called after each forward.
 
-    Args:
-        decay: λ of all traces; None takes that of the neurons that a layer feeds.
-        inputs: trace every layer; else those that read spikes, and no biases.
-        credit: as of `CreditStep`.
+    The arguments are those of `OTTT`.
     """
 
     def __init__(self, decay: float | None, inputs: bool, credit: bool = True):
         super().__init__(credit)
         self.decay, self.inputs = decay, inputs
-        self.traces: Any = None
         self.operations: dict[Layer, _Operations] = {}
 
-    def handler(self, layer: Layer, folds: bool) -> Any:
-        self._begin()
-        return super().handler(layer, folds)
-
-    def _begin(self) -> None:
-        if self.traces is None:
-            self.traces = Traces(self.run.layout, self.decay, self.inputs)
+    @cached_property
+    def traces(self) -> Traces:
+        return Traces(self.run.layout, self.decay, self.inputs)
 
     def require_folds(self) -> None:
-        self._begin()
         if problems := self.traces.layers_without_fold(self.run.layout):
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
             raise ValueError(f"OTTT in a fold has no traces for {problems[0]}{more}; use fold=1")
@@ -84,9 +75,9 @@ class TraceStep(CreditStep):
             trace = traces.read(norm.module, None)
             bias = bias if trace is None else _scale_gradient(bias, trace.ones[-1])
         y = self.run_pair(norm, neuron, x, bias)
-        if y is None and trace is None:
-            return None
         if y is None:
+            if trace is None:
+                return None
             z = kernels.plain_norm(norm.module, x, bias)
             traces.wrote(trace, z)
             return neuron.module(z)
@@ -189,16 +180,9 @@ class _Operations(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def weigh(
-        self,
-        func: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
+        self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None,
+        stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+    ) -> Tensor:  # fmt: skip
         """Compute the layer's output from its weight, whose gradient is that of its trace."""
         x, settings = input, () if func is F.linear else (stride, padding, dilation, groups)
         if not weight.requires_grad and (bias is None or not bias.requires_grad):
@@ -238,16 +222,9 @@ class _Traced(torch.autograd.Function):
     """A layer's output, with traces in place of the input and of the constant 1 in the gradient of its weights."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        trace: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ones: list[float | Tensor],
-        func: Any,
-        settings: tuple[Any, ...],
-    ) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, trace: Tensor, weight: Tensor, bias: Any, ones: Any, func: Any, settings: Any
+    ) -> Any:  # type: ignore[override]
         ctx.settings, ctx.ones = settings, ones
         ctx.save_for_backward(trace, weight)
         return func(x, weight, bias)  # which may be sparse

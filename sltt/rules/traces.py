@@ -40,24 +40,13 @@ def _check_weights(layout: Layout, neurons: dict[nn.Module, str]) -> None:
 
 
 class _Read:
-    """The trace of an input, which one layer reads, or several.
-
-    Attributes:
-        value: the trace, in float32 at least.
-        now: that of each time step of the call, [n·B, ...]; the last is `value`.
-        last: refers to what was read in this time step, while its forward runs.
-        charge: x̃, behind neurons with a synaptic current.
-    """
+    """The trace of an input, which one layer reads, or several."""
 
     def __init__(self, x: Tensor):
-        self.value = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
-        self.now = self.value
-        self.last: ref[Tensor] | None = ref(x)
-        self.charge: Tensor | None = None
-
-    def zero_input(self, steps: int) -> Tensor:
-        """Return what a layer reads that does not run."""
-        return self.value.new_zeros(()).expand(steps * len(self.value), *self.value.shape[1:])
+        self.value = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)  # the trace
+        self.now = self.value  # that of each time step of the call, [n·B, ...]
+        self.last: ref[Tensor] | None = ref(x)  # what was read in this time step, while its forward runs
+        self.charge: Tensor | None = None  # x̃, behind neurons with a synaptic current
 
     def step(self, x: Tensor, decay: Decay, synaptic: float, steps: int) -> None:
         """Go n time steps on, in which x [n·B, ...] is read."""
@@ -82,21 +71,14 @@ class _Read:
 
 
 class _Trace:
-    """The trace of one use of a layer.
-
-    Attributes:
-        ones: the trace of the constant 1, which a bias reads, in each time step of the call.
-        read: that of the layer's input; None for a layer without one.
-        decays: give λ and α of each layer of neurons that the layer feeds. Their means are taken.
-        first: the layer has read one time step, which is all of its trace.
-    """
+    """The trace of one use of a layer."""
 
     def __init__(self, read: _Read | None):
-        self.first = True
-        self.ones: list[Decay] = [1.0]
+        self.first = True  # the layer has read one time step, which is all of its trace
+        self.ones: list[Decay] = [1.0]  # the trace of the constant 1, which a bias reads, in each step of the call
         self.charge_of_ones = 1.0
-        self.read = read
-        self.decays: list[Callable[[], Decays]] = []
+        self.read = read  # the trace of the layer's input
+        self.decays: list[Callable[[], Decays]] = []  # λ and α of each layer of neurons that it feeds; the mean counts
 
     def step(self, x: Tensor | None, steps: int, runs: bool = True) -> None:
         """Go n time steps on, in which the layer reads x [n·B, ...], or does not run."""
@@ -109,7 +91,8 @@ class _Trace:
             self.ones.append(before)
         if self.read is None or (x is None and runs):
             return
-        x = self.read.zero_input(steps) if x is None else x
+        if x is None:
+            x = self.read.value.new_zeros(()).expand(steps * len(self.read.value), *self.read.value.shape[1:])
         if self.read.last is None:
             self.read.step(x, decay, synaptic, steps)
         elif self.read.last() is not x:
@@ -192,12 +175,9 @@ class Traces:
         for trace in self.traces.values():
             if trace.read is not None:
                 trace.read.last = None
-        self.uses.clear()
-        self.started.clear()  # nodes hold memory
-        self.outputs.clear()
-        self.behind.clear()
+        for kept in (self.uses, self.started, self.outputs, self.behind, self.ran):  # nodes hold memory
+            kept.clear()
         self.last = None
-        self.ran.clear()
 
     def _part(self) -> None:
         """Keep one trace for all new ones of one input that follow the same constant λ."""

@@ -46,12 +46,7 @@ class Truncated(Rule):
     window: int | None = None
     rescale: bool = False
 
-    def __init__(
-        self,
-        recompute: bool = False,
-        fold: int | Literal["auto"] = "auto",
-        hoist: bool = False,
-    ):
+    def __init__(self, recompute: bool = False, fold: int | Literal["auto"] = "auto", hoist: bool = False):
         self.recompute = flag("recompute", recompute)
         self.fold = fold_of(fold)
         self.hoist = flag("hoist", hoist)

@@ -22,6 +22,9 @@ def keep_hooks(*handles: RemovableHandle) -> Iterator[None]:
             handle.remove()
 
 
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
 class Handler(partial):
     """A function in place of a layer's forward, in a run. A copy of the module, made in a run, has its own forward."""
 
@@ -31,8 +34,7 @@ class Handler(partial):
 
 def count_hooks(module: nn.Module) -> int:
     """Count the hooks on a module and its weights, without those that compute its weights, and those of ours."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+    hooks = [hook for name in _HOOKS for hook in vars(module)[name].values()]
     for p in module._parameters.values():  # which see the gradient of one time step
         for some in (getattr(p, "_backward_hooks", None), getattr(p, "_post_accumulate_grad_hooks", None)):
             hooks += (some or {}).values()
@@ -54,19 +56,11 @@ def without_marked_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
             vars(module)[name] = hooks
 
 
-_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-
-
 def runs_hooks(*modules: nn.Module) -> bool:
     """Return whether calls of modules run hooks of others than those who see spikes: their own, or for all modules."""
-    if has_global_hooks():
+    if has_global_hooks() or any(m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules):
         return True
-    for m in modules:
-        if m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return True
-        if m._forward_hooks and not all(hasattr(hook, "sees_folds") for hook in m._forward_hooks.values()):
-            return True
-    return False
+    return not all(hasattr(hook, "sees_folds") for m in modules for hook in m._forward_hooks.values())
 
 
 def own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:

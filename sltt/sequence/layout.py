@@ -17,37 +17,21 @@ from sltt.sequence.state import Role, Stateful, detach_module, role_of, state_te
 
 @dataclass(eq=False, slots=True)
 class Layer:
-    """A module in its role.
-
-    Attributes:
-        name: of the module in the network.
-        module: itself.
-        role: what it is and can.
-        states: the attributes that hold tensors between time steps.
-        parts: the modules in it that keep a state, itself included.
-        compiled: it runs in compiled code.
-        before: the forward that the instance had before a run; None is that of its class.
-        plain: the forward that the run's handler stands for.
-        advance: runs several time steps in a call, see `Role`; None where the layer cannot.
-        seen: the call of the network in which it ran last.
-        is_known: its forward is that of the class that has the role.
-        spikes: it is a layer of neurons.
-        detach: drops the graph behind its states.
-    """
+    """A module in its role."""
 
     name: str
     module: Any
     role: Role
-    states: tuple[str, ...]
-    compiled: bool
-    parts: list[nn.Module] = field(default_factory=list)
-    before: Any = None
-    plain: Any = None
-    advance: Any = None
-    seen: int = 0
-    is_known: bool = field(init=False)
-    spikes: bool = field(init=False)
-    detach: Callable[[], Any] = field(init=False)
+    states: tuple[str, ...]  # the attributes that hold tensors between time steps
+    compiled: bool  # it runs in compiled code
+    parts: list[nn.Module] = field(default_factory=list)  # the modules in it that keep a state, itself included
+    before: Any = None  # the forward that the instance had before a run; None is that of its class
+    plain: Any = None  # the forward that the run's handler stands for
+    advance: Any = None  # runs several time steps in a call, see `Role`; None where the layer cannot
+    seen: int = 0  # the call of the network in which it ran last
+    is_known: bool = field(init=False)  # its forward is that of the class that has the role
+    spikes: bool = field(init=False)  # it is a layer of neurons
+    detach: Callable[[], Any] = field(init=False)  # drops the graph behind its states
 
     def __post_init__(self) -> None:
         self.is_known = self.role.of is not None and not own_forward(self.module, self.role.of)
@@ -65,45 +49,32 @@ class Layer:
 
 
 class Layout:
-    """The layers of a network.
-
-    Attributes:
-        layers: of all modules, in the order of `model.modules()`.
-        keepers: those that keep a state.
-        unproved: why structure does not prove that the network treats its samples alike; None if it does.
-        steady: no call of the network changes its weights: structure proves it, or a real batch showed it.
-        looked: an evaluation looked for that.
-        folds: time steps in a call by the kind of a batch, as chosen so far.
-        chosen: the last of them.
-        tried: most time steps that a trial showed to share a call, by the kind of a batch.
-        refused: why no steps share a call, as a trial found.
-        has_images: it has convolutions of images.
-        channels_last: the batches for which operations have shown that images may have their channels last in memory.
-        pairs: the layers of neurons that alone read a BatchNorm by its name, as operations have shown for such batches.
-        in_use: a run has it.
-        reused: a second batch had it, since nothing had changed.
-    """
+    """The layers of a network."""
 
     def __init__(self, model: nn.Module):
         compiled = {m for outer in model.modules() if is_compiled(outer) for m in outer.modules()}
-        self.layers: dict[nn.Module, Layer] = {}
+        self.layers: dict[nn.Module, Layer] = {}  # of all modules, in the order of `model.modules()`
         for name, module in model.named_modules():
             role = role_of(type(module))
             name = name.removeprefix(FABRIC).removesuffix(FABRIC[:-1])
             self.layers[module] = Layer(name, module, role, tuple(role.states(module)), module in compiled)
-        self.keepers = [layer for layer in self.layers.values() if layer.states]
+        self.keepers = [layer for layer in self.layers.values() if layer.states]  # those that keep a state
         for layer in self.keepers:
             layer.parts = [m for m in layer.module.modules() if self.layers[m].states]
-        self.unproved = find_unproved(self.layers)
-        self.steady, self.looked = self.unproved is None, "hooks on" in (self.unproved or "")
+        self.unproved = find_unproved(self.layers)  # why structure does not prove that samples are treated alike
+        # no call of the network changes its weights: structure proves it, or a real batch showed it
+        self.steady = self.unproved is None
+        self.looked = "hooks on" in (self.unproved or "")  # an evaluation looked for that
         self.has_images = any(isinstance(layer.module, nn.Conv2d) for layer in self.layers.values())
-        self.channels_last: set[Any] = set()
+        self.channels_last: set[Any] = set()  # the batches whose images may have their channels last, by operations
+        # the layers of neurons that alone read a BatchNorm by its name, as operations have shown for such batches
         self.pairs: dict[Any, dict[str, Layer]] = {}
-        self.folds: dict[Any, Any] = {}
-        self.chosen: Any = None
-        self.tried: dict[Any, int] = {}
-        self.refused: str | None = None
-        self.in_use = self.reused = False
+        self.folds: dict[Any, Any] = {}  # time steps in a call by the kind of a batch, as chosen so far
+        self.chosen: Any = None  # the last of them
+        self.tried: dict[Any, int] = {}  # most time steps that a trial showed to share a call, by the kind of a batch
+        self.refused: str | None = None  # why no steps share a call, as a trial found
+        self.in_use = False  # a run has it
+        self.reused = False  # a second batch had it, since nothing had changed
         self._fingerprint = Fingerprint(self.layers.values())
         self._changes = 0
 

@@ -7,23 +7,13 @@ nothing is assumed: see `sltt.rules.folding`.
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import (
-    activation,
-    conv,
-    dropout,
-    linear,
-    normalization,
-    padding,
-    pixelshuffle,
-    pooling,
-    upsampling,
-)
 
 from sltt._torch import has_global_hooks, has_own_operations, wrapped_module
 from sltt.sequence.hooks import count_hooks
 from sltt.sequence.state import LIBRARIES
 
-_ALIKE = (activation, conv, dropout, linear, normalization, padding, pixelshuffle, pooling, upsampling)
+# of torch.nn.modules
+_ALIKE = "activation conv dropout linear normalization padding pixelshuffle pooling upsampling"
 # over samples, with numbers that are drawn, or over any dimension, of which the operations tell
 _NOT_ALIKE = nn.MultiheadAttention, nn.RReLU, nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.GLU
 _CONTAINERS = nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict
@@ -69,5 +59,5 @@ def is_proved(layer: Any) -> bool:
         return package in LIBRARIES
     if role.kind == "norm" and role.of is None:
         return package == "torch"
-    alike = name in {m.__name__ for m in _ALIKE} and not isinstance(module, _NOT_ALIKE)
+    alike = name in {f"torch.nn.modules.{file}" for file in _ALIKE.split()} and not isinstance(module, _NOT_ALIKE)
     return alike or kind in _CONTAINERS or name.startswith("torch.nn.utils")

@@ -1,8 +1,8 @@
-"""Find what a function or an object reaches: its closure, its global variables, what it holds."""
+"""Find what a function or an object reaches: its closure, its global variables, what it holds; and a graph's nodes."""
 
 import dis
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -60,3 +60,20 @@ def _global_names(code: CodeType) -> tuple[str, ...]:
     """Return the names of global variables that a function reads, those within it too."""
     names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     return tuple(sorted(names.union(*(_global_names(c) for c in code.co_consts if isinstance(c, CodeType)))))
+
+
+def graph_nodes(roots: Iterable[Any], stop: Iterable[Any] = ()) -> set[Any]:
+    """Return the nodes of the graph behind `roots`, with these, and not further than `stop`."""
+    seen: set[Any] = set()
+    stop, todo = set(stop), [root for root in roots if root is not None]
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo += [behind for behind, _ in node.next_functions if behind is not None and node not in stop]
+    return seen
+
+
+def operations(nodes: set[Any]) -> set[Any]:
+    """Return the nodes but those of leaves, which add up gradients."""
+    return {node for node in nodes if node.name() != "torch::autograd::AccumulateGrad"}

@@ -39,18 +39,6 @@ class Run:
         grad: a graph is built in some steps.
         keep: keep what is made of weights; not where these change between time steps.
 
-    Attributes:
-        layout: the layers.
-        fold: n, the time steps in the call in progress; 1 within a layer that takes them one after the other.
-        steps: n, within such a layer too.
-        folds: a call has taken several time steps.
-        cut: no gradient flows from one of these steps to the step before.
-        shows: what neurons give are spikes.
-        weights: the forms of weights that layers read, as long as these do not change.
-        bits: spikes are saved as bits; `fast`: layers run by kernels of ours.
-        recompute: the outputs of weight layers are made again in the backward; `seen` has those that a sum may have.
-        counted: batches of BatchNorms that are not in their counters yet.
-
     Raises:
         ValueError: when it begins, a layer that does not run step by step, or whose state is in use.
     """
@@ -65,8 +53,9 @@ class Run:
         grad: bool = True,
         keep: bool = True,
     ):
-        self.bits = kernels.current_options().bits and not kernels.others_save()
-        self.fast, self.recompute = self.bits and sequence.x.is_cpu, False
+        self.bits = kernels.current_options().bits and not kernels.others_save()  # spikes are saved so
+        self.fast = self.bits and sequence.x.is_cpu  # layers run by kernels of ours
+        self.recompute = False  # the outputs of weight layers are made again in the backward
         self.layout = layout_of(model)
         self.model, self.sequence, self.batch = model, sequence, sequence.batch
         if self.layout.has_images and self.layout.unproved is None:
@@ -76,16 +65,18 @@ class Run:
         self.thread = threading.get_ident()
         self._hoists, self._grad = hoist, grad
         self.keep, self.weights = keep, kernels.Weights()
-        self.seen: deque[Tensor] = deque(maxlen=2)
-        self.fold = self.steps = 1
-        self.cut, self.shows = False, True
+        self.seen: deque[Tensor] = deque(maxlen=2)  # with `recompute`, outputs that a sum may have
+        self.fold = 1  # n, the time steps in the call in progress; 1 within a layer that takes them one after the other
+        self.steps = 1  # n, within such a layer too
+        self.cut = False  # no gradient flows from one of these steps to the step before
+        self.shows = True  # what neurons give are spikes
         self.call = self._calls = self._outer = 0
         self.pairs: dict[str, Layer] = {}
         self.paired: tuple[Layer, Tensor] | None = None
         self._kept: set[Layer] = set()  # in the second call, the layers that have a state
         self._handled: list[Layer] = []
         self._until_the_end = ExitStack()
-        self.folds = False
+        self.folds = False  # a call has taken several time steps
 
     def __enter__(self) -> Self:
         if self.layout.in_use:

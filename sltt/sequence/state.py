@@ -65,30 +65,22 @@ class Stateful(nn.Module):
 
 @dataclass(frozen=True)
 class Role:
-    """Role of the modules of a class; see `register` for the fields with its names.
+    """Role of the modules of a class; see `register` for the fields with its names."""
 
-    Attributes:
-        kind: keeper of a state, weight, norm, pool, sequence or other. Of keepers, those that emit spikes are neurons.
-        folds: `folds(module)` says why a call of several time steps would give other results, or None.
-        stepwise: a norm that takes the statistics of each time step of a call by itself.
-        advance: `advance(module)` gives what runs several time steps in a call, or None: of neurons `(x, steps, cut)`;
-            of other layers `(x, steps, cut, weights)`, which gives None where no kernel does it.
-        of: the class whose forward is known.
-        weight: `weight(module)` gives the weight that a weight layer applies.
-    """
-
-    kind: str
+    kind: str  # keeper of a state, weight, norm, pool, sequence or other; keepers that emit spikes are neurons
     states: Callable[[Any], Iterable[str]] = lambda _: ()
     reset: Callable[[Any], Any] | None = None
     spikes: Callable[[Any], bool] = lambda _: False
     check: Callable[[Any, int, bool], str | None] | None = None
     translate: Callable[[Any], nn.Module] | None = None
     decay: Callable[[Any], float | Tensor | None] | None = None
-    folds: Callable[[Any], str | None] | None = None
-    stepwise: bool = False
+    folds: Callable[[Any], str | None] | None = None  # why a call of several time steps would give other results
+    stepwise: bool = False  # a norm that takes the statistics of each time step of a call by itself
+    # gives what runs several time steps in a call, or None: of neurons `(x, steps, cut)`; of other layers
+    # `(x, steps, cut, weights)`, which gives None where no kernel does it
     advance: Callable[[Any], Any] | None = None
-    of: type | None = None
-    weight: Callable[[Any], Tensor] = lambda module: module.weight
+    of: type | None = None  # the class whose forward is known
+    weight: Callable[[Any], Tensor] = lambda module: module.weight  # that a weight layer applies
 
 
 # Known without `register`: sltt.interop.<library> is imported when a network has a module of the library.
@@ -236,14 +228,6 @@ def map_tensors(function: Callable[[Tensor], Any], state: Any) -> Any:
     return state
 
 
-def _refuse_explicit(module: nn.Module, batch: int, kept: bool) -> str | None:
-    return None if kept else "is recurrent and keeps no state itself: put it into a sltt.Stateful that keeps its state"
-
-
-def _refuse_replicated(module: nn.Module, batch: int, kept: bool) -> str:
-    return "runs each step on a new copy of the model, which would forget the state: use DistributedDataParallel"
-
-
 def _norm_folds(norm: nn.Module) -> str | None:
     own = "normalises over the batch in a way of its own"
     return own if isinstance(norm, torch.jit.ScriptModule) or own_forward(norm, role_of(type(norm)).of) else None  # pyright: ignore
@@ -254,16 +238,13 @@ def _other_folds(module: Any) -> str | None:
         return "is scripted, so that it cannot be looked into"
     if isinstance(module, _InstanceNorm) and module.training and module.track_running_stats:
         return "keeps running statistics"
-    spectral = isinstance(module, _SpectralNorm) or any(
-        isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()
-    )
+    hooks = module._forward_pre_hooks.values()
+    spectral = isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks)
     return "changes its estimate in every call" if spectral and module.training else None
 
 
-def _recurrent(module: nn.Module) -> str:
-    return "is recurrent"
-
-
+_EXPLICIT = "is recurrent and keeps no state itself: put it into a sltt.Stateful that keeps its state"
+_COPIED = "runs each step on a new copy of the model, which would forget the state: use DistributedDataParallel"
 _OTHER = Role("other", folds=_other_folds)
 set_role(_BatchNorm, Role("norm", folds=_norm_folds, stepwise=True, of=_BatchNorm))
 for _kind in (nn.LayerNorm, nn.GroupNorm, _InstanceNorm):
@@ -274,8 +255,8 @@ for _kind in (nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn
     set_role(_kind, Role("pool", of=_kind))
 set_role(nn.Sequential, Role("sequence", folds=_other_folds, of=nn.Sequential))
 for _kind in (nn.RNNBase, nn.RNNCellBase):
-    set_role(_kind, Role("other", check=_refuse_explicit, folds=_recurrent))
-set_role(nn.DataParallel, Role("other", check=_refuse_replicated))
+    set_role(_kind, Role("other", check=lambda *call: None if call[-1] else _EXPLICIT, folds=lambda _: "is recurrent"))
+set_role(nn.DataParallel, Role("other", check=lambda *_: _COPIED))
 register(Stateful, lambda m: m.states, reset=lambda m: m.reset(), spikes=lambda m: m.spikes)
 
 

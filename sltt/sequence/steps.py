@@ -15,22 +15,14 @@ from sltt.checks import instance, whole_number
 
 @dataclass(frozen=True)
 class Sequence:
-    """T time steps of input: x [T, B, ...], or the same image [B, ...] T times.
-
-    Attributes:
-        x: the input.
-        steps: T.
-        static: x is shown at every step.
-        bounds: the least and the largest value of x, not looked at yet since that waits for the device; none if x is
-            finite.
-        last: images are given with their channels last in memory.
-    """
+    """T time steps of input: x [T, B, ...], or the same image [B, ...] T times."""
 
     x: Tensor
-    steps: int
-    static: bool
+    steps: int  # T
+    static: bool  # x is shown at every step
+    # the least and the largest value of x, not looked at yet since that waits for the device; none if x is finite
     bounds: tuple[Tensor, ...] = ()
-    last: bool = False
+    last: bool = False  # images are given with their channels last in memory
     _folded: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @property

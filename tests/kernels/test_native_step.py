@@ -30,12 +30,12 @@ def calls(monkeypatch):
     return seen
 
 
-def run(mode, constants, surrogate, n, learnable=False, dtype=torch.float32, steps=1, cut=False, subtract=None, most=1.0):
+def run(mode, constants, surrogate, n, learnable=False, dtype=torch.float32, steps=1, cut=False, **more):
     """Spikes, membrane potentials, gradients and bits of some steps."""
     torch.manual_seed(0)
     v, x = torch.randn(n, requires_grad=True), (1.5 * torch.randn(steps * n)).to(dtype).requires_grad_()
     decay = torch.tensor(0.6, requires_grad=True) if learnable else None
-    fixed = kernels.NeuronStep(None if learnable else 0.6, 0.8, *constants, surrogate, subtract, most)
+    fixed = kernels.NeuronStep(None if learnable else 0.6, 0.8, *constants, surrogate, **more)
     with kernels.using(compile=mode):
         s, v_next = kernels.neuron_step(fixed, v, x, decay, steps, cut)
         ((s * torch.randn(s.shape, dtype=dtype)).sum() + (v_next * torch.randn(n)).sum()).backward()

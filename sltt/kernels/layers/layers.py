@@ -35,15 +35,10 @@ PRODUCTS_AT_MOST = 2048
 
 
 class Operation(NamedTuple):
-    """The function that a layer applies to its input, its weight and its bias.
+    """The function that a layer applies to its input, its weight and its bias."""
 
-    Attributes:
-        function: F.linear, F.conv1d or F.conv2d.
-        settings: of a convolution: stride, padding, dilation and groups.
-    """
-
-    function: Any
-    settings: tuple[Any, ...] = ()
+    function: Any  # F.linear, F.conv1d or F.conv2d
+    settings: tuple[Any, ...] = ()  # of a convolution: stride, padding, dilation and groups
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.function(x, weight, bias, *self.settings)
@@ -71,23 +66,13 @@ def operation_of(module: nn.Module) -> Operation | None:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a layer on spikes.
-
-    Attributes:
-        layer: its shapes.
-        spikes: that it reads.
-        dtype: of the output.
-        sparse_forward: the forward touches active inputs only.
-        sparse_gradient: the weight gradient does.
-        axes: stride, padding and dilation of a convolution.
-        weights: where the forms of the weight are kept.
-    """
+    """A call of a layer on spikes."""
 
     layer: Layer
     spikes: Spikes
-    dtype: torch.dtype
-    sparse_forward: bool
-    sparse_gradient: bool
+    dtype: torch.dtype  # of the output
+    sparse_forward: bool  # the forward touches active inputs only
+    sparse_gradient: bool  # the weight gradient does
     axes: Axes
     weights: Weights
 
@@ -110,9 +95,7 @@ class Call:
             return grad @ weight
         batch, channels, *pixels = self.layer.x_shape
         x = grad if grad.shape == self.layer.x_shape else grad.new_empty((batch, *pixels, channels)).movedim(-1, 1)
-        of_x, _ = convolution_gradients(grad, x, weight, self.axes, 1, (True, False))
-        assert of_x is not None
-        return of_x
+        return convolution_gradients(grad, x, weight, self.axes, 1, (True, False))[0]
 
     def weight_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """Return ∂L/∂weight."""
@@ -121,9 +104,7 @@ class Call:
         x = self.spikes.dense().to(grad.dtype)
         if self.layer.linear:
             return grad.flatten(0, -2).T @ x.flatten(0, -2)
-        _, of_weight = convolution_gradients(grad, x, weight, self.axes, 1, (False, True))
-        assert of_weight is not None
-        return of_weight
+        return convolution_gradients(grad, x, weight, self.axes, 1, (False, True))[1]
 
 
 class _OnSpikes(torch.autograd.Function):
@@ -152,19 +133,13 @@ def run_layer(
 ) -> Tensor:
     """Return the output of a layer, computed on active inputs where that is faster.
 
-    Args:
-        operation: of the layer.
-        x: its input.
-        weight: of the layer.
-        bias: of the layer, or None.
-        weights: where the forms of weights are kept.
-        recompute: the output is made again in the backward, instead of being kept.
+    With `recompute`, it is made again in the backward, instead of being kept.
     """
     if others_save():
         return run_on_values(operation, x, weight, bias, weights)  # which saves what PyTorch's layers save
-    call = spike_call(operation, x, weight, bias, weights)
-    if call is not None:
-        y: Any = _OnSpikes.apply(x, weight, bias, call)
+    y: Any
+    if call := spike_call(operation, x, weight, bias, weights):
+        y = _OnSpikes.apply(x, weight, bias, call)
     else:
         y = run_on_values(operation, x, weight, bias, weights)
     if recompute and math.prod(weight.shape[1:]) <= PRODUCTS_AT_MOST and can_tag(y):
@@ -174,19 +149,15 @@ def run_layer(
 
 def _tag_layer(operation: Operation, y: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call | None) -> None:
     kept, device = [None if t is None else save(t.detach()) for t in (weight, bias)], x.device.type
-    # without its cache: what is cast without a graph must not be used by layers with one
-    cast: dict[str, Any] = {
-        "dtype": torch.get_autocast_dtype(device),
-        "enabled": torch.is_autocast_enabled(device),
-        "cache_enabled": False,
-    }
+    dtype, casts = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
     def run_again(x: Tensor) -> Tensor:
         weight, bias = (None if one is None else restore(one) for one in kept)
         assert weight is not None
         if call is not None:
             return call.forward(x, weight, bias)
-        with torch.autocast(device, **cast):
+        # without its cache: what is cast without a graph must not be used by layers with one
+        with torch.autocast(device, dtype, casts, cache_enabled=False):
             return operation(x, weight, bias)
 
     tag_made(y, x, run_again, layers=1, spikes=call and call.spikes)

@@ -28,21 +28,13 @@ _ROW = 128
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer applied to an input of one shape; make it by `conv_layer` or `linear_layer`.
+    """A layer applied to an input of one shape; make it by `conv_layer` or `linear_layer`."""
 
-    Attributes:
-        x_shape: [B, C, H, W], [B, C, L] or, of a linear layer, [..., C].
-        weight_shape: [C_out, C, KH, KW], [C_out, C, K] or [C_out, C].
-        y_shape: like `x_shape`.
-        sizes: of the equivalent convolution of images: n, h, w, ci, co, kh, kw, sh, sw, ph, pw, oh, ow.
-        fits: it can be sparse.
-    """
-
-    x_shape: tuple[int, ...]
-    weight_shape: tuple[int, ...]
+    x_shape: tuple[int, ...]  # [B, C, H, W], [B, C, L] or, of a linear layer, [..., C]
+    weight_shape: tuple[int, ...]  # [C_out, C, KH, KW], [C_out, C, K] or [C_out, C]
     y_shape: tuple[int, ...]
-    sizes: tuple[int, ...]
-    fits: bool
+    sizes: tuple[int, ...]  # of the equivalent convolution of images: n, h, w, ci, co, kh, kw, sh, sw, ph, pw, oh, ow
+    fits: bool  # it can be sparse
 
     @property
     def linear(self) -> bool:
@@ -121,15 +113,7 @@ def pack_weight(layer: Layer, weight: Tensor, one: float = 1.0) -> Tensor:
 
 
 def forward(layer: Layer, bits: Tensor, packed: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return y = layer(spikes) in `dtype`, with the channels last in memory.
-
-    Args:
-        layer: which fits.
-        bits: of the spikes, [numel/8].
-        packed: what `pack_weight` gives.
-        bias: [C_out].
-        dtype: float32, bfloat16 or float16.
-    """
+    """Return y = layer(spikes) in `dtype`, with the channels last in memory; `packed` is what `pack_weight` gives."""
     assert 8 * bits.numel() == math.prod(layer.x_shape)
     assert packed.numel() == layer.packed_size
     kept = torch.float32 if dtype == torch.float16 else dtype
@@ -155,10 +139,8 @@ def weight_gradient(layer: Layer, bits: Tensor, grad_y: Tensor, one: float = 1.0
 
 def _sizes(n: int, ci: int, co: int, h: Sequence[int], w: Sequence[int]) -> tuple[int, ...]:
     """Return `Layer.sizes`; an axis is its size, kernel, stride, padding before and output size."""
-    if (
-        h[1:4] == w[1:4] == (1, 1, 0) and h[0] == h[4] and w[0] == w[4]
-    ):  # pixels are independent: in rows of equal length
-        pixels = n * h[0] * w[0]
+    if h[1:4] == w[1:4] == (1, 1, 0) and h[0] == h[4] and w[0] == w[4]:
+        pixels = n * h[0] * w[0]  # are independent: in rows of equal length
         row = next(r for r in range(min(_ROW, max(1, pixels)), 0, -1) if pixels % r == 0)
         n, h, w = pixels // row, (1, 1, 1, 0, 1), (row, 1, 1, 0, row)
     return (n, h[0], w[0], ci, co, h[1], w[1], h[2], w[2], h[3], w[3], h[4], w[4])

@@ -7,7 +7,7 @@ gradient of small images in bfloat16 is a matrix product for each position of th
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,16 +53,11 @@ class _OnValues(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None
 
 
-class Plan(NamedTuple):
-    """A layer that may run in another way than PyTorch's: its shapes, the type of its output, and `Axes`."""
+def plan_of(operation: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Layer, torch.dtype, Axes] | None:
+    """Return the shapes, the type of the output and the axes of a layer that may run in another way than PyTorch's.
 
-    layer: Layer
-    dtype: torch.dtype
-    axes: Axes
-
-
-def plan_of(operation: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Plan | None:
-    """Return what a layer could do in another way; None for small ones, and where PyTorch says what is wrong."""
+    None for small ones, and where PyTorch says what is wrong.
+    """
     if not options().bits or not parameters_fit(weight, bias, x, operation.axes):
         return None
     *numbers, groups = operation.settings or ((), (), (), 1)
@@ -72,30 +67,24 @@ def plan_of(operation: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> P
     if axes is None or dtype not in sparse.DTYPES or not types <= {dtype, torch.float32 if casts else dtype}:
         return None
     layer = _large_layer(x, weight, axes, groups)
-    return None if layer is None else Plan(layer, dtype, axes)
+    return None if layer is None else (layer, dtype, axes)
 
 
 def run_on_values(operation: Any, x: Tensor, weight: Tensor, bias: Tensor | None, weights: Weights) -> Any:
     """Return a layer on any values; the gradients of a convolution are computed in another way where that is faster."""
     able = operation.axes == 2 and torch.is_grad_enabled() and is_ordinary(x)
-    plan = plan_of(operation, x, weight, bias) if able else None
-    if plan is None or not has_fast_gradients(plan.layer, plan.dtype):
+    if not able or (plan := plan_of(operation, x, weight, bias)) is None or not has_fast_gradients(*plan[:2]):
         return operation(x, weight, bias)
-    return _OnValues.apply(x.to(plan.dtype), weight, bias, plan.axes, weights)
+    _, dtype, axes = plan
+    return _OnValues.apply(x.to(dtype), weight, bias, axes, weights)
 
 
 def convolution_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, axes: Axes, groups: int, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return ∂L/∂x and ∂L/∂weight of a convolution that reads any values; natively where that is faster.
+) -> tuple[Any, Any]:
+    """Return ∂L/∂x and ∂L/∂weight of a convolution, or None for those not asked for; natively where that is faster.
 
-    Args:
-        grad: ∂L/∂y.
-        x: the input; for ∂L/∂x alone, a tensor of its shape and memory format.
-        weight: of any type.
-        axes: stride, padding and dilation, a number for each axis.
-        groups: of the convolution.
-        needs: which of the two are asked for.
+    For ∂L/∂x alone, x is any tensor of the input's shape and memory format. The weight is of any type.
     """
     of_x = of_weight = None
     # a graph of the gradients is PyTorch's

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -53,21 +54,12 @@ class Weights:
 
     def transpose_weight(self, weight: Tensor) -> Tensor:
         """Return the transpose of a linear layer's weight, in rows whose distance is no power of two."""
-
-        def make() -> Tensor:
-            width, rows = weight.shape
-            found = weight.new_zeros(rows, -(-width // 16) * 16 + 16)
-            found[:, :width] = weight.detach().T
-            return found
-
-        return self._get(weight, "transposed", make)
+        return self._get(weight, "transposed", lambda: F.pad(weight.detach().T, (0, 16 + -len(weight) % 16)))
 
     def _get(self, weight: Tensor, form: Any, make: Callable[[], Tensor]) -> Tensor:
         forms = self._kept.setdefault(weight.untyped_storage(), {})
         key = form, weight.dtype, weight.storage_offset(), weight.shape, weight.stride()
         version = weight._version
-        before, made = forms.get(key, (None, None))
-        if made is None or before != version:
-            made = make()
-            forms[key] = version, made
-        return made
+        if key not in forms or forms[key][0] != version:
+            forms[key] = version, make()
+        return forms[key][1]

@@ -12,15 +12,13 @@ from torch import Tensor
 from sltt.kernels import native
 from sltt.kernels.layers.sparse import Layer, library, strides_of
 
-_SIDE = 4  # of a tile of outputs
-
 
 def supports(layer: Layer, dtype: torch.dtype) -> bool:
     """Return whether the kernels can do the layer, and without computing much more than its pixels."""
     _, h, w, ci, co, kh, kw, sh, sw, _, _, oh, ow = layer.sizes
     if (kh, kw, sh, sw) != (3, 3, 1, 1) or len(layer.x_shape) != 4 or ci % 32 or co % 32:
         return False
-    fits = _fits_tiles(h, w) and _fits_tiles(oh, ow)
+    fits = all(16 * -(-y // 4) * -(-x // 4) <= 3 * y * x for y, x in ((h, w), (oh, ow)))  # in tiles of 4×4
     return fits and dtype in (torch.float32, torch.bfloat16) and not native.problem()
 
 
@@ -47,7 +45,3 @@ def weight_gradient(layer: Layer, x: Tensor, grad_y: Tensor) -> Tensor:
     threads = torch.get_num_threads()
     library().sltt_dense_weight_gradient(layer.pointer, x, g, g.dtype == torch.bfloat16, grad, threads)
     return grad.movedim(-1, 1)
-
-
-def _fits_tiles(h: int, w: int) -> bool:
-    return _SIDE**2 * -(-h // _SIDE) * -(-w // _SIDE) <= 3 * h * w

@@ -29,21 +29,13 @@ States = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class CustomStep:
-    """spikes, *states = function(x, *states, **parameters, **constants), elementwise.
+    """spikes, *states = function(x, *states, **parameters, **constants), elementwise."""
 
-    Attributes:
-        function: pure; what it returns has the shape and type of x.
-        states: their number.
-        parameters: the keyword arguments that are tensors, and whether each has a value for each channel.
-        constants: names and values of the others.
-        reads: what the function reads from outside of its arguments, as it is now.
-    """
-
-    function: Callable[..., tuple[Tensor, ...]]
-    states: int
-    parameters: tuple[tuple[str, bool], ...]
-    constants: tuple[tuple[str, Any], ...]
-    reads: tuple[Any, ...] = ()
+    function: Callable[..., tuple[Tensor, ...]]  # pure; what it returns has the shape and type of x
+    states: int  # their number
+    parameters: tuple[tuple[str, bool], ...]  # the tensors, and whether each has a value for each channel
+    constants: tuple[tuple[str, Any], ...]  # names and values of the others
+    reads: tuple[Any, ...] = ()  # what the function reads from outside of its arguments, as it is now
 
     def __call__(self, x: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
         named = {name: value for (name, _), value in zip(self.parameters, parameters, strict=True)}
@@ -57,24 +49,12 @@ class CustomStep:
 
 
 def custom_step(
-    step: CustomStep,
-    binary: bool,
-    x: Tensor,
-    states: States,
-    parameters: States,
-    steps: int = 1,
-    cut: bool = False,
+    step: CustomStep, binary: bool, x: Tensor, states: States, parameters: States, steps: int = 1, cut: bool = False
 ) -> tuple[Tensor, States]:
-    """Spikes in x's type, and the states after the time steps in x.
+    """Spikes in x's type, and the states after the time steps in x; as `neuron_step`, of any function.
 
-    Args:
-        step: the function and its constants.
-        binary: spikes are 0 or 1, so that they can be saved as bits.
-        x: input of n time steps, one after the other, [n·B, ...].
-        states: after the step before, each [B, ...], of one type.
-        parameters: of the states' type: of no dimension, or [C, 1, ...], to be broadcast to [B, C, ...].
-        steps: n.
-        cut: no gradient flows from one time step to the step before.
+    The states are of one type, and so are the parameters: of no dimension, or [C, 1, ...], to be broadcast to
+    [B, C, ...]. Spikes that are `binary`, 0 or 1, can be saved as bits.
     """
     x = x if known_layout(unfold(x, steps)[0], step.by_channel) else x.contiguous()
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *parameters)):
@@ -121,8 +101,6 @@ class _CustomStep(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if all(g is None for g in grads):
-            return (None,) * len(ctx.needs_input_grad)
         with in_force(ctx.options):
             return None, None, None, None, *_CustomStep._backward(ctx, *grads)
 
@@ -139,22 +117,17 @@ class _CustomStep(torch.autograd.Function):
         of_s = unfold(match_format(grad_s, grad_x), steps)
         after = [match_format(g, every[0][0]) for g in grad_states]
         totals: list[Tensor | None] = [None] * sum(learned)
-        for x_t, grad_x_t, grad_s_t, before in reversed(
-            list(zip(unfold(x, steps), unfold(grad_x, steps), of_s, every, strict=True))
-        ):
+        parts = zip(unfold(x, steps), unfold(grad_x, steps), of_s, every, strict=True)
+        for x_t, grad_x_t, grad_s_t, before in reversed([*parts]):
             goes_on = needs_states if before is every[0] else not ctx.cut
             of_states = [torch.empty_like(v) for v in before] if goes_on else []
             of_parameters = [torch.empty_like(p) for p in compress(parameters, learned)]
             given = [grad_s_t, *after]
             backward = _backward_kernel(step, goes_on, learned, tuple(g is not None for g in given))
             seen = seen_as(x_t, step.by_channel)
-            backward(
-                *map(seen, (grad_x_t, *of_states)),
-                *map(as_parameter, of_parameters),
-                *map(seen, (x_t, *before)),
-                *map(as_parameter, parameters),
-                *(seen(g) for g in given if g is not None),
-            )
+            outputs = *map(seen, (grad_x_t, *of_states)), *map(as_parameter, of_parameters)
+            inputs = *map(seen, (x_t, *before)), *map(as_parameter, parameters)
+            backward(*outputs, *inputs, *(seen(g) for g in given if g is not None))
             after = of_states or [None] * step.states
             totals = [g if sum_ is None else sum_ + g for sum_, g in zip(totals, of_parameters, strict=True)]
         found = iter(totals)
@@ -164,9 +137,7 @@ class _CustomStep(torch.autograd.Function):
 class FunctionKernel(Kernel):
     """Writes what a function returns. The compiler reads the function's graph, which may hold a backward.
 
-    Args:
-        compute: gives the results, from the inputs.
-        results: their number. They are written over the first arguments, which are no inputs unless it is `in_place`.
+    So many results are written over the first arguments, which are no inputs unless it is `in_place`.
     """
 
     def __init__(self, compute: Callable[..., tuple[Tensor, ...]], results: int, in_place: bool = False):

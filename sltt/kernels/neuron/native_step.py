@@ -83,20 +83,9 @@ class NativeStep:
         )  # fmt: skip
 
     def gradient(
-        self,
-        out: Tensor,
-        out_v: Tensor | None,
-        grad_s: Tensor | None,
-        grad_v: Tensor | None,
-        kept: Tensor,
-        s: Tensor,
-        x_dtype: torch.dtype,
-        factors: Tensor | None,
-        of_batch: bool,
-        x: Tensor,
-        steps: int,
-        cut: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
+        self, out: Tensor, out_v: Tensor | None, grad_s: Tensor | None, grad_v: Tensor | None, kept: Tensor, s: Tensor,
+        x_dtype: torch.dtype, factors: Tensor | None, of_batch: bool, x: Tensor, steps: int, cut: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """Write ∂L/∂u of all time steps, and ∂L/∂v before the first if wanted; s are the spikes or their bits.
 
         With `cut`, no gradient flows from one time step to the step before. With `factors`, x is the input of a
@@ -115,12 +104,7 @@ class NativeStep:
 
 
 def native_step(
-    step: "NeuronStep",
-    like: Tensor,
-    x_dtype: torch.dtype,
-    dtype: torch.dtype,
-    decay: Tensor | None,
-    gradient: bool = False,
+    step: "NeuronStep", like: Tensor, x_dtype: torch.dtype, dtype: torch.dtype, decay: Any, gradient: bool = False
 ) -> NativeStep | None:
     """Return the step in native code; None where it cannot run, or cannot give a `gradient` that is asked for.
 

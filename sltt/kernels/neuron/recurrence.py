@@ -24,31 +24,16 @@ Trace = Callable[[Tensor], tuple[Tensor, list[Any]]]
 
 
 def recurrent_steps(
-    step: NeuronStep,
-    x: Tensor,
-    s: Tensor | None,
-    v: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    decay: Tensor | None,
-    weights: Weights,
-    steps: int,
-    cut: bool,
-    trace: "Trace | None" = None,
-) -> tuple[Tensor, Tensor, Tensor] | None:
+    step: NeuronStep, x: Tensor, s: Tensor | None, v: Tensor, weight: Tensor, bias: Tensor | None, decay: Tensor | None,
+    weights: Weights, steps: int, cut: bool, trace: Trace | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
     """Spikes of the time steps in x, those of the last one, and the membrane potential; None where no kernel does it.
 
-    Args:
-        step: the constants of the neurons.
-        x: input current of n time steps, one after the other, [n·B, ..., H].
+    Args as of `neuron_step`, for x [n·B, ..., H], and:
         s: spikes of the step before, [B, ..., H]; None at the first step.
-        v: membrane potential after the step before, [B, ..., H].
         weight: W of the layer that reads the spikes, [H, H].
         bias: b of this layer, [H].
-        decay: λ where it is learned.
         weights: where the forms of weights are kept.
-        steps: n.
-        cut: no gradient flows from one time step to the step before.
         trace: maps the spikes that the layer reads to what stands for them, and for 1 in each time step, in the
             gradients of W and b; with `cut` only.
     """
@@ -83,7 +68,7 @@ class _Call(NamedTuple):
     weights: Weights
     steps: int
     cut: bool
-    trace: "Trace | None"
+    trace: Trace | None
 
 
 def _forward(
@@ -105,16 +90,7 @@ def _forward(
 
 class _Recurrence(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        s: Tensor | None,
-        v: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        decay: Tensor | None,
-        call: _Call,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, s: Any, v: Tensor, weight: Tensor, bias: Any, decay: Any, call: _Call) -> Any:  # type: ignore[override]
         spikes, last, kept = _forward(call, x, s, v, weight, bias, keep=True)
         read = torch.zeros_like(v) if s is None else s
         read = torch.cat([read, spikes[: len(x) - len(v)]])

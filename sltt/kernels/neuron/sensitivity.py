@@ -17,9 +17,7 @@ class Sensitivity:
         d_z[t] = ∂z[t]/∂c + Σ_y ∂z[t]/∂y[t−1] d_y[t−1],        d_z[0] = 0;  y: each state
         total = Σ_t d_s[t]
 
-    Args:
-        step: the neuron's function.
-        parameter: the position of c among its parameters; None for the input.
+    `parameter` is the position of c among the function's parameters, or None for the input.
     """
 
     def __init__(self, step: CustomStep, parameter: int | None = None):
@@ -67,9 +65,8 @@ def _change(result: Tensor, c: Tensor, states: Sequence[Tensor], carried: Sequen
     """Return a result's derivative along c, direct and through the states, whose derivatives are `carried`."""
     change = torch.zeros_like(c)
     if result.requires_grad:
-        of_c, *slopes = torch.autograd.grad(
-            result, (c, *states), torch.ones_like(result), retain_graph=True, allow_unused=True
-        )
+        ones = torch.ones_like(result)
+        of_c, *slopes = torch.autograd.grad(result, (c, *states), ones, retain_graph=True, allow_unused=True)
         change = change if of_c is None else change + of_c
         for slope, d in zip(slopes, carried, strict=True):
             change = change if slope is None else change + slope * d

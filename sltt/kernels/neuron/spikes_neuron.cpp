@@ -115,12 +115,6 @@ void steady_block(const Neuron& z, const T* __restrict x, float start, int steps
   for (int64_t i = 0; i < n; i++) put(by_input + i, slopes[i]);
 }
 
-// Spikes as 0 and 1, from their bits.
-void unpack_part(const uint8_t* __restrict bits, float* __restrict s, int64_t n) {
-  for (int64_t j = 0; j < n / 8; j++)
-    for (int i = 0; i < 8; i++) s[8 * j + i] = float(bits[j] >> i & 1);
-}
-
 // `s` are the spikes where there are no bits. The gradient is left in g too.
 template <class T, class G>
 void backward_block(const Neuron& z, const T* __restrict grad_s, const float* __restrict grad_v,
@@ -128,13 +122,11 @@ void backward_block(const Neuron& z, const T* __restrict grad_s, const float* __
                     G* __restrict out, float* __restrict out_v, float* __restrict g, int64_t n) {
   float s[BLOCK], fires[BLOCK];
   if (bits)
-    unpack_part(bits, s, n);
+    for (int64_t j = 0; j < n / 8; j++)
+      for (int i = 0; i < 8; i++) s[8 * j + i] = float(bits[j] >> i & 1);
   else
     for (int64_t i = 0; i < n; i++) s[i] = widen(s_in[i]);
-  if (z.soft)
-    for (int64_t i = 0; i < n; i++) fires[i] = kept[i] - (z.threshold - z.amount * s[i]);
-  else
-    for (int64_t i = 0; i < n; i++) fires[i] = kept[i] - z.threshold;
+  for (int64_t i = 0; i < n; i++) fires[i] = kept[i] - (z.soft ? z.threshold - z.amount * s[i] : z.threshold);
   with_surrogate(z.surrogate, [&](auto surrogate) {
     for (int64_t i = 0; i < n; i++) fires[i] = slope<surrogate()>(z, fires[i]);
   });
@@ -142,12 +134,11 @@ void backward_block(const Neuron& z, const T* __restrict grad_s, const float* __
     for (int64_t i = 0; i < n; i++) g[i] = widen(grad_s[i]) * fires[i];
   else
     std::fill_n(g, n, 0.0f);
-  if (grad_v && z.detached)
-    for (int64_t i = 0; i < n; i++) g[i] += grad_v[i] * (z.soft ? 1.0f : 1 - s[i]);
-  else if (grad_v && z.soft)
-    for (int64_t i = 0; i < n; i++) g[i] += grad_v[i] * (1 - fires[i] * z.amount);
-  else if (grad_v)
-    for (int64_t i = 0; i < n; i++) g[i] += grad_v[i] * (1 - s[i] - fires[i] * (kept[i] - z.rest));
+  if (grad_v)
+    for (int64_t i = 0; i < n; i++) {
+      const float stays = z.soft ? 1.0f : 1 - s[i], falls = z.soft ? z.amount : kept[i] - z.rest;
+      g[i] += grad_v[i] * (z.detached ? stays : stays - fires[i] * falls);
+    }
   for (int64_t i = 0; i < n; i++) put(out + i, g[i]);
   if (out_v)
     for (int64_t i = 0; i < n; i++) out_v[i] = g[i] * z.decay;

@@ -67,23 +67,12 @@ void forward_block(const Neuron& z, const Norm& norm, const T* __restrict x, con
                    int64_t first, int64_t n) {
   float u[BLOCK], s[BLOCK];
   current(z, norm, x, first, u, n);
-  if (z.rest == 0)
-    for (int64_t i = 0; i < n; i++) u[i] = z.decay * v[i] + u[i];
+  for (int64_t i = 0; i < n; i++) u[i] += z.rest == 0 ? z.decay * v[i] : z.rest + z.decay * (v[i] - z.rest);
+  if (z.most == 1)
+    for (int64_t i = 0; i < n; i++) s[i] = (z.above ? u[i] - z.threshold > 0 : u[i] - z.threshold >= 0) ? 1.0f : 0.0f;
   else
-    for (int64_t i = 0; i < n; i++) u[i] = z.rest + z.decay * (v[i] - z.rest) + u[i];
-  if (z.most != 1)
-    for (int64_t i = 0; i < n; i++) {
-      const float fires = std::trunc(u[i] / z.threshold);
-      s[i] = fires > 0 ? std::min(fires, z.most) : 0.0f;
-    }
-  else if (z.above)
-    for (int64_t i = 0; i < n; i++) s[i] = u[i] - z.threshold > 0 ? 1.0f : 0.0f;
-  else
-    for (int64_t i = 0; i < n; i++) s[i] = u[i] - z.threshold >= 0 ? 1.0f : 0.0f;
-  if (z.soft)
-    for (int64_t i = 0; i < n; i++) v_out[i] = u[i] - z.amount * s[i];
-  else
-    for (int64_t i = 0; i < n; i++) v_out[i] = u[i] - (u[i] - z.rest) * s[i];
+    for (int64_t i = 0; i < n; i++) s[i] = std::max(0.0f, std::min(std::trunc(u[i] / z.threshold), z.most));
+  for (int64_t i = 0; i < n; i++) v_out[i] = u[i] - (z.soft ? z.amount : u[i] - z.rest) * s[i];
   for (int64_t i = 0; i < n; i++) put(s_out + i, s[i]);
   if (u_out) std::copy_n(u, n, u_out);
   if (bits)

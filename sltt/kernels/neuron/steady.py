@@ -1,7 +1,6 @@
 """Neurons under a current that is the same in all time steps: their rate and its derivatives in one pass."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +24,9 @@ class Steady:
 
 
 def steady_steps(
-    step: NeuronStep,
-    x: Tensor,
-    steps: int,
-    dtype: torch.dtype,
-    start: float,
-    decay: Tensor | None = None,
-    see: Callable[[Tensor], None] | None = None,
+    step: NeuronStep, x: Tensor, steps: int, dtype: torch.dtype, start: float, decay: Any = None, see: Any = None
 ) -> Steady:
-    """Run T time steps under the current x, without a graph.
+    """Run T time steps under the current x [B, ...], without a graph.
 
     Args:
         step: the neuron's constants.
@@ -41,11 +34,8 @@ def steady_steps(
         steps: T.
         dtype: of the membrane potential.
         start: membrane potential before the first step.
-        decay: λ where it is a tensor; then with the derivative with respect to it.
+        decay: λ where it is a tensor; then with the derivative with respect to it, in float32 at least.
         see: is called with the spikes of n ≤ 8 steps, one after the other, [n·B, ...] in x's type, until all were seen.
-
-    Returns:
-        Means in x's type, and that of the derivative with respect to λ in float32 at least.
     """
     x = x if dense(x) else x.contiguous()
     plain = decay is None and see is None
@@ -56,10 +46,8 @@ def steady_steps(
     sums = torch.promote_types(dtype, torch.float32)  # bfloat16 does not count further than 256
     by_decay = [] if decay is None else [torch.empty_like(x, dtype=sums)]
     means = torch.empty_like(x), torch.empty_like(x), *by_decay
-    kept = []
-    if steps > UNROLLED:
-        types = [sums] * len(means) + [dtype] * len(means)
-        kept = [torch.empty_like(x, dtype=t) for t in types]
+    types = [sums] * len(means) + [dtype] * len(means) if steps > UNROLLED else []
+    kept = [torch.empty_like(x, dtype=t) for t in types]
     for done in range(0, steps, UNROLLED):
         n = min(UNROLLED, steps - done)
         last = done + n == steps

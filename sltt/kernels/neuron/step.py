@@ -14,7 +14,7 @@ All is elementwise on memory: tensors of any dense memory format are taken as fl
 import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,24 +98,27 @@ def neuron_step(
     return run_step(step, fast_step(step, v, x.dtype, decay), v, x, decay, steps, cut)
 
 
+class _Call(NamedTuple):
+    """What a call has besides tensors, see `neuron_step`; `of_batch` is `Normed.training`."""
+
+    step: NeuronStep
+    fast: NativeStep | TritonStep | None
+    steps: int
+    cut: bool
+    of_batch: bool = False
+
+
 def run_step(
-    step: NeuronStep,
-    fast: "NativeStep | TritonStep | None",
-    v: Tensor,
-    x: Tensor | Normed,
-    decay: Any,
-    steps: int,
-    cut: bool,
+    step: NeuronStep, fast: NativeStep | TritonStep | None, v: Tensor, x: Any, decay: Any, steps: int, cut: bool
 ) -> tuple[Tensor, Tensor]:
-    """Run `neuron_step` in the form that `fast_step` gives; a `Normed` is for `normed_step`."""
+    """Run `neuron_step` in the form that `fast_step` gives; x may be a `Normed`, for `normed_step`."""
     x, weight, bias, factors, of_batch = x if isinstance(x, Normed) else (x, None, None, None, False)
-    read = (x, v, decay, weight, bias)
-    trained = any(t.requires_grad for t in read if t is not None)
+    tensors, call = (v, x, decay, weight, bias, factors), _Call(step, fast, steps, cut, of_batch)
+    trained = any(t.requires_grad for t in tensors if t is not None)
     with without_modes():
         if trained and torch.is_grad_enabled():
-            args = v, x, decay, step, fast, steps, cut, weight, bias, factors, of_batch
-            return _NeuronStep.apply(*args)  # type: ignore[return-value]
-        s, v, _, _ = _run(step, fast, v, x, decay, steps, False, factors)
+            return _NeuronStep.apply(*tensors, call)  # type: ignore[return-value]
+        s, v, _, _ = _run(call, v, x, decay, factors)
         return s, v
 
 
@@ -146,21 +149,13 @@ def steps_by_channel(step: NeuronStep, v: Tensor, x: Tensor, values: Tensor) -> 
 
 
 def _run(
-    step: NeuronStep,
-    fast: NativeStep | TritonStep | None,
-    v: Tensor,
-    x: Tensor,
-    decay: Tensor | None,
-    steps: int,
-    keep: bool,
-    factors: Tensor | None = None,
-    packs: bool = False,
-    cut: bool = False,
+    call: _Call, v: Tensor, x: Tensor, decay: Any, factors: Any = None, keep: bool = False, packs: bool = False
 ) -> tuple[Tensor, Tensor, Any, Tensor | None]:
     """Spikes, the last v, if asked to `keep` it what the backward needs of each step, and the bits of the spikes.
 
     The backward needs v, or u for a hard reset. With `factors`, x is the input of a BatchNorm.
     """
+    step, fast, steps, cut, _ = call
     x = x.resolve_neg()
     first = x if steps == 1 else x[: len(x) // steps]
     follow = x is first or x.stride(0) * len(first) == first.numel()  # each other in memory
@@ -210,15 +205,7 @@ def _kernels(step: NeuronStep) -> tuple[Kernel, Kernel]:
         if u_out is not None:
             u_out.copy_(u)
 
-    def backward(
-        out: Tensor,
-        out_v: Tensor | None,
-        grad_s: Tensor | None,
-        grad_v: Tensor | None,
-        kept: Tensor,
-        s: Tensor,
-        decay: Tensor | None,
-    ) -> None:
+    def backward(out: Tensor, out_v: Any, grad_s: Any, grad_v: Any, kept: Tensor, s: Tensor, decay: Any) -> None:
         fires, stays = step.derivatives(kept, s.to(kept.dtype))
         grad_u = torch.zeros_like(kept) if grad_s is None else grad_s * fires
         grad_u = grad_u if grad_v is None else grad_u + grad_v * stays
@@ -232,33 +219,21 @@ def _kernels(step: NeuronStep) -> tuple[Kernel, Kernel]:
 class _NeuronStep(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        v: Tensor,
-        x: Tensor,
-        decay: Tensor | None,
-        step: NeuronStep,
-        fast: NativeStep | TritonStep | None,
-        steps: int,
-        cut: bool,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        factors: Tensor | None,
-        of_batch: bool,
+        ctx: Any, v: Tensor, x: Tensor, decay: Any, weight: Any, bias: Any, factors: Any, call: _Call
     ) -> tuple[Tensor, Tensor]:
+        step, fast, steps, cut, _ = call
         # Over several steps, an input that is saved as a tag costs nothing: then the steps are replayed from it. A few
         # steps are replayed in Triton within the backward's own pass, which reads less than what is kept of each.
         in_its_pass = isinstance(fast, TritonStep) and fast.replays(steps)
         ctx.replays = in_its_pass or (steps > 1 and factors is None and tag_of(x) is not None)
-        s, v_next, kept, bits = _run(step, fast, v, x, decay, steps, not ctx.replays, factors, True, cut)
+        s, v_next, kept, bits = _run(call, v, x, decay, factors, keep=not ctx.replays, packs=True)
         if bits is not None:
             if s.is_cpu:
                 setattr(s.untyped_storage(), BITS, bits)  # for layers that look at the spikes
             elif not cut:  # else layers save spikes as they are, which takes no pass to unpack
                 tag_spikes(s, bits)
-        ctx.options = options()
-        ctx.step, ctx.fast, ctx.steps, ctx.cut, ctx.x_dtype = step, fast, steps, cut, x.dtype
+        ctx.call, ctx.options, ctx.x_dtype = call, options(), x.dtype
         ctx.bits, ctx.layout, ctx.device = bits, (s.shape, s.stride()), s.device
-        ctx.of_batch = of_batch
         ctx.set_materialize_grads(False)
         learnable = decay is not None and ctx.needs_input_grad[2]
         ctx.save_for_backward(
@@ -274,78 +249,59 @@ class _NeuronStep(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if grad_s is None and grad_v is None:
-            return (None,) * 11
         same = ctx.options is options()  # but in a thread of autograd
         with nullcontext() if same else in_force(ctx.options), without_modes():
-            step: NeuronStep = ctx.step
-            steps: int = ctx.steps
+            call: _Call = ctx.call
+            step, _, steps, cut, of_batch = call
             s, decay, v, x, factors, kept = ctx.saved_tensors
-            needs_v, needs_x, needs_decay, *_, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
-            fast: Any = ctx.fast if ctx.fast and ctx.fast.differentiates else None
+            needs_v, needs_x, needs_decay, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+            fast: Any = call.fast if call.fast and call.fast.differentiates else None
             in_triton = isinstance(fast, TritonStep)
             if ctx.replays and not (in_triton and fast.replays(steps)):
-                _, _, kept, _ = _run(step, ctx.fast, v, x, decay, steps, keep=True)
+                _, _, kept, _ = _run(call, v, x, decay, keep=True)
             # ∂L/∂x is ∂L/∂u unless the input is scaled; then ∂L/∂u is computed in the state's type, and scaled below
             of_u = not in_triton and factors is None and (needs_decay or step.decay_input)
             out = torch.empty_strided(*ctx.layout, dtype=kept.dtype if of_u else ctx.x_dtype, device=ctx.device)
             first = out if steps == 1 else out[: len(out) // steps]
-            if grad_s is not None and (grad_s.stride() != out.stride() or grad_s.is_neg()):
-                grad_s = match_format(grad_s, out)
-            if isinstance(x, Tensor):
-                x = match_format(x, out)
-            if grad_v is not None:
-                grad_v = match_format(grad_v, first)
-            if isinstance(v, Tensor):
-                v = match_format(v, first)
+            grad_s, x = match_format(grad_s, out), match_format(x, out)
+            grad_v, v = match_format(grad_v, first), match_format(v, first)
             before = torch.empty_like(first, dtype=(v if kept is None else kept).dtype) if needs_v else None
             if s is None and kept is not None:
-                whole = first.numel() % 8 == 0 and not (
-                    needs_decay and step.v_reset is not None
-                )  # bytes of each time step
-                if in_triton:
+                whole = first.numel() % 8 == 0 and not (needs_decay and step.v_reset is not None)
+                if in_triton:  # bytes of each time step
                     whole = Tiles(first, by_channel(decay, factors), 8).whole_bytes
                 s = ctx.bits if fast and whole else unpack(ctx.bits, 1.0, ctx.x_dtype).as_strided(*ctx.layout)
             of_decay, of_weight, of_bias = None, None, None
             if in_triton:
                 given = grad_s, grad_v, kept, s, v, x, decay
-                of_decay, parts = fast.gradient(out, before, *given, needs_decay, steps, ctx.cut, factors)
+                of_decay, parts = fast.gradient(out, before, *given, needs_decay, steps, cut, factors)
                 of_decay = None if of_decay is None else of_decay.reshape(decay.shape).to(decay.dtype)
                 if parts is not None:
                     assert factors is not None
-                    out, of_weight, of_bias = triton_norm.gradients(out, x, factors, ctx.of_batch, parts)
+                    out, of_weight, of_bias = triton_norm.gradients(out, x, factors, of_batch, parts)
             elif fast:
-                given = grad_s, grad_v, kept, s, ctx.x_dtype, factors, ctx.of_batch, x
-                of_weight, of_bias = fast.gradient(out, before, *given, steps, ctx.cut)
+                given = grad_s, grad_v, kept, s, ctx.x_dtype, factors, of_batch, x
+                of_weight, of_bias = fast.gradient(out, before, *given, steps, cut)
             else:
                 assert factors is None, "there was one in the forward"
-                _plain_gradient(step, out, before, grad_s, grad_v, kept, s, decay, steps, ctx.cut)
+                _plain_gradient(call, out, before, grad_s, grad_v, kept, s, decay)
             if of_u and needs_decay:
                 parts = (unfold(one, steps) for one in (out, kept, s))
                 of_decay = _decay_gradient(step, decay, v, unfold(x, steps), *parts)
             if of_u and needs_x:
                 out = (out * (1 - step.rate(decay) if step.decay_input else 1.0)).to(ctx.x_dtype)
             of_affine = of_weight if needs_weight else None, of_bias if needs_bias else None
-            return before, out if needs_x else None, of_decay, None, None, None, None, *of_affine, None, None
+            return before, out if needs_x else None, of_decay, *of_affine, None, None
 
 
 def _plain_gradient(
-    step: NeuronStep,
-    out: Tensor,
-    out_v: Tensor | None,
-    grad_s: Tensor | None,
-    grad_v: Tensor | None,
-    kept: Any,
-    s: Any,
-    decay: Tensor | None,
-    steps: int,
-    cut: bool,
+    call: _Call, out: Tensor, out_v: Any, grad_s: Any, grad_v: Any, kept: Any, s: Any, decay: Any
 ) -> None:
     """Write ∂L/∂u of all time steps, and ∂L/∂v before the first if wanted."""
-    _, backward = _kernels(step)
-    of_u, of_s, ks, ss = (unfold(one, steps) for one in (out, grad_s, kept, s))
-    for t in reversed(range(steps)):
-        before = out_v if t == 0 else None if cut else torch.empty_like(ks[0])
+    _, backward = _kernels(call.step)
+    of_u, of_s, ks, ss = (unfold(one, call.steps) for one in (out, grad_s, kept, s))
+    for t in reversed(range(call.steps)):
+        before = out_v if t == 0 else None if call.cut else torch.empty_like(ks[0])
         backward(of_u[t], before, of_s[t], grad_v, ks[t], ss[t], decay)
         grad_v = before
 

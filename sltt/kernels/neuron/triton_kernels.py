@@ -224,8 +224,7 @@ def steps_backward(
     grad_v = tl.zeros([BLOCK // 8, 8], tl.float32)
     if grad_v_ptr is not None:
         grad_v = tl.load(grad_v_ptr + at, there, other=0.0).to(tl.float32)
-    of_decay = tl.zeros([BLOCK // 8, 8], tl.float32)
-    of_threshold = tl.zeros([BLOCK // 8, 8], tl.float32)
+    of_decay, of_threshold = tl.zeros([BLOCK // 8, 8], tl.float32), tl.zeros([BLOCK // 8, 8], tl.float32)
     for back in range(steps):
         t = tl.cast(steps - 1 - back, tl.int64)
         kept = tl.load(kept_ptr + t * n + at, there, other=0.0).to(tl.float32)
@@ -234,17 +233,14 @@ def steps_backward(
             grad_s = tl.load(grad_s_ptr + t * n + at, there, other=0.0).to(tl.float32)
         if not SOFT:
             s = _spikes(kept, threshold, ABOVE, STATE)
-            distance = kept - threshold
         elif s_ptr.dtype.element_ty == tl.uint8:
             byte = tl.load(s_ptr + t * (n // 8) + rows, rows_there, other=0).to(tl.int32)
             s = ((byte[:, None] >> tl.arange(0, 8)[None, :]) & 1).to(tl.float32)
-            distance = kept - threshold * (1.0 - s)
         else:
             s = tl.load(s_ptr + t * n + at, there, other=0.0).to(tl.float32)
-            distance = kept - threshold * (1.0 - s)
+        distance = kept - (threshold * (1.0 - s) if SOFT else threshold)
         grad_u = _grad_u(grad_s, grad_v, distance, s, kept, threshold, rest, a, b, SURROGATE, SOFT, DETACHED, FLOWS)
-        grad_x = grad_u * gain if SCALES else grad_u
-        grad_x = grad_x.to(grad_x_ptr.dtype.element_ty)
+        grad_x = (grad_u * gain if SCALES else grad_u).to(grad_x_ptr.dtype.element_ty)
         tl.store(grad_x_ptr + t * n + at, grad_x, there)
         if norm_parts_ptr is not None:
             x = _standardised(x_ptr, t * n + at, there, factors_ptr, c, t, steps, channels)
@@ -302,8 +298,7 @@ def steps_replayed(
     grad_v = tl.zeros([BLOCK // 8, 8], tl.float32)
     if grad_v_ptr is not None:
         grad_v = tl.load(grad_v_ptr + at, there, other=0.0).to(tl.float32)
-    of_decay = tl.zeros([BLOCK // 8, 8], tl.float32)
-    of_threshold = tl.zeros([BLOCK // 8, 8], tl.float32)
+    of_decay, of_threshold = tl.zeros([BLOCK // 8, 8], tl.float32), tl.zeros([BLOCK // 8, 8], tl.float32)
     for back in tl.static_range(T):
         u = us[T - 1 - back]
         step = tl.cast(n, tl.int64) * (T - 1 - back) + at
@@ -317,8 +312,7 @@ def steps_replayed(
             grad_s, grad_v, u - threshold_again, s, u, threshold_again, rest_again, a, b,
             SURROGATE, SOFT, DETACHED, grad_v_ptr is not None if back == 0 else not CUT,
         )  # fmt: skip
-        grad_x = grad_u * gain if SCALES else grad_u
-        grad_x = grad_x.to(grad_x_ptr.dtype.element_ty)
+        grad_x = (grad_u * gain if SCALES else grad_u).to(grad_x_ptr.dtype.element_ty)
         tl.store(grad_x_ptr + step, grad_x, there)
         if norm_parts_ptr is not None:
             x = _standardised(x_ptr, step, there, factors_ptr, c, T - 1 - back, T, channels)

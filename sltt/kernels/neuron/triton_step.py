@@ -48,15 +48,7 @@ class TritonStep:
         return self.differentiates and 1 < steps <= REPLAYED
 
     def forward(
-        self,
-        s: Tensor,
-        v_out: Tensor,
-        u_out: Tensor | None,
-        v: Tensor,
-        x: Tensor,
-        bits: Tensor | None,
-        decay: Tensor | None,
-        factors: Tensor | None = None,
+        self, s: Tensor, v_out: Tensor, u_out: Any, v: Tensor, x: Tensor, bits: Any, decay: Any, factors: Any = None
     ) -> Tensor:
         """Write spikes and membrane potentials of the time steps in x, and what else is given: u, and the spikes' bits.
 
@@ -74,21 +66,10 @@ class TritonStep:
         return counts
 
     def gradient(
-        self,
-        out: Tensor,
-        out_v: Tensor | None,
-        grad_s: Tensor | None,
-        grad_v: Tensor | None,
-        kept: Tensor | None,
-        s: Tensor | None,
-        v: Tensor | None,
-        x: Tensor | None,
-        decay: Tensor | None,
-        learns: bool,
-        steps: int,
-        cut: bool,
-        factors: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
+        self, out: Tensor, out_v: Tensor | None, grad_s: Tensor | None, grad_v: Tensor | None, kept: Tensor | None,
+        s: Tensor | None, v: Tensor | None, x: Tensor | None, decay: Tensor | None,
+        learns: bool, steps: int, cut: bool, factors: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """Write ∂L/∂x of all time steps, and ∂L/∂v before the first if wanted; give that of a learned `decay`.
 
         `kept` and s, the spikes or their bits, are of all time steps; without them the steps are replayed. v is the
@@ -126,24 +107,16 @@ class TritonStep:
 
 
 class Tiles:
-    """The division of a time step's neurons [B, C, ...] among programs.
+    """The division of a time step's neurons [B, C, ...] among programs, a block for each.
 
-    Args:
-        x: of their shape and memory format: contiguous or with the channels last, if divided by channel.
-        channels: programs tell channels apart.
-        block: neurons of a program.
-
-    Attributes:
-        arguments: of the kernels.
-        programs: their number.
-        parts: the shape of their sums, to be added up along the first dimension.
+    x has their shape and memory format: contiguous or with the channels last, if programs tell channels apart.
     """
 
     def __init__(self, x: Tensor, channels: bool, block: int):
         n = x.numel()
         width, count, tile, columns = n, 1, 0, False
-        self.programs = -(-n // block)
-        self.parts: tuple[int, ...] = (self.programs,)
+        self.programs = -(-n // block)  # their number
+        self.parts: tuple[int, ...] = (self.programs,)  # the shape of their sums, to be added up along the first axis
         if channels:
             count, inner = x.shape[1], x[:1, :1].numel()
             columns = inner <= 1 or not x.is_contiguous()

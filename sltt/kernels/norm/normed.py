@@ -26,21 +26,13 @@ NORMED_FROM = 2**17
 
 
 class Normed(NamedTuple):
-    """The input of a BatchNorm, and how a neuron normalises it.
-
-    Attributes:
-        x: the input.
-        weight: of the BatchNorm, or None.
-        bias: of the BatchNorm, or None.
-        factors: scale, shift, mean and inverse deviation of each time step, [4, T, C].
-        training: mean and deviation are those of the input.
-    """
+    """The input of a BatchNorm, and how a neuron normalises it."""
 
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    factors: Tensor
-    training: bool
+    factors: Tensor  # scale, shift, mean and inverse deviation of each time step, [4, T, C]
+    training: bool  # mean and deviation are those of the input
 
 
 def prepare_norm(norm: Any, x: Tensor, bias: Tensor | None = None, steps: int = 1) -> Normed | None:
@@ -92,9 +84,7 @@ def _fits(x: Any, others: Sequence[Any], training: bool, steps: int) -> bool:
         return False
     if x.dtype not in (torch.float32, torch.bfloat16, *([torch.float16] if triton else [])):
         return False
-    if x.is_inference() or x.is_neg() or x.numel() == steps * x.shape[1]:  # one value for each channel
-        return False
-    if transforms_active():
+    if x.is_inference() or x.is_neg() or transforms_active() or x.numel() == steps * x.shape[1]:  # one a channel
         return False
     if (others[0] is None) != (others[1] is None) or not (training or others[0] is not None):
         return False

@@ -10,29 +10,18 @@ import torch
 from torch import Tensor
 
 from sltt.kernels.neuron.triton_step import WARPS, Tiles, block_of
+from sltt.kernels.norm.norm import Pair
 
 ROWS, CHANNELS = 128, 8  # of parts that a program adds up at once
 
 
 def factors_of(
-    x: Tensor,
-    affine: tuple[Tensor | None, Tensor | None],
-    running: tuple[Tensor | None, Tensor | None],
-    training: bool,
-    momentum: float,
-    eps: float,
-    steps: int,
+    x: Tensor, affine: Pair, running: Pair, training: bool, momentum: float, eps: float, steps: int
 ) -> Tensor:
     """Return scale, shift, mean and inverse deviation of each time step in x, [4, T, C].
 
-    Args:
-        x: input of the BatchNorm, [T·B, C, ...]: contiguous, or with the channels last.
-        affine: weight and bias.
-        running: mean and variance, to update in training, else to use.
-        training: normalise by the statistics of x.
-        momentum: the weight of a step in the running statistics.
-        eps: ε.
-        steps: T.
+    x, [T·B, C, ...], is contiguous, or has the channels last. In training it is normalised by its own statistics, and
+    the `running` mean and variance are updated; else these are used.
     """
     first, channels = x[: len(x) // steps], x.shape[1]
     tiles = Tiles(first, True, 4 * block_of(x))
@@ -59,14 +48,9 @@ def normalised(x: Tensor, factors: Tensor) -> Tensor:
 
 
 def gradients(grad: Tensor, x: Tensor, factors: Tensor, training: bool, parts: Tensor | None = None) -> Any:
-    """Return ∂L/∂x, ∂L/∂weight and ∂L/∂bias.
+    """Return ∂L/∂x, ∂L/∂weight and ∂L/∂bias from ∂L/∂y, which is in x's memory format.
 
-    Args:
-        grad: ∂L/∂y of the output, in x's memory format; written over where its `parts` are known.
-        x: input.
-        factors: of `factors_of`.
-        training: mean and deviation are those of x.
-        parts: of Σ ∂L/∂y and Σ ∂L/∂y x̂, [T, parts, 2, C].
+    Where the `parts` of Σ ∂L/∂y and Σ ∂L/∂y x̂, [T, parts, 2, C], are known, ∂L/∂x is written over ∂L/∂y.
     """
     steps, channels = factors.shape[1:]
     first, out = x[: len(x) // steps], torch.empty_like(x) if parts is None else grad

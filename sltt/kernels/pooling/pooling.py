@@ -30,7 +30,7 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, library: ctypes.CDLL, windows: _Windows) -> Tensor:  # type: ignore[override]
         ctx.library, ctx.windows = library, windows
-        positions = _empty_maxima(windows, torch.uint8)
+        positions = _empty(windows.n, windows.channels, windows.oh, windows.ow, dtype=torch.uint8)
         ctx.save_for_backward(positions)
         return _maxima(x, library, windows, positions)
 
@@ -47,14 +47,10 @@ class _MaxPool(torch.autograd.Function):
 
 def _maxima(x: Tensor, library: ctypes.CDLL, windows: _Windows, positions: Tensor | None) -> Tensor:
     """Return the maximum of each window; write its position in the window, if asked for."""
-    y = _empty_maxima(windows, x.dtype)
+    y = _empty(windows.n, windows.channels, windows.oh, windows.ow, dtype=x.dtype)
     half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
     library.sltt_max_pool(ctypes.byref(windows), half, x, y, positions, threads)
     return y
-
-
-def _empty_maxima(windows: _Windows, dtype: torch.dtype) -> Tensor:
-    return _empty(windows.n, windows.channels, windows.oh, windows.ow, dtype=dtype)
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -75,11 +71,7 @@ def running_max(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return total + x, its pooling, and what that gains over `largest`, in x's type; None where the kernel cannot.
 
-    Args:
-        pool: the pooling.
-        total: sum of the inputs before, [B, C, H, W].
-        largest: pooling of `total`.
-        x: input, [B, C, H, W].
+    `total` is the sum of the inputs before, [B, C, H, W], and `largest` its pooling.
     """
     if torch.compiler.is_compiling() or not _fits(total, largest, x) or (native := _native_form(pool, x)) is None:
         return None
@@ -98,10 +90,8 @@ def _native_form(pool: Any, x: Tensor) -> tuple[ctypes.CDLL, _Windows] | None:
     """Return the kernels and the windows of a pooling; None where windows do not lie side by side in native images."""
     if not isinstance(pool, nn.MaxPool2d) or pool.return_indices or pool.ceil_mode or not _is_channels_last(x):
         return None
-    size, stride, padding, dilation = (
-        (one, one) if isinstance(one, int) else one
-        for one in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-    )
+    settings = pool.kernel_size, pool.stride, pool.padding, pool.dilation
+    size, stride, padding, dilation = ((one, one) if isinstance(one, int) else one for one in settings)
     if not isinstance(size, tuple) or (size, padding, dilation) != (stride, (0, 0), (1, 1)) or len(size) != 2:
         return None
     (n, channels, h, w), (kh, kw) = x.shape, size

@@ -22,13 +22,7 @@ BITS = "_sltt_bits"  # the attribute of a storage with the bits that the neuron 
 
 
 class Spikes:
-    """A tensor of 0 and `one` as bits, one for each element of its memory.
-
-    Attributes:
-        bits: [n/8].
-        one: what a spike is worth.
-        count: the number of spikes.
-    """
+    """A tensor of 0 and `one` as bits [n/8], one for each element of its memory; `count` is the number of spikes."""
 
     __slots__ = ("bits", "count", "dtype", "one", "shape", "stride")
 

@@ -31,13 +31,7 @@ LAYERS_AT_MOST = 2
 
 
 class Tag:
-    """A way to restore tagged memory.
-
-    Args:
-        tensor: whose memory is tagged.
-        make: gives a flat tensor of all of that memory.
-        layers: number of convolutions and linear layers that `make` runs.
-    """
+    """A way to restore the memory of a tensor: `make` gives all of it, flat, and runs so many `layers` with weights."""
 
     def __init__(self, tensor: Tensor, make: Callable[[], Tensor], layers: int = 0):
         self.version, self.dtype = tensor._version, tensor.dtype
@@ -102,12 +96,7 @@ def tag_made(
 ) -> None:
     """Tag y = again(x), which is made without a graph where a backward needs it; x is what autograd saves in any case.
 
-    Args:
-        y: the result.
-        x: what it was made from.
-        again: makes it again, with the same strides.
-        layers: convolutions and linear layers in it.
-        spikes: that x is, if that is known.
+    So many `layers` with weights are in it. x is `spikes`, if that is known.
     """
     layers += tag.layers if (tag := tag_of(x)) else 0
     if y.requires_grad and layers <= LAYERS_AT_MOST and can_tag(y) and not is_functorch_wrapped_tensor(x):
@@ -117,9 +106,8 @@ def tag_made(
         def make() -> Tensor:
             with torch.no_grad():
                 made = again(restore(saved))
-                return memory(
-                    made if made.stride() == stride else made.new_empty_strided(made.shape, stride).copy_(made)
-                )
+                same = made.stride() == stride
+                return memory(made if same else made.new_empty_strided(made.shape, stride).copy_(made))
 
         Tag(y, make, layers)
 
