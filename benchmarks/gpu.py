@@ -5,6 +5,17 @@
 
 A step that ran through is not run again. So the same command goes on where it stopped, and tries again what failed.
 Logs are in runs/gpu, results in docs/results/gpu. `--data DIR` has CIFAR-10 as folders of images, for the last step.
+
+    python benchmarks/gpu.py --wheels DIR                                             # where there is a network
+    python benchmarks/gpu.py --first --minutes 9 --out OUT --wheels DIR [--device cpu]    # on the GPU's machine
+    python benchmarks/gpu.py --second --minutes 27 --out OUT --wheels DIR    # the tests, in shards
+    python benchmarks/gpu.py --third --minutes 27 --out OUT --wheels DIR     # the kernels against the equations
+
+The first minutes on a GPU that is lent (`first_hour.py`): each result is a line of JSON at once, and the same command
+goes on after the last one. It needs no network and installs nothing: Python 3.12, PyTorch 2.11 and Triton 3.6 are
+enough, with the packages in DIR, which `--wheels` alone collects: numpy, pyyaml, packaging, lightning-fabric,
+lightning-utilities, rich, markdown-it-py, mdurl and pygments for trainings; pytest, pytest-timeout, pluggy, iniconfig,
+hypothesis, sortedcontainers and attrs for tests; spikingjelly, whose lines say so where it is missing.
 """
 
 import argparse
@@ -16,6 +27,11 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and {"--first", "--second", "--third", "--wheels", "--step"} & {*sys.argv}:
+    import first_hour  # needs none of the packages below
+
+    sys.exit(first_hour.main())
 
 import tables
 import torch
@@ -31,9 +47,9 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "gpu.md"
 NETWORKS = [("resnet18", 128, 6), ("vgg11", 64, 10), ("spikformer", 64, 4)]  # samples and T
 CASES = (
-    "relu;SLTT;SLTT, graph;SLTT, fold = 2;SLTT, fold = T;BPTT;BPTT, fold = T;SpikingJelly SLTT;SpikingJelly BPTT;"
-    "relu, bf16;SLTT, bf16;SLTT, bf16, graph;SLTT, bf16, fold = T;BPTT, bf16, fold = T;SpikingJelly SLTT, bf16;"
-    "SpikingJelly BPTT, bf16"
+    "relu;SLTT;SLTT, graph;SLTT, fold = 1;SLTT, fold = 2;SLTT, fold = T;BPTT;BPTT, fold = T;SpikingJelly SLTT;"
+    "SpikingJelly BPTT;relu, bf16;SLTT, bf16;SLTT, bf16, graph;SLTT, bf16, fold = T;BPTT, bf16, fold = T;"
+    "SpikingJelly SLTT, bf16;SpikingJelly BPTT, bf16"
 )
 
 

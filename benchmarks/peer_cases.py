@@ -244,6 +244,7 @@ CASES: dict[str, Case] = {
     "SLTT, own neuron": compiled_case(OwnLIF),
     "SLTT, ALIF": compiled_case(lambda: sltt.ALIF(TAU)),
     "SLTT, recompute": our_case(by_rule(sltt.SLTT(recompute=True)), "SLTT"),
+    "SLTT, fold = 1": our_case(by_rule(sltt.SLTT(fold=1)), "SLTT"),
     "SLTT, fold = 2": our_case(by_rule(sltt.SLTT(fold=2)), "SLTT"),
     "SLTT, fold = T": our_case(by_rule(lambda steps: sltt.SLTT(fold=steps)), "SLTT"),
     "OTTT": our_case(by_rule(sltt.OTTT())),

@@ -114,6 +114,16 @@ def available_memory(device: str | torch.device = "cpu") -> int:
     return free_memory(Path("/"))
 
 
+def call_memory(device: torch.device) -> int | None:
+    """Return bytes that the time steps of a call may take on a CUDA device; None elsewhere.
+
+    An eighth of the device's memory, the same in each run; half of what is free if that is less.
+    """
+    if device.type != "cuda":
+        return None
+    return min(torch.cuda.mem_get_info(device)[1] // 8, available_memory(device) // 2)
+
+
 def free_memory(root: Path) -> int:
     """Return bytes of RAM that are free: on Linux by the files `proc` and `sys` under `root`."""
     if sys.platform != "linux":

@@ -2,7 +2,9 @@
 
 A matrix product of few rows (samples × pixels) takes the time of one with many, since it reads its whole weight. So
 several time steps share a call, until the layers' products have some 2,048 rows: in the mean over layers, each by its
-weights, which is that of the time. A network whose products have as many in one time step runs step by step.
+weights, which is that of the time. A network whose products have as many in one time step runs step by step. A GPU
+needs far more rows to be busy, and fuses a BatchNorm with its neurons where they run several steps: as many share a
+call there as fit a part of its memory (`sltt.memory.call_memory`), so that memory does not grow with T any further.
 
 Steps share a call only where that changes no result. Structure proves it (`sltt.sequence.proof`), or the operations of
 the forward (`operations`); else the first real batch shows it (`fold_trial`), and the next batch of a network that has
@@ -19,6 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from sltt import kernels
 from sltt.checks import whole_number
+from sltt.memory import call_memory
 from sltt.rules.batch import Fold
 from sltt.rules.fold_trial import PlainError, apart_from_user, copy_apart, find_difference, run_steps
 from sltt.rules.operations import Sizes, takes_channels_last, watch_samples
@@ -135,8 +138,10 @@ def _of_sizes(run: Run, sizes: tuple[float, float], weights: int) -> Fold:
     if not rows:
         return Fold(why="has no linear layer and no convolution of PyTorch's")
     asked = kernels.current_options().fold_memory
-    room = max(ROOM, 2 * weights) if asked is None else asked
-    most, further = min(ROWS / rows, 1 + room / size), min(2 * ROWS / rows, 1 + 2 * room / size)
+    on_device = call_memory(run.sequence.x.device)
+    room = (on_device or max(ROOM, 2 * weights)) if asked is None else asked
+    enough = ROWS / rows if on_device is None else math.inf
+    most, further = min(enough, 1 + room / size), min(2 * enough, 1 + 2 * room / size)
     return Fold(_even(run.sequence.steps, most), _even(run.sequence.steps, further))
 
 

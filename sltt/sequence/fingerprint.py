@@ -7,6 +7,7 @@ closures and in other libraries' objects, and the values of parameters.
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ Row = tuple[Any, ...]
 
 
 class Fingerprint:
-    """Record of what the forwards of layers depend on."""
+    """Record of what the forwards of layers depend on; of tensors on `device`, where their values are."""
 
-    def __init__(self, layers: Iterable[Any]):
+    def __init__(self, layers: Iterable[Any], device: torch.device | None = None):
+        self._device = device and device.type
         self._layers = [(layer, _INTERNAL.union(layer.states)) for layer in layers]
         self._registrations = registrations()
         self._rows, self._held = self._read()
@@ -36,7 +38,7 @@ class Fingerprint:
     def _read(self) -> tuple[list[Row], list[Any]]:
         """Return a row for each layer, and the objects whose ids are in it: as long as they live, ids are theirs."""
         held: list[Any] = []
-        return [_row(layer, internal, held) for layer, internal in self._layers], held
+        return [_row(layer, internal, held, self._device) for layer, internal in self._layers], held
 
     def changes(self) -> dict[str, Any]:
         """Return what has changed, such as "the attribute mix of blocks.0", and numbers as they are now."""
@@ -54,7 +56,7 @@ class Fingerprint:
         return found
 
 
-def _row(layer: Any, internal: set[str], held: list[Any]) -> Row:
+def _row(layer: Any, internal: set[str], held: list[Any], device: str | None) -> Row:
     module = layer.module
     values = vars(module)
     parameters, children = tuple(values["_parameters"].values()), tuple(values["_modules"].values())
@@ -71,34 +73,36 @@ def _row(layer: Any, internal: set[str], held: list[Any]) -> Row:
                 value = value.args[0].before
             if name == "forward" and value is None:
                 continue
-            value = _freeze(value, held)
+            value = _freeze(value, held, device)
         attributes.append((name, value))
     if layer.role.kind == "other" and package not in ("torch", "sltt"):
-        attributes += [(name, _freeze(buffer, held)) for name, buffer in values["_buffers"].items()]
+        attributes += [(name, _freeze(buffer, held, device)) for name, buffer in values["_buffers"].items()]
     learns = tuple([p is not None and p.requires_grad for p in parameters])
     ids = tuple(map(id, parameters)), tuple(map(id, children))
     return type(module), ids, learns, tuple(values["_buffers"].keys()), count_hooks(module), attributes
 
 
-def _freeze(value: Any, held: list[Any], depth: int = 0) -> Any:
+def _freeze(value: Any, held: list[Any], device: str | None, depth: int = 0) -> Any:
     """Return what an attribute holds in a form that can be compared."""
     kind = type(value)
     if kind in _ATOMS:
         return value
     if isinstance(value, Tensor):
         held.append(value)
-        return id(value), 0 if value.is_inference() else value._version
+        version = 0 if value.is_inference() else value._version
+        return id(value), value.data_ptr() if value.device.type == device else version
     if depth < _DEPTH:
+        inner = partial(_freeze, held=held, device=device, depth=depth + 1)
         if kind in _LISTS:
-            return kind, len(value), *([_freeze(one, held, depth + 1) for one in value] if len(value) < _LENGTH else [])
+            return kind, len(value), *(map(inner, value) if len(value) < _LENGTH else [])
         if kind in (dict, OrderedDict):
             items = value.items() if len(value) < _LENGTH else ()
-            return kind, len(value), *[(_freeze(k, held, depth + 1), _freeze(v, held, depth + 1)) for k, v in items]
+            return kind, len(value), *[(inner(k), inner(v)) for k, v in items]
         if kind.__module__ == "numpy" and value.size < _LENGTH:
             return kind, value.tobytes()
         plain = hasattr(value, "__dict__") and not isinstance(value, nn.Module | type)
         if plain and kind.__module__.partition(".")[0] not in _OPAQUE:
             held.append(value)
-            return id(value), *[(k, _freeze(v, held, depth + 1)) for k, v in vars(value).items()]
+            return id(value), *[(k, inner(v)) for k, v in vars(value).items()]
     held.append(value)
     return id(value)

@@ -40,7 +40,7 @@ class BatchLoop:
         callbacks = learner.settings.callbacks or ()
         self.graphs = make_graphs(learner.session, learner.model, stage.rule, stage.steps, callbacks)
         self.fold = None
-        self._spiking = spiking_layers(learner.model)
+        self._spiking, self._said = spiking_layers(learner.model), list[str]()
 
     def run(self, loader: Any, state: Progress) -> Iterator[float]:
         """Train what is left of an epoch; give the loss of each batch after its update."""
@@ -130,12 +130,15 @@ class BatchLoop:
         self.fold = self.fold or last_fold(learner.net)  # the last batch may be smaller
         return loss
 
-    def launches(self) -> Iterator[str]:
-        """Say how many time steps share a call of the network, or why none do; and why batches are no CUDA graphs."""
-        fold = self.fold if self.stage.rule.fold == "auto" else None
+    def launches(self) -> list[str]:
+        """Say how many time steps share a call of the network, or why none do; and why there is no CUDA graph: once."""
+        fold, lines = self.fold if self.stage.rule.fold == "auto" else None, []
         if fold and fold.trained > 1:
-            yield f"{fold.trained} of {self.stage.steps} time steps share a call of the network"
+            lines.append(f"{fold.trained} of {self.stage.steps} time steps share a call of the network")
         if fold and fold.why:
-            yield f"time steps run one by one, since the network {fold.why}"
+            lines.append(f"time steps run one by one, since the network {fold.why}")
         if self.graphs and self.graphs.problem:
-            yield f"batches run without a CUDA graph, since {self.graphs.problem}"
+            lines.append(f"batches run without a CUDA graph, since {self.graphs.problem}")
+        new = [line for line in lines if line not in self._said]
+        self._said += new
+        return new

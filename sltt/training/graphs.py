@@ -5,7 +5,9 @@ batches run as they are, and the second of them is watched for what a graph woul
 """
 
 import random
-from collections.abc import Callable, Hashable, Iterable
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +20,7 @@ from sltt.callbacks import Callback
 from sltt.checks import instance
 from sltt.rules import Output, Rule
 from sltt.rules.base import StepLoss
+from sltt.sequence.fingerprint import Fingerprint
 from sltt.sequence.hooks import count_hooks
 from sltt.sequence.layout import Layout
 from sltt.sequence.padding import Padded
@@ -57,8 +60,14 @@ class CudaGraph:
         """Record what the function launches; return its result, in memory that `replay` writes."""
         # not "global": the thread in which a data loader pins memory calls CUDA at any time
         how: Any = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self._graph, **how):
-            return function()
+        generator = torch.cuda.default_generators[self._device.index or 0]
+        state = generator.clone_state()
+        try:
+            with torch.cuda.graph(self._graph, **how):
+                return function()
+        except BaseException:
+            generator.graphsafe_set_state(state)  # a capture that fails leaves a state that draws nothing any more
+            raise
 
     def replay(self) -> None:
         """Launch what was recorded."""
@@ -118,12 +127,13 @@ class Graphs:
     """Runs the batches of a phase: three of a shape as they are, and from the fourth on as a graph.
 
     What a rule draws has a graph of its own, after a batch that runs as it is. `problem` is why batches run as they
-    are, where they do.
+    are, where they do. A capture that fails is an error if graphs are `demanded`, and a problem if not.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, problem: str | None = None):
-        self.model, self.device, self.problem = model, device, problem
+    def __init__(self, model: nn.Module, device: torch.device, problem: str | None = None, demanded: bool = True):
+        self.model, self.device, self.problem, self.demanded = model, device, problem, demanded
         self._form: Any = None
+        self._graph: Any = None
 
     def __call__(self, iteration: Iteration, x: Tensor, y: Tensor | Padded, drawn: Hashable = None) -> Any:
         """Run an iteration, from `.grad` that is None; those of one draw do the same on other inputs."""
@@ -141,14 +151,30 @@ class Graphs:
             run = partial(self._graph.warm, partial(iteration, x, y))
             if self._ran != _WATCHED:
                 return run()
-            result, self.problem = watch(self.model, run)
+            result, self.problem = watch(self.model, run, self.device)
             return result
-        replay = self._replays[drawn]
-        if replay is None:
-            first = next(filter(None, self._replays.values()), None)
-            graph = CudaGraph(self.device, self._graph) if first else self._graph
-            replay = self._replays[drawn] = Replay(graph, iteration, self.model.parameters(), x, y, first)
-        return replay(x, y)
+        if self._replays[drawn] is None and not self._capture(iteration, x, y, drawn):
+            return iteration(x, y)
+        return self._replays[drawn](x, y)  # type: ignore[misc]  # pyright: ignore[reportOptionalCall]
+
+    def _capture(self, iteration: Iteration, x: Tensor, y: Tensor, drawn: Hashable) -> bool:
+        """Make the graph of a draw; return whether it was made, if it is not demanded."""
+        first, state = next(filter(None, self._replays.values()), None), torch.get_rng_state()
+        graph, parameters = CudaGraph(self.device, self._graph) if first else self._graph, [*self.model.parameters()]
+        try:
+            self._replays[drawn] = Replay(graph, iteration, parameters, x, y, first)
+            return True
+        except Exception as error:
+            if self.demanded:
+                raise
+            while error.__context__ is not None:  # where an error ends a capture, its end raises another one
+                error = error.__context__  # type: ignore[assignment]
+            self.problem = f"its capture failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        self._graph, self._replays = None, {}
+        torch.set_rng_state(state)
+        for p in parameters:
+            p.grad = None
+        return False
 
 
 def graphed(
@@ -240,7 +266,7 @@ def make_graphs(
     if mode == "auto" and not problem:
         own = next((type(one).__name__ for one in callbacks if not type(one).__module__.startswith("sltt.")), None)
         problem = f"{own} may change the network (graph='on' if not)" if own else model_problem(model)
-    return Graphs(model, device, problem)
+    return Graphs(model, device, problem, mode == "on")
 
 
 def rule_problem(rule: Rule, steps: int) -> str | None:
@@ -259,15 +285,38 @@ def model_problem(model: nn.Module) -> str | None:
     return None
 
 
-def watch(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, str | None]:
-    """Run a batch; return its result, and why a graph would not repeat it."""
-    before, drawn = _numbers(model), _draws()
-    with _HostTraffic() as traffic:
+def watch(model: nn.Module, run: Callable[[], Any], device: torch.device) -> tuple[Any, str | None]:
+    """Run a batch on a device; return its result, and why a graph would not repeat it."""
+    before, drawn = Fingerprint(Layout(model).layers.values(), device), _draws()
+    with _HostTraffic() as traffic, _waits(device) as places:
         result = run()
-    after = _numbers(model)
-    if changed := next((name for name in after if after[name] != before.get(name)), None):
-        return result, f"a batch changes {changed}"
-    return result, "a batch draws random numbers of Python or NumPy" if _draws() != drawn else traffic.problem
+    problem = traffic.problem or (f"a batch waits for the device in {places[0]}" if places else None)
+    if _draws() != drawn:
+        problem = "a batch draws random numbers of Python or NumPy"
+    changed = next(iter(before.changes()), None)
+    return result, f"a batch changes {changed}" if changed else problem
+
+
+@contextmanager
+def _waits(device: torch.device) -> Iterator[list[str]]:
+    """List the lines of Python in which the host waits for a CUDA device."""
+    found: list[str] = []
+    if device.type != "cuda":
+        yield found
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    for one in caught:
+        if "called a synchronizing CUDA operation" in str(one.message):
+            found.append(f"{one.filename}:{one.lineno}")
+        elif "Synchronization debug mode" not in str(one.message):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 class _HostTraffic(DispatchMode):
@@ -287,16 +336,6 @@ class _HostTraffic(DispatchMode):
         elif devices != {"cpu"} and reads and not by_number:
             self.problem = f"a batch reads values of a tensor ({name})"
         return func(*args, **kwargs)
-
-
-def _numbers(model: nn.Module) -> dict[str, Any]:
-    """Return the numbers and texts in the attributes of modules, by name."""
-    return {
-        f"{name or 'the model'}.{key}": value
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, int | float | str)
-    }
 
 
 def _draws() -> Any:

@@ -62,10 +62,9 @@ class Loop:
                     continue
                 batches, loader, validation = self._begin(stage)
                 with finish_loaders(loader, validation):
-                    launches = batches.launches()
                     while not self._is_over(stage):
                         training = self._epoch(batches, loader, interrupt)
-                        for line in launches:  # after the first epoch
+                        for line in batches.launches():
                             self.report.line(line)
                         row = self._end_epoch(training, self._validate(stage, validation))
                         log(row)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import sltt
-from sltt import kernels
+from sltt import kernels, memory
 from sltt.rules import folding
 from tests.conftest import LOSS
 from tests.references import measured, recorded
@@ -103,6 +103,25 @@ def test_the_memory_of_a_call_can_be_set():
         with kernels.using(fold_memory=size):
             found.append(max(called(sltt.SLTT(), model, x)) // 64)
     assert found[0] == 1 < found[1] < found[2] == 25
+
+
+@pytest.mark.parametrize(("room", "trained", "forward"), [(None, 25, 50), (10**5, 8, 15), (10**9, 100, 100)])
+def test_on_a_gpu_as_many_steps_share_a_call_as_fit_its_memory(room, trained, forward, monkeypatch):
+    monkeypatch.setattr(folding, "call_memory", lambda device: room)
+    model, x = Net(), torch.randn(100, 64, 6)
+    assert max(called(sltt.SLTT(), model, x)) == trained * 64
+    CALLS.clear()
+    sltt.unroll(model, x)
+    assert CALLS[-1] <= max(CALLS[-2:]) == forward * 64
+
+
+@pytest.mark.parametrize(("free", "room"), [(60, 10), (12, 6)])
+def test_a_call_takes_an_eighth_of_a_gpu_or_half_of_what_is_free(free, room, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 2, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3)
+    assert memory.call_memory(torch.device("cuda")) == room
+    assert memory.call_memory(torch.device("cpu")) is None
 
 
 def test_another_length_is_not_compared_again(monkeypatch):

@@ -1,18 +1,19 @@
-"""CUDA graphs of batches without a device: a stand-in records what is captured, and replays it by calling it again."""
+"""CUDA graphs of batches without a device: a stand-in records operations, and replays them on the same memory."""
 
 import contextlib
 import math
 import random
+import warnings
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sltt
-from sltt.analysis import FiringRates
 from sltt.training import graphs
 from sltt.training.settings import Settings
 from tests.conftest import LOSS
@@ -24,18 +25,36 @@ FAMILY = [sltt.SLTT(), sltt.BPTT(), sltt.TBPTT(2), sltt.OTTT(), sltt.RateBased()
 CPU = torch.device("cpu")
 
 
-def memory(result):
-    """The tensors in the result of an iteration."""
-    leaves = tree_leaves(result)
-    counts = [count for one in leaves if isinstance(one, FiringRates) for count in one._spikes.values()]
-    return [one for one in [*leaves, *counts] if isinstance(one, torch.Tensor)]
+class Tape(TorchDispatchMode):
+    """Records operations on tensors, and the values of those that were there before."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.before, self.made = [], {}, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = {storage(t): t.untyped_storage() for t in tensors((args, kwargs))}
+        for one in given.keys() - self.made - self.before.keys():
+            self.before[one] = given[one], given[one].clone()
+        out = func(*args, **kwargs)
+        self.made |= {storage(t) for t in tensors(out)} - given.keys()
+        self.operations.append((func, args, kwargs, out))
+        return out
+
+
+def storage(tensor):
+    return tensor.untyped_storage()._cdata
+
+
+def tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 class Recorded:
-    """Stands in for `CudaGraph`: a capture changes no value, and a replay writes the memory of the capture."""
+    """Stands in for `CudaGraph`: a replay runs the recorded operations on the tensors of the capture, and no Python."""
 
     log: list
-    model: nn.Module
 
     def __init__(self, device, beside=None):
         self.log.append("beside" if beside else "new")
@@ -50,42 +69,44 @@ class Recorded:
 
     def capture(self, function):
         self.log.append("capture")
-        self.function, self.given = function, [p.grad for p in self.model.parameters()]
-        before = [buffer.clone() for buffer in self.model.buffers()]
-        with torch.random.fork_rng([]):
+        self.tape = Tape()
+        with torch.random.fork_rng([]), self.tape:
             result = function()
-        for buffer, value in zip(self.model.buffers(), before, strict=True):
-            buffer.copy_(value)
-        self.gradients = [p.grad for p in self.model.parameters()]
-        self.memory = [t for t in [*memory(result), *self.gradients] if t is not None]
-        for tensor in self.memory:  # it has no values before the first replay
-            tensor.fill_(math.nan if tensor.is_floating_point() else -(10**6))
+        with torch.no_grad():
+            for memory, value in self.tape.before.values():
+                memory.copy_(value)
+            for *_, out in self.tape.operations:  # nothing has values before the first replay
+                for tensor in tensors(out):
+                    if storage(tensor) in self.tape.made and tensor.is_floating_point():
+                        tensor.detach().fill_(math.nan)
         return result
 
+    @torch.no_grad()
     def replay(self):
         self.log.append("replay")
-        held = [p.grad for p in self.model.parameters()]
-        for p, given in zip(self.model.parameters(), self.given, strict=True):
-            p.grad = given
-        new = [*memory(self.function()), *(p.grad for p in self.model.parameters())]
-        for tensor, value in zip(self.memory, [t for t in new if t is not None], strict=True):
-            tensor.copy_(value)
-        for p, gradient in zip(self.model.parameters(), held, strict=True):
-            p.grad = gradient
+        for func, args, kwargs, out in self.tape.operations:
+            given = {storage(t) for t in tensors((args, kwargs))}
+            for old, new in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
+                if storage(old) not in given:
+                    old.detach().copy_(new)
+
+
+@pytest.fixture(autouse=True)
+def on_a_device(elsewhere):
+    """No native code runs, and nobody looks at spikes."""
 
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Graphs are recorded; a test gives the model."""
+    """Graphs are recorded."""
     monkeypatch.setattr(graphs, "CudaGraph", Recorded)
     monkeypatch.setattr(Recorded, "log", [], raising=False)
     return Recorded
 
 
-def watched_training(recorded, monkeypatch, run, **settings):
+def watched_training(recorded, run, model=(), **settings):
     """A training whose graphs are recorded: its model, its result, the log, and the lines that it printed."""
-    model = network() if "model" not in settings else settings.pop("model")
-    monkeypatch.setattr(recorded, "model", model, raising=False)
+    model = nn.Sequential(*(model or network()))
     report, lines = sltt.training.console.Console(quiet=True), []
     report.line = lines.append
     found = train(run, model, report=report, **settings)[1]
@@ -95,7 +116,7 @@ def watched_training(recorded, monkeypatch, run, **settings):
 @pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.RateBased()], ids=repr)
 def test_a_training_by_graphs_is_the_training_without_to_the_bit(rule, recorded, monkeypatch, tmp_path):
     settings = {"rule": rule, "epochs": 2, "clip_norm": 1.0, "accumulate": 2, "ema": 0.9}
-    model, found, log, lines = watched_training(recorded, monkeypatch, tmp_path / "graphs", **settings)
+    model, found, log, lines = watched_training(recorded, tmp_path / "graphs", **settings)
     assert log == ["new", *["eager"] * 3, "capture", *["replay"] * 3]  # and the fourth batch, of 12, without
     assert not [line for line in lines if "CUDA graph" in line]
     plain, expected = train(tmp_path / "plain", graph="off", **settings)
@@ -107,7 +128,7 @@ def test_a_training_by_graphs_is_the_training_without_to_the_bit(rule, recorded,
 
 def test_each_draw_of_slttk_has_a_graph_and_the_training_is_the_one_without(recorded, monkeypatch, tmp_path):
     settings = {"rule": sltt.SLTT(k=1), "epochs": 8, "ema": 0.9}
-    model, found, log, _ = watched_training(recorded, monkeypatch, tmp_path / "graphs", **settings)
+    model, found, log, _ = watched_training(recorded, tmp_path / "graphs", **settings)
     assert log.count("new") == 1
     assert log.count("capture") == log.count("beside") + 1 > 2  # of several draws, whose first batch runs without
     assert log.count("replay") > log.count("capture")
@@ -120,22 +141,21 @@ def test_each_draw_of_slttk_has_a_graph_and_the_training_is_the_one_without(reco
 def test_each_phase_has_a_graph_of_its_own(recorded, monkeypatch, tmp_path):
     phases = [sltt.Phase(2, steps=3, rule=sltt.RateBased()), sltt.Phase(2, steps=4, freeze_norm=True)]
     settings = {"phases": phases, "precision": "bf16-mixed"}
-    model, _, log, _ = watched_training(recorded, monkeypatch, tmp_path / "graphs", **settings)
+    model, _, log, _ = watched_training(recorded, tmp_path / "graphs", **settings)
     assert log == ["new", *["eager"] * 3, "capture", *["replay"] * 3] * 2
     assert equal(model.state_dict(), train(tmp_path / "plain", graph="off", **settings)[0].state_dict())
 
 
 def test_a_resumed_training_by_graphs_ends_as_one_that_never_stopped(recorded, monkeypatch, tmp_path):
     settings = {"schedule": sltt.schedules.Constant(), "batch_size": 12}
-    model = watched_training(recorded, monkeypatch, tmp_path / "whole", epochs=2, **settings)[0]
-    watched_training(recorded, monkeypatch, tmp_path / "run", epochs=1, **settings)
-    resumed = watched_training(recorded, monkeypatch, tmp_path / "run", epochs=2, resume=True, **settings)[0]
+    model = watched_training(recorded, tmp_path / "whole", epochs=2, **settings)[0]
+    watched_training(recorded, tmp_path / "run", epochs=1, **settings)
+    resumed = watched_training(recorded, tmp_path / "run", epochs=2, resume=True, **settings)[0]
     assert equal(model.state_dict(), resumed.state_dict())
 
 
 def test_a_graph_is_of_one_shape_and_another_begins_anew(recorded, monkeypatch):
     model = network()
-    monkeypatch.setattr(recorded, "model", model, raising=False)
     run = graphs.Graphs(model, CPU)
     small, large = ((torch.randn(n, 4), torch.randint(3, (n,))) for n in (5, 8))
     for pairs in ([small] * 2, [large] * 5, [small] * 4):
@@ -170,10 +190,41 @@ class Copies(nn.Module):
         return x
 
 
+class Assigns(nn.Module):
+    """Keeps a mean of its inputs, in a way."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.mean, self.kept = way, torch.zeros(4), {"calls": 1, "means": [torch.zeros(4)]}
+
+    def forward(self, x):
+        if self.way == "in place":
+            return x - self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        if self.way == "counts":
+            self.kept["calls"] += 1
+            return x / self.kept["calls"]
+        mean = (0.9 * (self.kept["means"][0] if self.way == "list" else self.mean) + 0.1 * x.detach().mean(0)).detach()
+        if self.way == "attribute":
+            self.mean = mean
+        elif self.way == "data":
+            self.mean.data = mean
+        else:
+            self.kept["means"][0] = mean
+        return x - mean
+
+
 @pytest.mark.parametrize(
     ("layer", "problem"),
-    [(Counts(), "changes 0.calls"), (Draws(), "draws random numbers"), (Copies(), "copies a tensor from the host")],
-    ids=["counts", "draws", "copies"],
+    [
+        (Counts(), "changes calls of 0"),
+        (Draws(), "draws random numbers"),
+        (Copies(), "copies a tensor from the host"),
+        (Assigns("attribute"), "changes mean of 0"),
+        (Assigns("data"), "changes mean of 0"),
+        (Assigns("list"), "changes kept of 0"),
+        (Assigns("counts"), "changes kept of 0"),
+    ],
+    ids=["counts", "draws", "copies", "attribute", "data", "list", "counts in a dictionary"],
 )
 def test_what_a_graph_would_not_repeat_is_seen_in_the_second_batch(layer, problem, recorded):
     model = nn.Sequential(layer, *network())
@@ -184,6 +235,32 @@ def test_what_a_graph_would_not_repeat_is_seen_in_the_second_batch(layer, proble
     assert recorded.log == ["new", "eager", "eager"]
     with pytest.raises(ValueError, match="call the rule itself"):
         sltt.graphed(sltt.SLTT(fold=1), model, LOSS, x, y, steps=2)
+
+
+@pytest.mark.parametrize("way", ["in place", "attribute", "list", "counts"])
+def test_a_replay_repeats_what_is_done_in_place_and_not_what_is_assigned(way, recorded, monkeypatch, tmp_path):
+    if way != "in place":
+        monkeypatch.setattr(graphs, "watch", lambda model, run, device: (run(), None))
+    settings = {"rule": sltt.SLTT(fold=1), "epochs": 2}
+    model, _, log, _ = watched_training(recorded, tmp_path / "a", model=[Assigns(way), *network()], **settings)
+    assert log.count("replay") == 3
+    plain, _ = train(tmp_path / "b", nn.Sequential(Assigns(way), *network()), graph="off", **settings)
+    assert equal(model.state_dict(), plain.state_dict()) == (way == "in place")
+
+
+def test_lines_that_wait_for_a_device_are_found_by_its_warnings(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def run():
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("of the user", DeprecationWarning, stacklevel=1)
+
+    with pytest.warns(DeprecationWarning, match="of the user"):
+        _, problem = graphs.watch(network(), run, torch.device("cuda"))
+    assert problem.startswith(f"a batch waits for the device in {__file__}:")
+    assert modes == ["warn", 0]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +343,7 @@ SEVERAL = [(torch.randn(2 + i % 3, 4), i % 3) for i in range(60)]
     ids=["restores", "lengths"],
 )
 def test_the_log_of_a_run_says_why_there_is_no_graph(settings, why, recorded, monkeypatch, tmp_path):
-    *_, log, lines = watched_training(recorded, monkeypatch, tmp_path / "run", epochs=2, **settings)
+    *_, log, lines = watched_training(recorded, tmp_path / "run", epochs=2, **settings)
     assert log == []
     (said,) = (line for line in lines if "CUDA graph" in line)
     assert said.startswith(f"batches run without a CUDA graph, since {why}")
@@ -277,14 +354,30 @@ def test_a_cpu_has_no_graphs():
     assert graphs.make_graphs(here, network(), sltt.SLTT(), 4, ()) is None
 
 
-def test_an_error_in_the_capture_says_how_to_train_without(recorded, monkeypatch, tmp_path):
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_a_capture_that_fails_ends_a_training_only_if_graphs_are_demanded(mode, recorded, monkeypatch, tmp_path):
     def fail(self, function):
-        raise RuntimeError("operation not permitted when stream is capturing")
+        torch.rand(3)
+        try:
+            raise RuntimeError("operation not permitted")
+        finally:
+            raise RuntimeError("invalid capture")
 
     monkeypatch.setattr(recorded, "capture", fail)
-    with pytest.raises(RuntimeError, match="not permitted") as error:
-        watched_training(recorded, monkeypatch, tmp_path / "run", epochs=2)
-    assert any("graph='off'" in note for note in error.value.__notes__)
+    monkeypatch.setattr(sltt.training.fit, "CudaGraph", Recorded)
+    settings = {"epochs": 3, "graph": mode}
+    if mode == "on":
+        with pytest.raises(RuntimeError, match="invalid") as error:
+            watched_training(recorded, tmp_path / "run", **settings)
+        assert any("graph='off'" in note for note in error.value.__notes__)
+        return
+    model, found, log, lines = watched_training(recorded, tmp_path / "run", **settings)
+    assert log == ["new", *["eager"] * 3]
+    (line,) = (line for line in lines if "CUDA graph" in line)
+    assert line.endswith("since its capture failed (RuntimeError: operation not permitted)")
+    plain, expected = train(tmp_path / "plain", **settings | {"graph": "off"})
+    assert rows(found) == rows(expected)
+    assert equal(model.state_dict(), plain.state_dict())
 
 
 @pytest.mark.parametrize("rule", FAMILY, ids=repr)
@@ -294,7 +387,6 @@ def test_a_graphed_rule_is_the_rule_to_the_bit(rule, mixed, recorded, monkeypatc
     results = []
     for by_graph in (True, False):
         model, found = network(), []
-        monkeypatch.setattr(recorded, "model", model, raising=False)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         torch.manual_seed(3)
         before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -316,7 +408,6 @@ def test_a_graphed_rule_is_the_rule_to_the_bit(rule, mixed, recorded, monkeypatc
 
 def test_a_graphed_rule_refuses_what_it_cannot_repeat(recorded, monkeypatch):
     model, x, y = network(), torch.randn(8, 4), torch.randint(3, (8,))
-    monkeypatch.setattr(recorded, "model", model, raising=False)
     with pytest.raises(ValueError, match=r"SLTT\(k=1\) draws its steps anew for each batch: call the rule itself"):
         sltt.graphed(sltt.SLTT(k=1), model, LOSS, x, y, steps=2)
     step = sltt.graphed(sltt.SLTT(), model, LOSS, x, y, steps=2)
@@ -328,7 +419,6 @@ def test_a_graphed_rule_refuses_what_it_cannot_repeat(recorded, monkeypatch):
 
 def test_the_example_of_the_documentation_trains_as_without(recorded, monkeypatch):
     names = example("cpu")
-    monkeypatch.setattr(recorded, "model", names["model"], raising=False)
     exec(compile(CAPTURE, "gpu.md", "exec"), names)
     assert recorded.log == ["new", *["eager"] * 3, "capture", *["replay"] * 3]
     assert_same_weights_and_gradients(names["model"], train_plain(**example("cpu")))
