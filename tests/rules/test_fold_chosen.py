@@ -126,7 +126,7 @@ def test_a_call_takes_an_eighth_of_a_gpu_or_half_of_what_is_free(free, room, mon
 
 def test_another_length_is_not_compared_again(monkeypatch):
     model, x = Net(), torch.randn(20, 64, 6)
-    compared = recorded(monkeypatch, folding, "leave_samples_apart", lambda run, model, steps: steps)
+    compared = recorded(monkeypatch, folding, "watch_samples", lambda run, model, steps: steps)
     for steps in (20, 12, 20):
         sltt.unroll(model, x[:steps])
     sltt.unroll(model, torch.randn(30, 64, 6))
@@ -153,7 +153,7 @@ def test_another_thread_that_seeds_the_generator_changes_no_choice(monkeypatch):
 def test_a_network_that_changes_before_every_batch_is_not_tried_for_ever(every, trials, calls, monkeypatch):
     model, x, y, tried = Net(), torch.randn(5, 4, 6), torch.zeros(4, dtype=torch.long), []
     find = folding.find_difference
-    monkeypatch.setattr(folding, "leave_samples_apart", lambda *given: False)
+    monkeypatch.setattr(folding, "watch_samples", lambda *given: None)
     monkeypatch.setattr(folding, "find_difference", lambda *given: (tried.append(1), find(*given))[1])
     for batch in range(12):
         model.epoch = batch // every
