@@ -26,13 +26,7 @@ class SHD(Data):
         download: fetch the data into `root` where it is not there.
     """
 
-    def __init__(
-        self,
-        root: str = "data",
-        validation: float = 0.1,
-        duration: float = 1.4,
-        download: bool = False,
-    ):
+    def __init__(self, root: str = "data", validation: float = 0.1, duration: float = 1.4, download: bool = False):
         super().__init__(validation)
         self.root = folder("root", root)
         self.duration = number("duration", duration, above=0)

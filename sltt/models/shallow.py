@@ -137,11 +137,7 @@ class ShallowVGG(nn.Module):
     """
 
     def __init__(
-        self,
-        widths: Sequence[int] = (64, 256, 256),
-        classes: int = 10,
-        neuron: NeuronFactory = LIF,
-        scale: float = 1.0,
+        self, widths: Sequence[int] = (64, 256, 256), classes: int = 10, neuron: NeuronFactory = LIF, scale: float = 1.0
     ):
         super().__init__()
         widths = whole_numbers("widths", widths, least=1)
