@@ -121,7 +121,7 @@ TRAINING = {
     "norm_bias_lr": number(0, -1), "ema": number(0, 1.0, -0.5).but("none"),
     "precision": CHOICE, "channels_last": FLAG.but("none"), "seed": whole(-1), "workers": whole(-1), "device": CHOICE,
     "devices": whole(0, -1).but("none"), "num_nodes": whole(0, -1).but("none"), "strategy": CHOICE,
-    "sync_batchnorm": FLAG, "compile": CHOICE, "checkpoint_minutes": number(-1), "resume": FLAG,
+    "compile": CHOICE, "checkpoint_minutes": number(-1), "resume": FLAG,
     "phases": Kind({"number": 7, "of a number": [3], "text": "ab"}, "phase"),
 }  # fmt: skip
 EVALUATION = (

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sltt._torch import _BatchNorm, _NormBase
+from sltt._torch import _NormBase
 from sltt.sequence.state import Stateful
 
 if TYPE_CHECKING:
@@ -117,18 +117,6 @@ def control() -> Any:
 @lru_cache(maxsize=1)
 def _control_of(world: Any) -> Any:
     return dist.new_group(backend="gloo")
-
-
-def synchronise(model: nn.Module) -> None:
-    """Replace the BatchNorms inside a model by PyTorch's SyncBatchNorm, with their weights and statistics."""
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and type(module) not in _PLAIN:
-            kind = type(module).__name__
-            raise ValueError(f"sync_batchnorm knows PyTorch's BatchNorm, and {name} is a {kind}: leave it out")
-    nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
-
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def disband(process: int) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from sltt.metrics import score_text
 from sltt.printable import escape
@@ -35,10 +34,6 @@ class Console:
     def line(self, text: str) -> None:
         """Print one line."""
         self.console.print(escape(text), soft_wrap=True)
-
-    def table(self, table: Table) -> None:
-        """Print a table."""
-        self.console.print(table)
 
     def warn(self, text: str) -> None:
         """Print a warning."""

@@ -68,7 +68,6 @@ def fit(
     devices: int | None = None,
     num_nodes: int | None = None,
     strategy: Strategy = "ddp",
-    sync_batchnorm: bool = False,
     compile: Compile = "auto",
     sparse: Sparse = "auto",
     graph: Graph = "auto",
@@ -117,7 +116,6 @@ def fit(
         num_nodes: machines; None is what torchrun or Slurm started, or 1.
         strategy: of several processes. ddp keeps all weights in each. fsdp keeps a part in each, for networks too large
             for a device, and reduces gradients in every backward.
-        sync_batchnorm: BatchNorm takes its statistics over all processes, on GPUs.
         compile: compile the neuron step: where it pays (auto), always (on), never (off).
         sparse: compute on active inputs only: where it is faster (auto), wherever possible (on), never (off).
         graph: launch each training batch as one CUDA graph, from the fourth batch of a phase on: on a GPU, unless

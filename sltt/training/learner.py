@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sltt.parallel.processes import gather_parts, synchronise
+from sltt.parallel.processes import gather_parts
 from sltt.training.average import Average, select_weights
 from sltt.training.checkpoints import load_optimizer, load_weights
 from sltt.training.parameters import parameter_groups
@@ -29,8 +29,6 @@ class Learner:
 
     def __init__(self, session: Session, settings: Settings, model: nn.Module):
         self.session, self.processes, self.settings, self.model = session, session.processes, settings, model
-        if session.settings.sync_batchnorm and self.processes.count > 1:
-            synchronise(model)
         self.net = session.set_up(model)
         self.average = None if settings.ema is None else Average(model, settings.ema)
         groups = parameter_groups(model, settings.norm_weight_decay, settings.norm_bias_lr)
