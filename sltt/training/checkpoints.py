@@ -78,7 +78,7 @@ def restore_state(loop: "Loop", checkpoint: dict[str, Any]) -> None:
     for callback, (_, state) in zip(loop.callbacks, saved_callbacks, strict=True):
         callback.load_state_dict(state)
     loop.state = Progress(**checkpoint["progress"]).take_part(loop.processes.rank)
-    loop.learner.load(checkpoint, loop.folder / LAST, loop.trained_batches)
+    loop.learner.load(checkpoint, loop.folder / LAST)
 
 
 def _name(callback: Callback) -> str:

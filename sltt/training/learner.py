@@ -65,15 +65,16 @@ class Learner:
         return {
             "model": gather_parts(weights),
             "averaged": self.average.module.state_dict() if self.average else rounded,
+            "average_steps": self.average.step if self.average else 0,
             "optimizer": gather_parts(self.optim.state_dict()),
             "scaler": self.session.fabric.strategy.precision.state_dict(),
         }
 
-    def load(self, checkpoint: dict[str, Any], path: Path, batches: int) -> None:
-        """Take over the state in a checkpoint that lies at `path`, after so many batches."""
+    def load(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Take over the state in a checkpoint that lies at `path`."""
         load_weights(self.model, checkpoint["model"], path)
         if self.average:
             load_weights(self.average.module, select_weights(checkpoint), path)
-            self.average.step = batches
+            self.average.step = checkpoint["average_steps"]
         load_optimizer(self.optim, checkpoint["optimizer"], path)
         self.session.fabric.strategy.precision.load_state_dict(checkpoint["scaler"])

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from sltt.callbacks import Moment
 from sltt.data import Data, Splits
-from sltt.metrics import higher_is_better, improves, name_of
+from sltt.metrics import higher_is_better, name_of
 from sltt.parallel.signals import Interrupt
 from sltt.training.batch_loop import BatchLoop
 from sltt.training.batches import EpochSampler, finish_loaders, train_loader
@@ -106,11 +106,6 @@ class Loop:
     def _count_batches(self, epoch: int) -> int:
         return stage_at(self.stages, epoch).count_batches(math.ceil(self.sampler.length / self.settings.batch_size))
 
-    @property
-    def trained_batches(self) -> int:
-        """Return the number of batches that were trained, in all epochs."""
-        return sum(map(self._count_batches, range(self.state.epoch))) + self.state.batch
-
     def _is_over(self, stage: Stage) -> bool:
         stopped = self.state.stopped and not self.state.batch  # a callback ends a training after the epoch
         return self.state.epoch >= stage.stop or bool(stopped)
@@ -147,8 +142,7 @@ class Loop:
     def _end_epoch(self, training: Metrics, validation: Metrics | None) -> dict[str, Any]:
         """Save an epoch; returns its row in the table of metrics."""
         row = epoch_row(self.state.epoch + 1, self.learner.optim, training, validation)
-        quality = improves(self.settings.metric, validation.score) if validation else 0.0
-        improved = self.state.end_epoch(row, validation, quality)
+        improved = self.state.end_epoch(row, validation, 1 if higher_is_better(self.settings.metric) else -1)
         self.state.pending = bool(self.callbacks)
         # the best before the last: that one says that there is a best
         save_state(self, *[BEST] * improved, LAST)

@@ -111,7 +111,7 @@ CASES = f"""
 2 | unknown option --nueron.tau | compare --vary model.nueron.tau=1
 2 | required: --base | fscil digits
 2 | --order: expected numbers separated by commas, got 'a' | fscil digits --base 6 --order a
-1 | 9 base classes and 1 × 2 new ones are 11, and there are 10 classes | {FSCIL} --base 9 --way 2
+1 | 9 base classes and 2 new ones are 11, and there are 10 classes | {FSCIL} --base 9 --way 2
 1 | training samples, fewer than shot=500 | {FSCIL} --base 6 --way 1 --shot 500
 1 | class 6 stands twice | {FSCIL} --base 6 --way 1 --order 0,1,2,3,4,5,6,6
 1 | sltt fscil compares accuracies | {FSCIL} --base 6 --way 1 --metric sltt.metrics.MeanSquaredError
