@@ -190,10 +190,6 @@ class Data(ABC):
             **form,
         )
 
-    def missing(self) -> dict[str, int]:
-        """Count the missing samples of the whole data set, by split; empty if none or if that is not known."""
-        return {}
-
     @abstractmethod
     def load(self, steps: int) -> Splits:
         """Read the data; raises FileNotFoundError that says where it looked and what it expected there."""

@@ -32,15 +32,12 @@ class SHD(Data):
         self.duration = number("duration", duration, above=0)
         self.download = flag("download", download)
 
-    def missing(self) -> dict[str, int]:
-        """1 for each file that is not there, by split; empty if the data set is whole."""
-        return {name: 1 for name in ("train", "test") if not self._file(name).is_file()}
-
     def load(self, steps: int) -> Splits:
-        if self.download and self.missing():
+        files = [self._file(name) for name in ("train", "test")]
+        if self.download and not all(map(Path.is_file, files)):
             for train in (True, False):
                 download(self.root, "SHD", train=train)
-        if self.missing():
+        if not all(map(Path.is_file, files)):
             where = f"looked in {self.root.resolve()}, expected SHD/shd_train.h5 and SHD/shd_test.h5 there"
             raise FileNotFoundError(f"SHD not found: {where}. Set --data.root, or get it with --data.download true.")
         samples, test = (self._read(name, steps) for name in ("train", "test"))

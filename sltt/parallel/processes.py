@@ -133,11 +133,6 @@ def is_sharded(value: Any) -> "TypeGuard[DTensor]":
     return isinstance(value, DTensor)
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this process has; all of it where it is not sharded."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
-
-
 def gather_parts(value: Any) -> Any:
     """Return a tensor, or a nest of dictionaries and lists of them, with the parts of all processes put together.
 
@@ -151,11 +146,6 @@ def gather_parts(value: Any) -> Any:
         return value
     full = value.full_tensor()  # all processes take part
     return full.cpu() if dist.get_rank() == 0 else None
-
-
-def total(value: Tensor) -> Tensor:
-    """Return the whole of a tensor, of a sharded one gathered from all processes."""
-    return value.full_tensor() if is_sharded(value) else value
 
 
 def shard_like(value: Any, like: Tensor) -> Any:

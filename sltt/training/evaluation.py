@@ -51,7 +51,6 @@ def evaluate(
     workers: int = 0,
     device: Device = "auto",
     devices: int | None = None,
-    num_nodes: int | None = None,
     strategy: Strategy = "ddp",
     compile: Compile = "auto",
     sparse: Sparse = "auto",

@@ -66,7 +66,6 @@ def fit(
     workers: int = 0,
     device: Device = "auto",
     devices: int | None = None,
-    num_nodes: int | None = None,
     strategy: Strategy = "ddp",
     compile: Compile = "auto",
     sparse: Sparse = "auto",
@@ -113,7 +112,6 @@ def fit(
         workers: processes that load data, for each that trains.
         device: auto takes CUDA where there is a GPU.
         devices: processes on this machine; None is what torchrun or Slurm started, or 1.
-        num_nodes: machines; None is what torchrun or Slurm started, or 1.
         strategy: of several processes. ddp keeps all weights in each. fsdp keeps a part in each, for networks too large
             for a device, and reduces gradients in every backward.
         compile: compile the neuron step: where it pays (auto), always (on), never (off).

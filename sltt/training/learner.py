@@ -42,14 +42,6 @@ class Learner:
         """Round the weights inside a block, in a training that is quantised."""
         return round_weights(self.model) if self.settings.quantised else nullcontext()
 
-    def backward(self, weight: float, loss: Any) -> None:
-        """Backpropagate, such that the gradients of all parts and processes add up to that of the batch."""
-        self.session.fabric.backward(loss * weight)
-
-    def reduce(self) -> None:
-        """Add up the gradients of all processes."""
-        self.processes.reduce_gradients(self.model.parameters())
-
     def update(self) -> None:
         """Change the weights by their gradients."""
         if (most := self.settings.clip_norm) is not None:

@@ -117,8 +117,7 @@ def session(settings: Settings) -> Iterator[Session]:
 
     Raises ValueError for a device that is not there, or that cannot do what was asked for.
     """
-    asked = settings.device, settings.devices, settings.num_nodes, settings.strategy, settings.precision
-    fabric = make_fabric(*asked)
+    fabric = make_fabric(settings.device, settings.devices, settings.strategy, settings.precision)
     cudnn: Any = torch.backends.cudnn
     with using(compile=settings.compile, sparse=settings.sparse), ExitStack() as before:
         # new tensors are on the CPU, whatever the user has set; and cuDNN times its algorithms once for each shape,

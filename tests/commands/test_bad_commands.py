@@ -52,9 +52,8 @@ CASES = f"""
 2 | unknown recipe 'digit'; did you mean digits? | train digit
 2 | . is a folder, and no recipe: `sltt train --resume . | train .
 2 | unknown recipe '' | train ''
-2 | usage: sltt data check RECIPE | data check
-2 | unknown key 'foo' of sltt.data.Digits | data check digits --data.foo 3
-1 | CIFAR-10 not found | data check cifar10 --data.root nowhere
+2 | unknown key 'foo' of sltt.data.Digits | train digits --data.foo 3
+1 | CIFAR-10 not found | train cifar10 --device cpu --data.root nowhere
 # options that are cut short, or misspelt
 2 | unknown option --bugdet; did you mean --budget? | profile --bugdet 8GB
 2 | unknown option --lr; did you mean --optimizer.lr? | train --lr 3
