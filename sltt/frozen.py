@@ -13,9 +13,6 @@ class Frozen:
             raise AttributeError(f"a {kind} is a value and never changes: make another one, {kind}({name}={value!r})")
         super().__setattr__(name, value)
 
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"a {type(self).__name__} is a value and never changes: {name} cannot be deleted")
-
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
 

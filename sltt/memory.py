@@ -1,17 +1,15 @@
 """Peak memory of one call, counted at the allocator, and the memory that is free."""
 
-import contextlib
 import gc
 import itertools
 import os
 import re
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path, PurePosixPath
 from typing import Any
 
+import psutil
 import torch
 from torch.autograd import profiler as autograd_profiler
 from torch.autograd.profiler import profile, record_function
@@ -103,15 +101,12 @@ def _mark() -> None:
 
 
 def available_memory(device: str | torch.device = "cpu") -> int:
-    """Return bytes that PyTorch could still allocate: free on a CUDA device, and held unused; elsewhere, free RAM.
-
-    Free RAM is that of the machine, or that of the container or job where its limit leaves less.
-    """
+    """Return bytes that PyTorch could still allocate: free on a CUDA device, and held unused; elsewhere, free RAM."""
     device = torch.device(device)
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return free_memory(Path("/"))
+    return psutil.virtual_memory().available
 
 
 def call_memory(device: torch.device) -> int | None:
@@ -122,48 +117,6 @@ def call_memory(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     return min(torch.cuda.mem_get_info(device)[1] // 8, available_memory(device) // 2)
-
-
-def free_memory(root: Path) -> int:
-    """Return bytes of RAM that are free: on Linux by the files `proc` and `sys` under `root`."""
-    if sys.platform != "linux":
-        import psutil
-
-        return psutil.virtual_memory().available
-    machine = 1024 * _field(root / "proc/meminfo", "MemAvailable:")
-    return max(0, min([machine, *_left_in_control_groups(root)]))
-
-
-# of version 2 and 1: folder, limit, bytes in use, and those of them that are files which can be dropped
-CONTROL_GROUPS = (
-    ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
-
-
-def _left_in_control_groups(root: Path) -> Iterator[int]:
-    """Bytes left in each control group with a limit that this process is in: its own and those around it."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        folder, limit, usage, files = CONTROL_GROUPS[1 if controllers else 0]
-        group = PurePosixPath(os.path.normpath(path).lstrip("/"))
-        for inner in (group, *group.parents):  # a container may see its own group only, as the outermost
-            home = root / folder / inner
-            with contextlib.suppress(OSError, ValueError, StopIteration):  # no such group, no limit ("max"), no field
-                used = int((home / usage).read_text()) - _field(home / "memory.stat", files)
-                yield int((home / limit).read_text()) - used
-
-
-def _field(path: Path, name: str) -> int:
-    """Return the number after a name, in a file of lines `name number`."""
-    lines = map(str.split, path.read_text(encoding="utf-8").splitlines())
-    return next(int(line[1]) for line in lines if line and line[0] == name)
 
 
 def parse_bytes(size: str | int) -> int:

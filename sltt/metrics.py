@@ -162,11 +162,6 @@ def higher_is_better(metric: Callable[..., Any]) -> bool:
     return not isinstance(metric, _Loss) if found is None else bool(found)
 
 
-def improves(metric: Callable[..., Any], score: float) -> float:
-    """Return the score, negated if lower is better."""
-    return score if higher_is_better(metric) else -score
-
-
 def is_share(name: str) -> bool:
     """Return whether the metric of a name is a share, which is shown in per cent."""
     return name.endswith("accuracy")

@@ -120,13 +120,13 @@ TRAINING = {
     "clip_norm": number(0, -1).but("none"), "norm_weight_decay": number(-1).but("none"),
     "norm_bias_lr": number(0, -1), "ema": number(0, 1.0, -0.5).but("none"),
     "precision": CHOICE, "channels_last": FLAG.but("none"), "seed": whole(-1), "workers": whole(-1), "device": CHOICE,
-    "devices": whole(0, -1).but("none"), "num_nodes": whole(0, -1).but("none"), "strategy": CHOICE,
-    "sync_batchnorm": FLAG, "compile": CHOICE, "checkpoint_minutes": number(-1), "resume": FLAG,
+    "devices": whole(0, -1).but("none"), "strategy": CHOICE,
+    "compile": CHOICE, "checkpoint_minutes": number(-1), "resume": FLAG,
     "phases": Kind({"number": 7, "of a number": [3], "text": "ab"}, "phase"),
 }  # fmt: skip
 EVALUATION = (
     "model", "data", "loss", "steps", "batch_size", "precision", "channels_last", "workers", "device", "devices",
-    "num_nodes", "strategy", "compile",
+    "strategy", "compile",
 )  # fmt: skip
 
 SGD, MATRIX = partial(torch.optim.SGD, lr=0.1), sltt.metrics.ConfusionMatrix()

@@ -25,7 +25,6 @@ MEASURES = [
     "neurobench",
     "peak_memory",
     "propose",
-    "synaptic_operations",
 ]
 
 

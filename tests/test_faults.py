@@ -133,8 +133,6 @@ def test_surrogates_and_rules_are_values(value):
     for name, setting in vars(value).items():
         with pytest.raises(AttributeError, match="never changes: make another one"):
             setattr(value, name, setting)
-        with pytest.raises(AttributeError, match="cannot be deleted"):
-            delattr(value, name)
     twin = copy.deepcopy(value)
     assert repr(twin) == repr(value)
     assert twin == value

@@ -213,7 +213,7 @@ def test_a_penalty_lowers_the_firing_rate_and_the_energy(tmp_path):
         torch.manual_seed(0)
         model = sltt.models.DigitsNet(width=4)
         sltt.fit(model, sltt.data.Digits(), loss=loss, epochs=1, steps=3, device="cpu", run=tmp_path / run)
-        energy = sltt.analysis.synaptic_operations(model.eval(), torch.rand(4, 1, 8, 8), steps=3)
+        energy = sltt.analysis.measure_energy(model.eval(), torch.rand(4, 1, 8, 8), steps=3).layers
         rate = sltt.evaluate(model, sltt.data.Digits(), steps=3, device="cpu").firing_rate
         return rate, sum(layer.picojoules for layer in energy)
 

@@ -5,7 +5,7 @@ from sltt.analysis.agreement import Agreement as Agreement, Proposal as Proposal
 from sltt.analysis.agreement import propose as propose
 from sltt.analysis.budget import PeakModel as PeakModel, fit_peak as fit_peak
 from sltt.analysis.energy import Energy as Energy, LayerOperations as LayerOperations, measure_energy as measure_energy
-from sltt.analysis.energy import neurobench as neurobench, synaptic_operations as synaptic_operations
+from sltt.analysis.energy import neurobench as neurobench
 from sltt.analysis.firing import FiringRates as FiringRates, firing_rates as firing_rates
 from sltt.analysis.iteration import Memory as Memory, Seconds as Seconds, iteration_seconds as iteration_seconds
 from sltt.analysis.iteration import memory_parts as memory_parts

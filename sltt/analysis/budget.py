@@ -30,15 +30,13 @@ class PeakModel:
 
     def largest_batch(self, budget: int, steps: int) -> int | None:
         """Return the most samples that fit into `budget` bytes with T = `steps`; None where there is no limit."""
-        return _fit_count(
-            budget - self.fixed - self.per_step * steps, self.per_sample + self.per_both * steps, MOST_SAMPLES
-        )
+        room = budget - self.fixed - self.per_step * steps
+        return _fit_count(room, self.per_sample + self.per_both * steps, MOST_SAMPLES)
 
     def largest_steps(self, budget: int, batch: int) -> int | None:
         """Return the largest T that fits into `budget` bytes with `batch` samples; None where there is no limit."""
-        return _fit_count(
-            budget - self.fixed - self.per_sample * batch, self.per_step + self.per_both * batch, MOST_STEPS
-        )
+        room = budget - self.fixed - self.per_sample * batch
+        return _fit_count(room, self.per_step + self.per_both * batch, MOST_STEPS)
 
 
 def fit_peak(measure: Callable[[int, int], int], batches: tuple[int, int], steps: tuple[int, int]) -> PeakModel:

@@ -135,16 +135,6 @@ def show(value: float | str | None) -> str:
     return "–" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def synaptic_operations(model: nn.Module, x: Tensor, **settings: Any) -> list[LayerOperations]:
-    """Return the operations of each layer, and its energy without neurons and memory.
-
-        sum(layer.picojoules for layer in synaptic_operations(model, x))
-
-    The arguments are those of `measure_energy`.
-    """
-    return measure_energy(model, x, **settings).layers
-
-
 def measure_energy(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: Any = None) -> Energy:
     """Measure on a batch what the inference of one sample takes.
 

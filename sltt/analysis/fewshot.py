@@ -52,25 +52,22 @@ class FewShot:
         return sum(self.accuracies) / len(self.accuracies)
 
 
-def session_sizes(classes: int, base: int, way: int, sessions: int | None = None) -> list[int]:
-    """Return the number of classes that come at once: `base`, then `way` in each of `sessions`; None takes all classes.
+def session_sizes(classes: int, base: int, way: int) -> list[int]:
+    """Return the number of classes that come at once: `base`, then `way` in each session, until all have come.
 
     Raises ValueError for more classes than there are, and where some are left over.
     """
     whole_number("base", base, least=2)
     whole_number("way", way, least=1)
-    rest, new = classes - base, way * (sessions or 1)
-    if rest < new:
+    rest = classes - base
+    if rest < way:
         raise ValueError(
-            f"{base} base classes and {sessions or 1} × {way} new ones are {base + new}, and there are {classes} "
-            "classes: choose a smaller base or way, or fewer sessions"
+            f"{base} base classes and {way} new ones are {base + way}, and there are {classes} classes: choose a "
+            "smaller base or way"
         )
-    if sessions is None and rest % way:
-        raise ValueError(
-            f"{rest} new classes do not part into sessions of {way}: choose another way, or say how many, "
-            f"sessions={rest // way}"
-        )
-    return [base, *[way] * (sessions or rest // way)]
+    if rest % way:
+        raise ValueError(f"{rest} new classes do not part into sessions of {way}: choose another way, or fewer classes")
+    return [base, *[way] * (rest // way)]
 
 
 def draw_shots(labels: Sequence[int], classes: Sequence[int], shot: int, seed: int) -> list[int]:

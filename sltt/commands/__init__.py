@@ -12,7 +12,7 @@ from sltt.commands.hints import suggest
 from sltt.parallel.signals import PREEMPTED, Preempted
 
 COMMANDS = (
-    "train", "eval", "predict", "agreement", "compare", "fscil", "profile", "lr", "report", "export", "recipes", "data",
+    "train", "eval", "predict", "agreement", "compare", "fscil", "profile", "lr", "report", "export", "recipes",
     "doctor",
 )  # fmt: skip
 USAGE = """usage: sltt COMMAND ...
@@ -28,7 +28,6 @@ USAGE = """usage: sltt COMMAND ...
   sltt report FOLDER ...    one page with the results of all these commands
   sltt export RUN           write a trained network: --to nir, --to onnx, --to c
   sltt recipes [NAME]       list the recipes, or print one
-  sltt data check RECIPE    is a recipe's data whole? --data.root DIR
   sltt doctor               what works on this machine, what would be faster
   sltt --version            the version
 

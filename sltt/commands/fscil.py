@@ -39,7 +39,6 @@ def options() -> CommandOptions:
     parser.add_argument("--base", type=count, required=True, help="classes of the base training")
     parser.add_argument("--way", type=count, default=5, help="new classes in a session; default: 5")
     parser.add_argument("--shot", type=count, default=5, help="samples of a new class; default: 5")
-    parser.add_argument("--sessions", type=count, help="how many; default: until all classes have come")
     parser.add_argument("--order", type=numbers(int), help="classes in the order in which they come; default: 0,1,…")
     parser.add_rules()
     parser.add_argument("--seeds", type=count, default=3, help="number of seeds, of trainings and shots; default: 3")
@@ -54,7 +53,7 @@ def run(words: Sequence[str]) -> None:
     for rule in known.rules:  # what is wrong with an option or a rule ends this before a training begins
         if (name := name_of(recipe.build(rule=rule).metric)) != "accuracy":
             raise ValueError(f"sltt fscil compares accuracies, and the metric here is {name}: leave --metric out")
-    task = Task(recipe, known.base, known.way, known.shot, known.sessions, known.order)
+    task = Task(recipe, known.base, known.way, known.shot, known.order)
     rows = few_shots(task, known.rules, known.seeds, known.save, Console(quiet=known.json))
     about = {"recipe": recipe.name, "sizes": task.sizes, "shot": task.shot, "order": task.order}
     found = {**about, "samples": task.data.sizes["test"], "rows": rows}
@@ -65,15 +64,15 @@ def run(words: Sequence[str]) -> None:
 class Task:
     """Data and sessions; raises ValueError for too few classes or samples, or for a class that comes twice."""
 
-    def __init__(self, recipe: Recipe, base: int, way: int, shot: int, sessions: int | None, order: list[int] | None):
+    def __init__(self, recipe: Recipe, base: int, way: int, shot: int, order: list[int] | None):
         built = recipe.build()
         splits = built.data.splits(built.steps)
         if splits.test is None:
             raise ValueError(f"{built.data} has no test samples, on which accuracy is measured: choose other data")
         listed = list(range(splits.classes or 0)) if order is None else order
         self.recipe, self.shot = recipe, shot
-        self.sizes = session_sizes(len(listed), base, way, sessions)  # how many classes come at once
-        self.order = listed[: sum(self.sizes)]  # in which classes come, and are numbered in the data
+        self.sizes = session_sizes(len(listed), base, way)  # how many classes come at once
+        self.order = listed  # in which classes come, and are numbered in the data
         self.data: Splits = Classes(built.data, self.order).splits(built.steps)
         if isinstance(self.data.collate([self.data.unaugmented_train[0]])[1], Padded):  # pyright: ignore[reportIndexIssue]
             raise ValueError(f"{built.data} pads its sequences, and embeddings are of T steps each: leave pad=True out")

@@ -31,7 +31,7 @@ from sltt.training.settings import OF_TRAINING
 
 LISTS = "phases", "callbacks", "loggers"
 RULES = ["BPTT", "SLTT", "SLTT:k=1"]
-ANY_PROCESSES = ["--devices=null", "--num_nodes=null"]  # of a run that is measured: not those of its training
+ANY_PROCESSES = ["--devices=null"]  # of a run that is measured: not those of its training
 
 
 class CommandOptions(argparse.ArgumentParser):
@@ -199,8 +199,8 @@ class Recipe:
         `rule` takes the place of the recipe's, in phases too.
         """
         built = build(self._parser, self._parse(more, rule))
-        if (built.devices or 1) * (built.num_nodes or 1) > 1 or count_started() != (1, 1):
-            raise UsageError(f"{self._parser.prog} runs in one process: start one, without --devices and --num_nodes")
+        if (built.devices or 1) > 1 or count_started() != (1, 1):
+            raise UsageError(f"{self._parser.prog} runs in one process: start one, without --devices")
         start_from(built.model, built.weights)
         return built
 

@@ -13,7 +13,7 @@ from sltt.commands.fscil import score_table
 from sltt.commands.lr import advice
 from sltt.commands.page import Chart, Section
 from sltt.commands.profile import cost_tables, energy_tables, layer_table
-from sltt.commands.results import KINDS, Gathered, run_names, scores_text
+from sltt.commands.results import Gathered, run_names, scores_text
 from sltt.commands.tables import Cell, Table, bytes_cell, number
 from sltt.commands.verdict import advice_on, answers, shared_steps, verdicts
 from sltt.metrics import is_share, score_text
@@ -26,21 +26,7 @@ RATE = "share of neurons that spike in a step"
 
 
 def sections(found: Gathered) -> list[Section]:
-    """Make tables and figures of what was gathered; a result that lacks something is left out, with a note."""
-    for name, kind in KINDS.items():
-        for one in [*getattr(found, kind)]:
-            alone = Gathered()
-            getattr(alone, kind).append(one)
-            try:
-                _sections(alone)
-            except Exception as error:  # of another version, say
-                found.notes.append(f"A result of sltt {name} is left out, since it cannot be shown: {cause(error)}")
-                getattr(found, kind).remove(one)
-    return _sections(found)
-
-
-def _sections(found: Gathered) -> list[Section]:
-    """Make the sections in the order in which a reader asks."""
+    """Make tables and figures of what was gathered, in the order in which a reader asks."""
     asked = [row["rule"] for one in found.comparisons for row in one["rows"]]
     asked += [row["rule"] for one in found.profiles for row in one["costs"]]
     asked += [row["rule"] for one in found.fewshots for row in one["rows"]]

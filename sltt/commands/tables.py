@@ -54,7 +54,7 @@ class Table:
             shown.add_column(heading, justify=side, overflow="fold")
         for row in self.rows:
             shown.add_row(*(cell.text for cell in row))
-        report.table(shown)
+        report.console.print(shown)
 
     def csv(self) -> str:
         """Return the values of the cells, with the headings above."""

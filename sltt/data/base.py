@@ -85,11 +85,6 @@ class Splits:
         made = {name: make(name, samples) for name, samples in parts.items() if samples is not None}
         return replace(self, **made, **fields)
 
-    def one(self) -> Tensor:
-        """Return a batch of one sample, of the test set if there is one: [1, C, H, W] or [T, 1, C, H, W]."""
-        samples: Any = self.train if self.test is None else self.test
-        return self.collate([samples[0]])[0]
-
 
 class Mapped(Dataset[Any]):
     """Samples (change(x), target) of samples (x, target)."""
@@ -194,10 +189,6 @@ class Data(ABC):
             fingerprint=fingerprint(identity, kept, held, *([tested] if tested else [])),
             **form,
         )
-
-    def missing(self) -> dict[str, int]:
-        """Count the missing samples of the whole data set, by split; empty if none or if that is not known."""
-        return {}
 
     @abstractmethod
     def load(self, steps: int) -> Splits:

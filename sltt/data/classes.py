@@ -32,9 +32,6 @@ class Classes(Data):
             raise ValueError(f"class {twice[0]} stands twice in classes={list(self.classes)}: name each once")
         super().__init__(data.validation)
 
-    def missing(self) -> dict[str, int]:
-        return self.data.missing()
-
     def load(self, steps: int) -> Splits:
         splits = self.data.splits(steps)
         name = str(self.data)

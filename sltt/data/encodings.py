@@ -133,9 +133,6 @@ class Encoded(Data):
         self.encoding = instance("encoding", encoding, Encoding, "such as sltt.data.Poisson()")
         super().__init__(data.validation)
 
-    def missing(self) -> dict[str, int]:
-        return self.data.missing()
-
     def load(self, steps: int) -> Splits:
         splits = self.data.splits(steps)
         if splits.static != self.encoding.static:

@@ -96,12 +96,8 @@ class _Sequences(Dataset[Any]):
     """Sequences [T, channels], put together when they are read: most of their values are 0 or repeated."""
 
     def __init__(self, cues: Tensor, probes: Tensor, probe: Tensor, labels: Tensor, start: int, steps: int):
-        self.cues = cues
-        self.probes = probes
-        self.probe = probe
-        self.labels = labels
-        self.start = start  # of the probe
-        self.steps = steps
+        self.cues, self.probes, self.probe, self.labels = cues, probes, probe, labels
+        self.start, self.steps = start, steps  # start of the probe
 
     def __len__(self) -> int:
         return len(self.labels)

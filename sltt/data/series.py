@@ -39,12 +39,7 @@ class TimeSeries(Data):
         ValueError: when loaded, a T that is shorter than the longest sample.
     """
 
-    def __init__(
-        self,
-        name: Name = "JapaneseVowels",
-        validation: float = 0.2,
-        delta: float | None = None,
-    ):
+    def __init__(self, name: Name = "JapaneseVowels", validation: float = 0.2, delta: float | None = None):
         super().__init__(validation)
         self.name = choice("name", name, get_args(Name))
         self.delta = None if delta is None else number("delta", delta, above=0)

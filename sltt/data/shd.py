@@ -26,27 +26,18 @@ class SHD(Data):
         download: fetch the data into `root` where it is not there.
     """
 
-    def __init__(
-        self,
-        root: str = "data",
-        validation: float = 0.1,
-        duration: float = 1.4,
-        download: bool = False,
-    ):
+    def __init__(self, root: str = "data", validation: float = 0.1, duration: float = 1.4, download: bool = False):
         super().__init__(validation)
         self.root = folder("root", root)
         self.duration = number("duration", duration, above=0)
         self.download = flag("download", download)
 
-    def missing(self) -> dict[str, int]:
-        """1 for each file that is not there, by split; empty if the data set is whole."""
-        return {name: 1 for name in ("train", "test") if not self._file(name).is_file()}
-
     def load(self, steps: int) -> Splits:
-        if self.download and self.missing():
+        files = [self._file(name) for name in ("train", "test")]
+        if self.download and not all(map(Path.is_file, files)):
             for train in (True, False):
                 download(self.root, "SHD", train=train)
-        if self.missing():
+        if not all(map(Path.is_file, files)):
             where = f"looked in {self.root.resolve()}, expected SHD/shd_train.h5 and SHD/shd_test.h5 there"
             raise FileNotFoundError(f"SHD not found: {where}. Set --data.root, or get it with --data.download true.")
         samples, test = (self._read(name, steps) for name in ("train", "test"))

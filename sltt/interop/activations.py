@@ -1,11 +1,9 @@
-"""Activations of an ANN and its spiking twin: the quantised clip, neurons with thresholds, coded images."""
+"""Activations of an ANN and its spiking twin: the quantised clip, neurons with thresholds."""
 
 import torch
 from torch import Tensor, nn
 
 from sltt.checks import number, whole_number
-from sltt.data import Poisson
-from sltt.sequence.state import Stateful
 
 
 class QCFS(nn.Module):
@@ -54,34 +52,6 @@ class Balanced(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.threshold * self.neuron(x / self.threshold)
-
-
-class Coded(Stateful):
-    """Images as spikes, drawn at every time step and scaled, so that their mean over time is the image.
-
-        y[t] = low + (high − low) s[t],  s[t] the spikes of `Poisson(low, high)`
-
-    In evaluation, a batch of a size is always drawn alike.
-    """
-
-    states = ("step",)
-    step: int | None
-
-    def __init__(self, coding: Poisson):
-        super().__init__()
-        self.coding = coding
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images x [B, ...] to the same shape."""
-        self.step = 0 if self.step is None else self.step + 1
-        with torch.random.fork_rng([x.device] if x.is_cuda else [], enabled=not self.training):
-            if not self.training:
-                torch.manual_seed(self.step)
-            (spikes,) = self.coding(x, 1)
-        return self.coding.low + (self.coding.high - self.coding.low) * spikes
-
-    def extra_repr(self) -> str:
-        return f"low={self.coding.low}, high={self.coding.high}"
 
 
 def percentiles(activation: Tensor, channels: int, percentile: float) -> Tensor:

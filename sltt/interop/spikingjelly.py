@@ -105,12 +105,7 @@ for _kind in vars(layer).values():  # whose step mode "s" is the forward of PyTo
         _role = role_of(_kind.__bases__[0])
         set_role(_kind, replace(_role, check=_check, translate=_as_pytorch, of=_kind))
 register(
-    base.MemoryModule,
-    _states,
-    reset=lambda module: module.reset(),
-    spikes=_spikes,
-    check=_check,
-    translate=_translate,
+    base.MemoryModule, _states, reset=lambda module: module.reset(), spikes=_spikes, check=_check, translate=_translate
 )
 _advance = partial(make_adapter, AfterReset)
 _role = replace(role_of(base.MemoryModule), advance=lambda module: _advance(module, "v", _translate, _constants))

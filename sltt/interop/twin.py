@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from sltt.checks import folder, instance, number, sequence
-from sltt.data import Data, Poisson
+from sltt.data import Data
 from sltt.dropout import Dropout
-from sltt.interop.activations import QCFS, Balanced, Coded, percentiles
+from sltt.interop.activations import QCFS, Balanced, percentiles
 from sltt.interop.reading import call_name, calling_module, check_hooks
 from sltt.interop.tracing import NEURONS, NONLINEAR, Calls
 from sltt.models.base import NeuronFactory, neuron_maker
@@ -33,7 +33,6 @@ def spiking(
     percentile: float = PERCENTILE,
     replace: Sequence[str] = (),
     keep: Sequence[str] = (),
-    coding: Poisson | None = None,
 ) -> nn.Module:
     """Return the spiking twin of an ANN: a copy with a neuron of its own at every call of an activation.
 
@@ -54,8 +53,6 @@ def spiking(
         percentile: in (0, 100]; larger activations are cut off. Few time steps want a lower one: 97 for T = 4.
         replace: other activations to put neurons at, such as "gelu" for nn.GELU and F.gelu. The twin needs training.
         keep: activations to leave as they are, such as "sigmoid" in a gate.
-        coding: codes the input at every time step, such as `sltt.data.Poisson(low, high)`; None shows the image itself.
-            `data` are images in both cases.
 
     Raises:
         ValueError: what cannot be turned, by name and with the remedy. Control flow that depends on values; functions
@@ -68,9 +65,6 @@ def spiking(
     percentile = number("percentile", percentile, above=0, most=100)
     if data is None and percentile != PERCENTILE:
         raise ValueError(f"percentile={percentile:g} is of data, and there is none: give data=…, or leave it out")
-    if coding is not None:
-        remedy = "the mean of other codes is not the image: code the data, sltt.data.Encoded(data, coding)"
-        instance("coding", coding, Poisson, remedy)
     replace, keep = _names("replace", replace), _names("keep", keep)
     for path, module in instance("ann", ann, nn.Module).named_modules():
         if isinstance(module, torch.jit.ScriptModule):  # its activations cannot be read
@@ -95,13 +89,6 @@ def spiking(
         places[name := _free_name(calls, node, places)] = node
         ann.set_submodule(name, module)
         node.op, node.target, node.args, node.kwargs = "call_module", name, (node.all_input_nodes[0],), {}
-    if coding is not None:
-        image = next(node for node in calls.graph.nodes if node.op == "placeholder")
-        ann.add_module(name := _free_name(calls, image, places), Coded(coding))
-        with calls.graph.inserting_after(image):
-            coded = calls.graph.call_module(name)
-        image.replace_all_uses_with(coded)
-        coded.args = (image,)
     return fx.GraphModule(ann, calls.graph, f"Spiking{type(ann).__name__}").train(ann.training)
 
 

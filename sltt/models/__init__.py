@@ -8,4 +8,4 @@ from sltt.models.resnet import ResNet as ResNet, resnet18 as resnet18, resnet34 
 from sltt.models.shallow import ShallowResNet as ShallowResNet, ShallowVGG as ShallowVGG
 from sltt.models.transformers import SpikingTransformer as SpikingTransformer, qkformer as qkformer
 from sltt.models.transformers import spikformer as spikformer
-from sltt.models.vgg import VGG as VGG, vgg11 as vgg11, vgg13 as vgg13, vgg16 as vgg16, vgg19 as vgg19
+from sltt.models.vgg import VGG as VGG, vgg11 as vgg11

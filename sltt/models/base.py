@@ -8,7 +8,6 @@ from sltt.checks import instance, whole_numbers
 from sltt.sequence.pairs import run_layers
 
 NeuronFactory = Callable[[], nn.Module]
-NormFactory = Callable[[int], nn.Module]
 
 
 def neuron_maker(neuron: NeuronFactory) -> NeuronFactory:

@@ -20,6 +20,7 @@ from sltt.sequence.state import Role, set_role
 
 SPIKE_SCALE = 2.74  # spikes times this have about the variance of a unit normal input
 ALPHA = 0.2  # share of a block's output in the sum
+EPS = 1e-4  # ε, keeps a constant weight finite
 
 
 class ScaledWSConv2d(nn.Conv2d):
@@ -35,13 +36,11 @@ class ScaledWSConv2d(nn.Conv2d):
         out_channels: channels of the output.
         kernel_size: height and width of the kernel.
         stride: of the kernel; the input is padded by half the kernel.
-        eps: ε, keeps a constant weight finite.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, eps: float = 1e-4):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
         self.gain = nn.Parameter(torch.ones(out_channels, 1, 1, 1))
-        self.eps = eps
         nn.init.kaiming_normal_(self.weight)
         assert self.bias is not None
         nn.init.zeros_(self.bias)
@@ -50,7 +49,7 @@ class ScaledWSConv2d(nn.Conv2d):
         """Ŵ, of the weight's shape."""
         inputs = self.weight[0].numel()
         var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, unbiased=False)
-        scale = torch.rsqrt(torch.clamp(var * inputs, min=self.eps)) * self.gain
+        scale = torch.rsqrt(torch.clamp(var * inputs, min=EPS)) * self.gain
         return (self.weight - mean) * scale
 
     def forward(self, input: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sltt.checks import number, whole_number, whole_numbers
 from sltt.dropout import Dropout
-from sltt.models.base import NeuronFactory, NormFactory, check_frame, neuron_maker
+from sltt.models.base import NeuronFactory, check_frame, neuron_maker
 from sltt.neurons import LIF
 from sltt.pooling import RunningMax
 from sltt.sequence.once import once
@@ -23,10 +23,10 @@ from sltt.sequence.pairs import normalise_and_fire, run_layers
 class _Residual(nn.Module):
     """x + neuron(BatchNorm(3×3 convolution of x))."""
 
-    def __init__(self, channels: int, neuron: NeuronFactory, norm: NormFactory):
+    def __init__(self, channels: int, neuron: NeuronFactory):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = norm(channels)
+        self.norm = nn.BatchNorm2d(channels)
         self.neuron = neuron()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,7 +47,6 @@ class ShallowResNet(nn.Module):
         classes: number of logits.
         neuron: makes a neuron; called once for each convolution.
         dropout: probability of the dropout before the linear layer.
-        norm: makes a normalisation of so many channels.
     """
 
     def __init__(
@@ -59,7 +58,6 @@ class ShallowResNet(nn.Module):
         classes: int = 10,
         neuron: NeuronFactory = LIF,
         dropout: float = 0.0,
-        norm: NormFactory = nn.BatchNorm2d,
     ):
         super().__init__()
         widths, stem = whole_numbers("widths", widths, least=1), whole_number("stem", stem, least=0)
@@ -68,13 +66,13 @@ class ShallowResNet(nn.Module):
         channels = self.in_channels = whole_number("in_channels", in_channels, least=1)
         currents, stages = [], []
         if stem:
-            currents.append(nn.Sequential(nn.Conv2d(channels, stem, 3, padding=1, bias=False), norm(stem)))
+            currents.append(nn.Sequential(nn.Conv2d(channels, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem)))
             stages.append(neuron())
             channels = stem
         for width in widths:
             conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-            currents.append(nn.Sequential(conv, nn.MaxPool2d(2), norm(width)))
-            stages.append(nn.Sequential(neuron(), *(_Residual(width, neuron, norm) for _ in range(blocks))))
+            currents.append(nn.Sequential(conv, nn.MaxPool2d(2), nn.BatchNorm2d(width)))
+            stages.append(nn.Sequential(neuron(), *(_Residual(width, neuron) for _ in range(blocks))))
             channels = width
         self.poolings = len(widths)
         self.currents = nn.ModuleList(currents)
@@ -137,11 +135,7 @@ class ShallowVGG(nn.Module):
     """
 
     def __init__(
-        self,
-        widths: Sequence[int] = (64, 256, 256),
-        classes: int = 10,
-        neuron: NeuronFactory = LIF,
-        scale: float = 1.0,
+        self, widths: Sequence[int] = (64, 256, 256), classes: int = 10, neuron: NeuronFactory = LIF, scale: float = 1.0
     ):
         super().__init__()
         widths = whole_numbers("widths", widths, least=1)

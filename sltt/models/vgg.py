@@ -58,21 +58,3 @@ class VGG(nn.Module):
 def vgg11(in_channels: int = 3, classes: int = 10, neuron: NeuronFactory = LIF, dropout: float = 0.0) -> VGG:
     """VGG-11: 8 convolutions. See `VGG` for the arguments."""
     return VGG(((64,), (128,), (256, 256), (512, 512), (512, 512)), in_channels, classes, neuron, dropout)
-
-
-def vgg13(in_channels: int = 3, classes: int = 10, neuron: NeuronFactory = LIF, dropout: float = 0.0) -> VGG:
-    """VGG-13: 10 convolutions. See `VGG` for the arguments."""
-    blocks = ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512))
-    return VGG(blocks, in_channels, classes, neuron, dropout)
-
-
-def vgg16(in_channels: int = 3, classes: int = 10, neuron: NeuronFactory = LIF, dropout: float = 0.0) -> VGG:
-    """VGG-16: 13 convolutions. See `VGG` for the arguments."""
-    blocks = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-    return VGG(blocks, in_channels, classes, neuron, dropout)
-
-
-def vgg19(in_channels: int = 3, classes: int = 10, neuron: NeuronFactory = LIF, dropout: float = 0.0) -> VGG:
-    """VGG-19: 16 convolutions. See `VGG` for the arguments."""
-    blocks = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
-    return VGG(blocks, in_channels, classes, neuron, dropout)

@@ -31,7 +31,6 @@ SHARD_FROM = 2**20
 def make_fabric(
     device: Device = "auto",
     devices: int | None = None,
-    num_nodes: int | None = None,
     strategy: Strategy = "ddp",
     precision: Precision = 32,
 ) -> "Fabric":
@@ -47,12 +46,11 @@ def make_fabric(
         raise ValueError(f"device {device} was asked for, but PyTorch sees no {name}; `sltt doctor` says what it sees")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = count_started()
-    devices = found[0] if devices is None else devices
-    num_nodes = found[1] if num_nodes is None else num_nodes
-    if found != (1, 1) and found != (devices, num_nodes):
-        started = f"{found[0]} processes on {found[1]} machines were started, but {devices=} and {num_nodes=} asked for"
-        raise ValueError(f"{started}: leave both out, and they are taken from torchrun or Slurm")
+    started, num_nodes = count_started()
+    devices = started if devices is None else devices
+    if (started, num_nodes) != (1, 1) and started != devices:
+        started = f"{started} processes on {num_nodes} machines were started, but {devices=} asked for"
+        raise ValueError(f"{started}: leave it out, and it is taken from torchrun or Slurm")
     if device == "cuda" and devices > torch.cuda.device_count():
         seen = f"{devices} processes on this machine need a GPU each, and this one sees {torch.cuda.device_count()}"
         raise ValueError(f"{seen}; under Slurm, ask for --gpus-per-node rather than --gpus-per-task")

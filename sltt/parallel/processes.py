@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sltt._torch import _BatchNorm, _NormBase
+from sltt._torch import _NormBase
 from sltt.sequence.state import Stateful
 
 if TYPE_CHECKING:
@@ -119,18 +119,6 @@ def _control_of(world: Any) -> Any:
     return dist.new_group(backend="gloo")
 
 
-def synchronise(model: nn.Module) -> None:
-    """Replace the BatchNorms inside a model by PyTorch's SyncBatchNorm, with their weights and statistics."""
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and type(module) not in _PLAIN:
-            kind = type(module).__name__
-            raise ValueError(f"sync_batchnorm knows PyTorch's BatchNorm, and {name} is a {kind}: leave it out")
-    nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
-
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
 def disband(process: int) -> None:
     """Close the groups, and end their threads: one that frees a tensor while Python ends would abort the process."""
     _control_of.cache_clear()
@@ -143,11 +131,6 @@ def is_sharded(value: Any) -> "TypeGuard[DTensor]":
     from torch.distributed.tensor import DTensor
 
     return isinstance(value, DTensor)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this process has; all of it where it is not sharded."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def gather_parts(value: Any) -> Any:
@@ -163,11 +146,6 @@ def gather_parts(value: Any) -> Any:
         return value
     full = value.full_tensor()  # all processes take part
     return full.cpu() if dist.get_rank() == 0 else None
-
-
-def total(value: Tensor) -> Tensor:
-    """Return the whole of a tensor, of a sharded one gathered from all processes."""
-    return value.full_tensor() if is_sharded(value) else value
 
 
 def shard_like(value: Any, like: Tensor) -> Any:

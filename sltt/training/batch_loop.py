@@ -16,7 +16,7 @@ from sltt.sequence.layout import last_fold, spiking_layers
 from sltt.sequence.padding import Padded, target_of
 from sltt.sequence.spikes import observe_spikes
 from sltt.sequence.steps import check_input
-from sltt.training.batches import Ahead, EpochSampler, count_parts, cut, join_outputs, seed_batch, share, whole_epoch
+from sltt.training.batches import Ahead, EpochSampler, count_parts, cut, join_outputs, seed_batch, share
 from sltt.training.graphs import make_graphs
 from sltt.training.learner import Learner
 from sltt.training.phases import Stage, freeze_norm, set_rates
@@ -50,7 +50,7 @@ class BatchLoop:
         self.learner.net.train()
         if self.stage.freeze_norm:
             freeze_norm(self.learner.model)
-        ahead = Ahead(self._prepare(whole_epoch(loader)))
+        ahead = Ahead(self._prepare(iter(loader)))
         return (self._train(state, ahead, *batch) for batch in ahead)
 
     def _prepare(self, batches: Iterator[Any]) -> Iterator[tuple[Tensor, Tensor | Padded, float]]:
@@ -81,7 +81,7 @@ class BatchLoop:
         static, per_step, carried = self.splits.static, is_per_step(loss_of), rule.state_dict()
 
         def reduce_and_update() -> None:
-            learner.reduce()
+            processes.reduce_gradients(learner.model.parameters())
             learner.update()
 
         def iteration(x: Tensor, y: Tensor | Padded) -> tuple[Output, FiringRates]:
@@ -95,7 +95,7 @@ class BatchLoop:
                     out = rule(
                         *(learner.net, part.x, part.y, loss_of),
                         steps=self.stage.steps if static else None,
-                        backward=partial(learner.backward, weight * part.weight),
+                        backward=lambda loss, share=weight * part.weight: learner.session.fabric.backward(loss * share),
                         update=reduce_and_update if rule.online else None,
                         seed=drawn,
                         mean_logits=keeps_mean(loss_of, y),
@@ -113,7 +113,7 @@ class BatchLoop:
         if count:
             self.firing.add(seen)
         if not rule.online:
-            learner.reduce()
+            processes.reduce_gradients(learner.model.parameters())
             check_reached(learner.model)
         ahead.fetch()  # a GPU has work, and next the host waits for it
         check_finite(out.loss, learner.model, learner.optim, scaled=learner.scaled)

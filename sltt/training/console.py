@@ -1,26 +1,22 @@
 """Show a run in a terminal or a notebook: a bar while it works, a row for each epoch, warnings in between."""
 
-import itertools
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from sltt.metrics import score_text
 from sltt.printable import escape
 
-SECONDS = 0.2  # between two updates of the bar in a notebook: each is a message to the browser
-
 
 class Console:
-    """Prints the progress of a run; the bar only where the output is a terminal or a notebook.
+    """Prints the progress of a run; the bar only in a terminal, or in a notebook with ipywidgets.
 
     Args:
         quiet: print nothing.
@@ -29,16 +25,11 @@ class Console:
     def __init__(self, quiet: bool = False):
         # In a notebook Rich makes a block of HTML for each line: plain text keeps the lines of a table together.
         self.console = Terminal(quiet=quiet, highlight=False, markup=False, force_jupyter=False)
-        self._notebook_bar = NotebookBar() if Terminal().is_jupyter and not quiet else None
         self._headed = False
 
     def line(self, text: str) -> None:
         """Print one line."""
         self.console.print(escape(text), soft_wrap=True)
-
-    def table(self, table: Table) -> None:
-        """Print a table."""
-        self.console.print(table)
 
     def warn(self, text: str) -> None:
         """Print a warning."""
@@ -47,14 +38,10 @@ class Console:
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
         """Show a progress bar, and give a function that moves it on by one; it vanishes at the end."""
-        if self._notebook_bar is not None:
-            try:
-                yield partial(self._notebook_bar.advance, title, total, itertools.count(done + 1))
-            finally:
-                self._notebook_bar.show("", "")
-            return
+        console = Terminal() if Terminal().is_jupyter else self.console
+        shown = find_spec("ipywidgets") is not None if console.is_jupyter else console.is_terminal
         columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+        with Progress(*columns, console=console, transient=True, disable=self.console.quiet or not shown) as bar:
             task = bar.add_task(title, total=total, completed=done)
             yield lambda: bar.advance(task)
 
@@ -109,30 +96,3 @@ def _columns(metric: str) -> list[tuple[str, str, Callable[[Any], str]]]:
 
 def _cell(value: Any, heading: str, form: Callable[[Any], str]) -> str:
     return f"{'–' if value is None else form(value):>{max(7, len(heading))}}"
-
-
-class NotebookBar:
-    """A bar of plain HTML, which needs no widgets.
-
-    It is one for all epochs, in the place where the first began, so that the text below it stays in one piece.
-    """
-
-    _place: Any = None
-    _shown = -SECONDS
-
-    def advance(self, title: str, total: int, counter: Iterator[int]) -> None:
-        """Move the bar on."""
-        done = next(counter)
-        if time.monotonic() - self._shown >= SECONDS:
-            self._shown, text = time.monotonic(), f"{title} {done}/{total}"
-            self.show(f'<progress max="{total}" value="{done}"></progress> <code>{text}</code>', text)
-
-    def show(self, html: str, text: str) -> None:
-        """Show the bar, or nothing."""
-        from IPython.display import display  # pyright: ignore[reportMissingImports]  # there is one in a notebook
-
-        content = {"text/html": html, "text/plain": text}
-        if self._place is None:
-            self._place = display(content, raw=True, display_id=True)
-        else:
-            self._place.update(content, raw=True)

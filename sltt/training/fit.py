@@ -66,9 +66,7 @@ def fit(
     workers: int = 0,
     device: Device = "auto",
     devices: int | None = None,
-    num_nodes: int | None = None,
     strategy: Strategy = "ddp",
-    sync_batchnorm: bool = False,
     compile: Compile = "auto",
     sparse: Sparse = "auto",
     graph: Graph = "auto",
@@ -114,10 +112,8 @@ def fit(
         workers: processes that load data, for each that trains.
         device: auto takes CUDA where there is a GPU.
         devices: processes on this machine; None is what torchrun or Slurm started, or 1.
-        num_nodes: machines; None is what torchrun or Slurm started, or 1.
         strategy: of several processes. ddp keeps all weights in each. fsdp keeps a part in each, for networks too large
             for a device, and reduces gradients in every backward.
-        sync_batchnorm: BatchNorm takes its statistics over all processes, on GPUs.
         compile: compile the neuron step: where it pays (auto), always (on), never (off).
         sparse: compute on active inputs only: where it is faster (auto), wherever possible (on), never (off).
         graph: launch each training batch as one CUDA graph, from the fourth batch of a phase on: on a GPU, unless
@@ -269,7 +265,6 @@ def _check(here: Session, model: nn.Module, data: Data, settings: Settings, repo
         if stage.crop is not None:
             check_crop(samples[0][0], stage.crop)
         stage.rule.check(model, stage.steps)
-    safeguards.check_static(model, splits, samples, settings.loss, stages[0].steps)
     safeguards.check_last_batch(model, splits, samples, settings.batch_size, stages)
     x = splits.collate(samples)[0].to(next((p.device for p in model.parameters()), "cpu"))
     check(model, x, rule=stages[0].rule, steps=stages[0].steps if splits.static else None)

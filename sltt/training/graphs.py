@@ -261,7 +261,7 @@ def make_graphs(
     problem, settings, several = rule_problem(rule, steps), here.settings, here.processes.count > 1
     if settings.precision == "16-mixed":
         problem = problem or "16-mixed scales the loss anew for each batch: use bf16-mixed"
-    if several and (settings.sync_batchnorm or settings.strategy == "fsdp"):
+    if several and (settings.strategy == "fsdp" or any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())):
         problem = problem or "processes exchange tensors within a batch"
     if mode == "auto" and not problem:
         own = next((type(one).__name__ for one in callbacks if not type(one).__module__.startswith("sltt.")), None)

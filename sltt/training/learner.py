@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sltt.parallel.processes import gather_parts, synchronise
+from sltt.parallel.processes import gather_parts
 from sltt.training.average import Average, select_weights
 from sltt.training.checkpoints import load_optimizer, load_weights
 from sltt.training.parameters import parameter_groups
@@ -29,8 +29,6 @@ class Learner:
 
     def __init__(self, session: Session, settings: Settings, model: nn.Module):
         self.session, self.processes, self.settings, self.model = session, session.processes, settings, model
-        if session.settings.sync_batchnorm and self.processes.count > 1:
-            synchronise(model)
         self.net = session.set_up(model)
         self.average = None if settings.ema is None else Average(model, settings.ema)
         groups = parameter_groups(model, settings.norm_weight_decay, settings.norm_bias_lr)
@@ -43,14 +41,6 @@ class Learner:
     def round_weights(self) -> AbstractContextManager[None]:
         """Round the weights inside a block, in a training that is quantised."""
         return round_weights(self.model) if self.settings.quantised else nullcontext()
-
-    def backward(self, weight: float, loss: Any) -> None:
-        """Backpropagate, such that the gradients of all parts and processes add up to that of the batch."""
-        self.session.fabric.backward(loss * weight)
-
-    def reduce(self) -> None:
-        """Add up the gradients of all processes."""
-        self.processes.reduce_gradients(self.model.parameters())
 
     def update(self) -> None:
         """Change the weights by their gradients."""
@@ -67,15 +57,16 @@ class Learner:
         return {
             "model": gather_parts(weights),
             "averaged": self.average.module.state_dict() if self.average else rounded,
+            "average_steps": self.average.step if self.average else 0,
             "optimizer": gather_parts(self.optim.state_dict()),
             "scaler": self.session.fabric.strategy.precision.state_dict(),
         }
 
-    def load(self, checkpoint: dict[str, Any], path: Path, batches: int) -> None:
-        """Take over the state in a checkpoint that lies at `path`, after so many batches."""
+    def load(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Take over the state in a checkpoint that lies at `path`."""
         load_weights(self.model, checkpoint["model"], path)
         if self.average:
             load_weights(self.average.module, select_weights(checkpoint), path)
-            self.average.step = batches
+            self.average.step = checkpoint["average_steps"]
         load_optimizer(self.optim, checkpoint["optimizer"], path)
         self.session.fabric.strategy.precision.load_state_dict(checkpoint["scaler"])

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from sltt.callbacks import Moment
 from sltt.data import Data, Splits
-from sltt.metrics import higher_is_better, improves, name_of
+from sltt.metrics import higher_is_better, name_of
 from sltt.parallel.signals import Interrupt
 from sltt.training.batch_loop import BatchLoop
 from sltt.training.batches import EpochSampler, finish_loaders, train_loader
@@ -25,7 +25,7 @@ from sltt.training.logs import logs
 from sltt.training.phases import Stage, stage_at
 from sltt.training.progress import Metrics, Progress, epoch_row
 from sltt.training.runs import write_table
-from sltt.training.safeguards import extreme_layers, long_warmup, rising_loss
+from sltt.training.safeguards import extreme_layers, rising_loss
 
 
 class Loop:
@@ -53,8 +53,6 @@ class Loop:
         first = self.processes.rank == 0
         with logs(self.folder, self.settings.loggers or (), self.config, first) as log, Interrupt() as interrupt:
             self._show_callbacks()
-            if warning := long_warmup(self.settings.schedule, self.stages):
-                self.report.warn(warning)
             for row in self.state.history:  # so that the log of a resumed run is whole
                 log(row)
             for stage in self.stages:
@@ -102,14 +100,6 @@ class Loop:
         seconds = time.monotonic() - began
         return state.metrics(self.metric, batches.score.value(), self.processes, seconds, batches.memory.peak)
 
-    def _count_batches(self, epoch: int) -> int:
-        return stage_at(self.stages, epoch).count_batches(math.ceil(self.sampler.length / self.settings.batch_size))
-
-    @property
-    def trained_batches(self) -> int:
-        """Return the number of batches that were trained, in all epochs."""
-        return sum(map(self._count_batches, range(self.state.epoch))) + self.state.batch
-
     def _is_over(self, stage: Stage) -> bool:
         stopped = self.state.stopped and not self.state.batch  # a callback ends a training after the epoch
         return self.state.epoch >= stage.stop or bool(stopped)
@@ -120,7 +110,7 @@ class Loop:
         At another T, the best epoch is sought anew. Where the schedule starts anew, training goes on from the average.
         """
         here, state, size = self.learner.session, self.state, self.settings.batch_size
-        count = self._count_batches(stage.start)
+        count = stage.count_batches(math.ceil(self.sampler.length / size))
         if self.settings.phases:
             crop = f", crops of {stage.crop} pixels" if stage.crop else ""
             part = f", {count} batches an epoch" if stage.batches else ""
@@ -146,8 +136,7 @@ class Loop:
     def _end_epoch(self, training: Metrics, validation: Metrics | None) -> dict[str, Any]:
         """Save an epoch; returns its row in the table of metrics."""
         row = epoch_row(self.state.epoch + 1, self.learner.optim, training, validation)
-        quality = improves(self.settings.metric, validation.score) if validation else 0.0
-        improved = self.state.end_epoch(row, validation, quality)
+        improved = self.state.end_epoch(row, validation, 1 if higher_is_better(self.settings.metric) else -1)
         self.state.pending = bool(self.callbacks)
         # the best before the last: that one says that there is a best
         save_state(self, *[BEST] * improved, LAST)

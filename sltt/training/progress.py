@@ -106,14 +106,14 @@ class Progress:
             {name: spikes / count for name, (spikes, count) in total.firing.items() if count},
         )
 
-    def end_epoch(self, row: dict[str, Any], validation: Metrics | None, quality: float) -> bool:
-        """Start the next epoch; true if this one is the best so far: in quality, more is better, then in loss."""
+    def end_epoch(self, row: dict[str, Any], validation: Metrics | None, sign: int) -> bool:
+        """Start the next epoch; true if this one is the best so far: in `sign` times the score, then in loss."""
         self.history = [*self.history, row]
         self.epoch += 1
         self.batch, self.loss, self.terms, self.seconds, self.firing, self.score = 0, 0.0, 0, 0.0, {}, {}
         if validation is None:
             return False
-        score = [-math.inf if math.isnan(one) else one for one in (quality, -validation.loss)]
+        score = [-math.inf if math.isnan(one) else one for one in (sign * validation.score, -validation.loss)]
         if self.best and score <= self.best:
             return False
         self.best, self.best_epoch = score, self.epoch

@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from sltt._torch import _BatchNorm, _NormBase
 from sltt.data import Splits
-from sltt.parallel.processes import local_part, total
+from sltt.parallel.processes import is_sharded
 from sltt.rules import SLTT, Rule, unroll
-from sltt.rules.batch import sequence_loss
-from sltt.schedules import Schedule
 from sltt.sequence.copies import copy_model
 from sltt.sequence.padding import Padded
 from sltt.training.phases import Stage
@@ -48,7 +46,8 @@ def check_finite(loss: Tensor, model: nn.Module, optim: Any, scaled: bool) -> No
 
     The loss alone would not tell: a neuron that gets NaN is silent, and the loss behind it finite.
     """
-    norm = total(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    norm = norm.full_tensor() if is_sharded(norm) else norm
     if math.isfinite(loss.item()) and (scaled or math.isfinite(norm.item())):
         return
     rate = optim.param_groups[0]["lr"]
@@ -61,7 +60,8 @@ def check_finite(loss: Tensor, model: nn.Module, optim: Any, scaled: bool) -> No
 def check_weights(model: nn.Module, remedy: str = "lower the learning rate or set clip_norm") -> None:
     """Raise FloatingPointError, with the name of the parameter, if a weight or a statistic is not finite."""
     for name, parameter in model.named_parameters():
-        if not local_part(parameter).isfinite().all():
+        own = parameter.to_local() if is_sharded(parameter) else parameter
+        if not own.isfinite().all():
             raise FloatingPointError(f"the weights of {name} are not finite any more: {remedy}")
     for name, module in model.named_modules():
         for key in ("running_mean", "running_var") if isinstance(module, _NormBase) else ():
@@ -111,45 +111,6 @@ def check_mean(loss: Any) -> None:
             f"{type(summed[0]).__name__}(reduction='sum') adds up over samples, and a part of a batch has a share of "
             "them: set reduction='mean', or leave accumulate and devices at 1"
         )
-
-
-def check_static(model: nn.Module, splits: Splits, samples: list[Any], loss: Any, steps: int) -> None:
-    """Raise ValueError for sequences [T, ...] that are taken for images, where the training could not take them so.
-
-    What the network and the loss take as images is trained: a first dimension of T may be one of channels.
-    """
-    if not splits.static or splits.per_step or steps == 1:
-        return
-    x, y = splits.collate(samples[:1] * 2)
-    if x.ndim < 3 or x.shape[1] != steps or _runs(model, x[None], y, loss):
-        return
-    if _runs(model, x[:, :1].transpose(0, 1), y, loss):
-        raise ValueError(
-            f"static=True shows samples {list(x.shape[1:])} whole at every time step, and the network or the loss does "
-            f"not take them so. Their first dimension is steps={steps}, and as sequences they fit: static=False?"
-        )
-
-
-def _runs(model: nn.Module, x: Tensor, y: Any, loss: Any) -> bool:
-    """Return whether a copy of the network, and the loss, take a sequence [T, B, ...]."""
-    try:
-        twin = copy_model(model).eval()
-        x = x.to(next((p.device for p in twin.parameters()), "cpu"))
-        sequence_loss(loss, unroll(twin, x).cpu(), y)
-    except Exception:  # the training says what is wrong, where this one cannot
-        return False
-    return True
-
-
-def long_warmup(schedule: Schedule, stages: Sequence[Stage]) -> str | None:
-    """Return a warning where the training, or the schedule's first phases, end before the warm-up."""
-    epochs = stages[0].span[1]
-    if schedule.warmup <= epochs:
-        return None
-    return (
-        f"the warm-up of {schedule.warmup:g} epochs does not end within {epochs} epochs: the learning rate rises to "
-        f"{epochs / schedule.warmup:.0%} of its value. Give the schedule a shorter one: warmup={epochs / 4:g}"
-    )
 
 
 def check_last_batch(

@@ -2,8 +2,6 @@
 
 import copy
 import numbers
-import warnings
-from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,8 +32,8 @@ class Score:
 
     def __init__(self, metric: Any, processes: Processes, progress: Progress, selects: bool = True):
         self.metric, self.processes, self.selects, self.collecting = metric, processes, selects, collects(metric)
-        self.looked, self.empty = progress.batch > 0, not progress.score
-        self.partial = self.collecting and self.looked and self.empty
+        self.empty = not progress.score
+        self.partial = self.collecting and progress.batch > 0 and self.empty
         # of a mean; the first process takes over the sums of all
         sums = progress.score if processes.rank == 0 and not self.collecting else {}
         self.total, self.samples = sums.get("total", 0.0), sums.get("samples", 0)
@@ -56,8 +54,6 @@ class Score:
             if part is not None:
                 self.empty = False
                 self.metric.update(*part)
-        if not self.looked:
-            self._look()
 
     def value(self) -> Any:
         """Return the score of all samples, of all processes; None of a metric that has seen none after a resume."""
@@ -71,15 +67,6 @@ class Score:
         if self.collecting:
             return dict(self.metric.state_dict()) if hasattr(self.metric, "load_state_dict") else {}
         return dict(zip(("total", "samples"), self.processes.sum([self.total, self.samples]), strict=True))
-
-    def _look(self) -> None:
-        """Raise ValueError at the first batch, and not after an epoch, where the metric gives no single number."""
-        self.looked, value = True, None
-        with suppress(Exception), warnings.catch_warnings():  # a batch may have too few samples for it
-            warnings.simplefilter("ignore")
-            value = self.metric.compute()
-        if value is not None:
-            self._number(value)
 
     def _number(self, value: Any) -> Any:
         """Return a number as a float; raise ValueError for another value by which an epoch would be selected."""

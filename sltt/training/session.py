@@ -117,13 +117,7 @@ def session(settings: Settings) -> Iterator[Session]:
 
     Raises ValueError for a device that is not there, or that cannot do what was asked for.
     """
-    asked = settings.device, settings.devices, settings.num_nodes, settings.strategy, settings.precision
-    fabric = make_fabric(*asked)
-    if settings.sync_batchnorm and fabric.world_size > 1 and fabric.device.type != "cuda":
-        raise ValueError(
-            f"sync_batchnorm=True for {fabric.world_size} processes on {fabric.device.type}, but PyTorch's "
-            "SyncBatchNorm runs on CUDA devices only: leave it out, and each process takes the statistics of its share"
-        )
+    fabric = make_fabric(settings.device, settings.devices, settings.strategy, settings.precision)
     cudnn: Any = torch.backends.cudnn
     with using(compile=settings.compile, sparse=settings.sparse), ExitStack() as before:
         # new tensors are on the CPU, whatever the user has set; and cuDNN times its algorithms once for each shape,

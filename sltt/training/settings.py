@@ -21,7 +21,7 @@ from sltt.training.phases import Stage, plan
 
 OptimizerFactory = Callable[[ParamsT], Optimizer]
 
-PROCESSES = ("devices", "num_nodes", "strategy")  # settings of the processes, not of what each of them does
+PROCESSES = ("devices", "strategy")  # settings of the processes, not of what each of them does
 OF_TRAINING = ("callbacks", "loggers")  # whose classes a trained network does without
 # what a resumed run may change: where it trains, and when it ends; of data, where it lies (`list_changes`)
 RESUMABLE = (
@@ -135,5 +135,3 @@ def check_optimizer(given: Any) -> None:
     groups = made.param_groups if isinstance(made, Optimizer) else []
     if [p is parameter for group in groups for p in group["params"]] != [True]:
         raise ValueError(f"optimizer must make an Optimizer of the parameters that it is called with, got {made!r:.80}")
-    if isinstance(made, torch.optim.LBFGS):
-        raise ValueError("LBFGS computes the loss several times a step, and a rule once a batch: use SGD or AdamW")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sltt
-from sltt.analysis import count_operations, synaptic_operations
+from sltt.analysis import count_operations, measure_energy
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -54,16 +54,16 @@ PRODUCTS = {
 def test_attention_counts_alike_however_it_is_written(name):
     torch.manual_seed(0)
     model, x = Attention(PRODUCTS[name]), 3 * torch.randn(2, 4, 6)
-    products = {one.name: one for one in synaptic_operations(model, x.expand(2, *x.shape))}[""]
+    products = {one.name: one for one in measure_energy(model, x.expand(2, *x.shape)).layers}[""]
     assert products.ann_macs == 2 * (4 * 4 * 6 + 4 * 4 * 6)
     torch.manual_seed(0)
     same = Attention(PRODUCTS["@"])
-    assert products in synaptic_operations(same, x.expand(2, *x.shape))
+    assert products in measure_energy(same, x.expand(2, *x.shape)).layers
 
 
 def test_products_of_single_elements_are_no_matrix_products():
     model = Attention(lambda a, b: torch.einsum("bnd,bnd->bnd", a, a))
-    assert [one.name for one in synaptic_operations(model, torch.randn(2, 4, 6), steps=2)] == ["layer", "head"]
+    assert [one.name for one in measure_energy(model, torch.randn(2, 4, 6), steps=2).layers] == ["layer", "head"]
 
 
 class Twice(nn.Module):
@@ -80,7 +80,7 @@ class Twice(nn.Module):
 
 
 def test_a_layer_counts_at_each_of_its_sizes_and_for_each_token():
-    conv, tokens = synaptic_operations(Twice(), torch.randn(5, 2, 4, 4), steps=3)
+    conv, tokens = measure_energy(Twice(), torch.randn(5, 2, 4, 4), steps=3).layers
     reached = 10 * 10 + 4 * 4  # pixels of 3 × 3 windows over 4 × 4 and 2 × 2 images, without the padding
     assert conv.dense == 3 * reached * 2 * 2
     assert tokens.dense == 3 * 4 * 2 * 3
@@ -89,5 +89,5 @@ def test_a_layer_counts_at_each_of_its_sizes_and_for_each_token():
 
 def test_a_transposed_convolution_multiplies_each_input_with_its_kernel():
     layers = sltt.LIF(), nn.Unflatten(1, (2, 2, 2)), nn.ConvTranspose2d(2, 6, 3, stride=2, groups=2)
-    (found,) = synaptic_operations(nn.Sequential(*layers), torch.randn(3, 8), steps=1)
+    (found,) = measure_energy(nn.Sequential(*layers), torch.randn(3, 8), steps=1).layers
     assert found.dense == 8 * 3 * 9

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sltt
-from sltt.analysis import Energy, LayerOperations, firing_rates, measure_energy, neurobench, synaptic_operations
+from sltt.analysis import Energy, LayerOperations, firing_rates, measure_energy, neurobench
 
 
 class Reads(nn.Module):
@@ -46,7 +46,7 @@ READS = [
 def test_spikes_keep_their_number_through_pooling(spikes, function, expected):
     model, x = Reads(spikes, function).eval(), torch.zeros(1, 3, *spikes.shape)
     model(x[0])
-    (found,) = synaptic_operations(model, x)
+    (found,) = measure_energy(model, x).layers
     assert (found.macs, found.acs) == ((found.dense, 0) if expected is None else (0, 4 * expected))
     assert found.spiking or expected is None
 
@@ -64,7 +64,7 @@ INPUTS = [
 @pytest.mark.parametrize(("x", "macs", "acs"), INPUTS)
 def test_inputs_are_events_or_data(x, macs, acs):
     model = nn.Sequential(nn.Linear(len(x), 3), sltt.LIF())
-    (found,) = synaptic_operations(model, torch.tensor(x).expand(2, 5, -1))
+    (found,) = measure_energy(model, torch.tensor(x).expand(2, 5, -1)).layers
     assert (found.macs, found.acs, found.spiking) == (2 * 3 * macs, 2 * 3 * acs, False)
 
 
@@ -73,7 +73,7 @@ def test_a_second_branch_reads_the_data_and_recurrent_weights_spikes():
     a, n, b = nn.Linear(5, 6), sltt.Recurrent(sltt.LIF(), nn.Linear(6, 6)), nn.Linear(5, 6)
     model.neuron, model.head, model.b = nn.Sequential(a, n), nn.Identity(), b
     model.forward = lambda x: model.neuron(x) + model.b(x)
-    found = {one.name: one for one in synaptic_operations(model, 3 * torch.randn(4, 2, 5))}
+    found = {one.name: one for one in measure_energy(model, 3 * torch.randn(4, 2, 5)).layers}
     assert found["neuron.0"].picojoules == found["b"].picojoules == pytest.approx(4 * 30 * 4.6)
     assert [one.spiking for one in found.values()] == [False, True, False]
 

@@ -7,9 +7,7 @@ import torch
 
 import sltt
 from sltt.analysis import memory_parts, peak_memory
-from sltt.memory import available_memory, free_memory, parse_bytes
-
-MB = 1_000_000
+from sltt.memory import available_memory, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -30,54 +28,6 @@ def test_sizes(size, expected):
 def test_what_is_no_size_is_refused(size):
     with pytest.raises(ValueError, match="expected a memory size such as 8GB or 500MB, got"):
         parse_bytes(size)
-
-
-def write(root, files=()):
-    """Files under `root` by their path, beside a machine with 8000 KiB free."""
-    (root / "proc/self").mkdir(parents=True, exist_ok=True)
-    (root / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
-    for path, text in dict(files).items():
-        file = root / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-
-
-def group(root, folder, limit, used, files=0):
-    """A control group of version 2, or below `memory` of version 1."""
-    first = "memory" in folder.split("/")[0]
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if first else ("memory.max", "memory.current")
-    home = root / "sys/fs/cgroup" / folder
-    home.mkdir(parents=True, exist_ok=True)
-    (home / names[0]).write_text(f"{limit}\n")
-    (home / names[1]).write_text(f"{used}\n")
-    (home / "memory.stat").write_text(f"anon 1\n{'total_' if first else ''}inactive_file {files}\n")
-
-
-def test_without_control_groups_the_machine_counts(tmp_path):
-    write(tmp_path)
-    assert free_memory(tmp_path) == 8000 * 1024
-
-
-@pytest.mark.parametrize(("line", "top"), [("0::", ""), ("4:cpu,memory:", "memory")])
-def test_the_smallest_limit_on_the_path_counts(tmp_path, line, top):
-    unlimited = "max" if not top else 2**63 - 4096
-    write(tmp_path, {"proc/self/cgroup": f"9:cpuset:/elsewhere\n{line}/job/step\n"})
-    group(tmp_path, f"{top}/job/step".strip("/"), unlimited, MB)
-    assert free_memory(tmp_path) == 8000 * 1024
-    group(tmp_path, f"{top}/job".strip("/"), 5 * MB, 4 * MB, files=MB)
-    assert free_memory(tmp_path) == 2 * MB  # files in the cache can be dropped
-    group(tmp_path, f"{top}/job/step".strip("/"), 3 * MB, 2 * MB)
-    assert free_memory(tmp_path) == MB
-    group(tmp_path, f"{top}/job/step".strip("/"), 3 * MB, 4 * MB)
-    assert free_memory(tmp_path) == 0
-
-
-@pytest.mark.parametrize(("line", "top"), [("0::", "."), ("4:memory:", "memory")])
-@pytest.mark.parametrize("path", ["/docker/0123", "/../../other"])
-def test_a_container_that_sees_its_own_group_as_the_outermost(tmp_path, line, top, path):
-    write(tmp_path, {"proc/self/cgroup": f"{line}{path}\n"})
-    group(tmp_path, top, 5 * MB, MB)
-    assert free_memory(tmp_path) == 4 * MB
 
 
 def test_this_machine_has_memory():

@@ -83,4 +83,4 @@ class Named(nn.Module):
 def test_layers_that_are_called_by_name_are_measured():
     x = torch.randn(3, 5, 4)
     assert [path.name for path in sltt.analysis.layer_paths(Named(), x)] == ["layer", "head"]
-    assert [one.name for one in sltt.analysis.synaptic_operations(Named(), x)] == ["layer", "head"]
+    assert [one.name for one in sltt.analysis.measure_energy(Named(), x).layers] == ["layer", "head"]

@@ -52,9 +52,8 @@ CASES = f"""
 2 | unknown recipe 'digit'; did you mean digits? | train digit
 2 | . is a folder, and no recipe: `sltt train --resume . | train .
 2 | unknown recipe '' | train ''
-2 | usage: sltt data check RECIPE | data check
-2 | unknown key 'foo' of sltt.data.Digits | data check digits --data.foo 3
-1 | CIFAR-10 not found | data check cifar10 --data.root nowhere
+2 | unknown key 'foo' of sltt.data.Digits | train digits --data.foo 3
+1 | CIFAR-10 not found | train cifar10 --device cpu --data.root nowhere
 # options that are cut short, or misspelt
 2 | unknown option --bugdet; did you mean --budget? | profile --bugdet 8GB
 2 | unknown option --lr; did you mean --optimizer.lr? | train --lr 3
@@ -111,7 +110,7 @@ CASES = f"""
 2 | unknown option --nueron.tau | compare --vary model.nueron.tau=1
 2 | required: --base | fscil digits
 2 | --order: expected numbers separated by commas, got 'a' | fscil digits --base 6 --order a
-1 | 9 base classes and 1 × 2 new ones are 11, and there are 10 classes | {FSCIL} --base 9 --way 2
+1 | 9 base classes and 2 new ones are 11, and there are 10 classes | {FSCIL} --base 9 --way 2
 1 | training samples, fewer than shot=500 | {FSCIL} --base 6 --way 1 --shot 500
 1 | class 6 stands twice | {FSCIL} --base 6 --way 1 --order 0,1,2,3,4,5,6,6
 1 | sltt fscil compares accuracies | {FSCIL} --base 6 --way 1 --metric sltt.metrics.MeanSquaredError

@@ -247,5 +247,5 @@ def test_numbers_that_are_not_finite_are_null_in_json():
 def test_the_brackets_of_a_rule_are_shown(capsys):
     table = Table("rule")
     table.add_row("Mixed:windows={[12]: all}")
-    Console().table(table)
+    Console().console.print(table)
     assert "Mixed:windows={[12]: all}" in capsys.readouterr().out

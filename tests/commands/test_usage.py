@@ -66,12 +66,3 @@ def test_a_failed_worker_of_the_data_loader_is_told_in_a_line():
     trace = 'Original Traceback (most recent call last):\n  File "mine.py", line 3\nKeyError: 7\n'
     error = RuntimeError(f"Caught KeyError in DataLoader worker process 0.\n{trace}")
     assert cause(error) == "Caught KeyError in DataLoader worker process 0: KeyError: 7"
-
-
-def test_data_check_says_whether_the_data_is_whole(tmp_path, capsys):
-    assert main(["data", "check", "digits"]) == 0
-    out = capsys.readouterr().out
-    assert "train" in out
-    assert "nothing is missing" in out
-    assert main(["data", "check", "cifar10", "--data.root", str(tmp_path)]) == 1
-    assert str(tmp_path) in capsys.readouterr().err

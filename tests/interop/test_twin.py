@@ -10,7 +10,7 @@ from sltt import kernels
 from sltt.commands import main
 from sltt.interop import QCFS, spiking
 from sltt.interop.activations import Balanced, percentiles
-from tests.conftest import KINDS, RULES, gradients, seeded
+from tests.conftest import KINDS, RULES, gradients
 from tests.kernels.exact import NATIVE
 
 
@@ -162,40 +162,6 @@ def test_gradients_of_a_twin_are_those_of_the_network_built_by_hand(name):
     torch.testing.assert_close(of_twin, by_hand)
 
 
-def coded(low=-1.0, high=3.0):
-    ann = nn.Sequential(nn.Linear(6, 50), nn.ReLU(), nn.Linear(50, 3)).double()
-    x = low + (high - low) * torch.rand(20, 6, dtype=torch.float64)
-    return ann, x, spiking(ann, data=x, percentile=100, coding=sltt.data.Poisson(low, high))
-
-
-def test_the_spikes_of_a_coded_twin_have_the_image_as_their_mean():
-    ann, x, twin = coded()
-    plain, seen = spiking(ann, data=x, percentile=100).state_dict(), []
-    assert twin.state_dict().keys() == plain.keys()
-    assert all(torch.equal(value, plain[name]) for name, value in twin.state_dict().items())  # thresholds, of images
-    twin.get_submodule("0").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    logits = sltt.unroll(twin, x, steps=2000).mean(0)
-    spikes = torch.stack(seen)
-    assert spikes.unique().tolist() == [-1.0, 3.0]
-    assert (spikes[1:] != spikes[:-1]).any((1, 2)).all()  # drawn at every time step
-    torch.testing.assert_close(spikes.mean(0), x, atol=0.2, rtol=0)
-    torch.testing.assert_close(logits, ann(x), atol=0.1, rtol=0)
-
-
-def test_a_coded_twin_draws_alike_in_evaluation_and_where_a_rule_runs_steps_again():
-    _, x, twin = coded()
-    y = torch.arange(20) % 3
-    rules = sltt.BPTT(), sltt.BPTT(segment=2), sltt.BPTT(fold=2)
-    found, *others = (seeded(gradients, twin, rule, x, y, steps=4)[0] for rule in rules)
-    for other in others:
-        torch.testing.assert_close(other, found)
-    with pytest.raises(ValueError, match=r"RateBased knows .* not of input \(Coded\)"):
-        sltt.RateBased()(twin, x, y, nn.CrossEntropyLoss(), steps=4)
-    training, evaluation = ([sltt.unroll(twin.train(mode), x, steps=4) for _ in range(2)] for mode in (True, False))
-    assert not torch.equal(*training)
-    assert torch.equal(*evaluation)
-
-
 def network(*layers):
     return nn.Sequential(nn.Linear(6, 6), *layers)
 
@@ -255,10 +221,6 @@ def test_other_arguments_that_do_not_fit(tmp_path):
         spiking(ann, data=sltt.data.SequentialDigits())
     with pytest.raises(ValueError, match="NaN or infinite"):
         spiking(ann, data=torch.full((8, 6), torch.nan))
-    with pytest.raises(
-        ValueError, match=r"coding must be a Poisson, got .*Latency.*: code the data, sltt\.data\.Encoded"
-    ):
-        spiking(ann, coding=sltt.data.Latency())
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
     with pytest.raises(RuntimeError, match="loading state_dict for Sequential"):
         spiking(ann, weights=str(tmp_path / "other.pt"))
@@ -298,10 +260,8 @@ def test_an_ann_and_its_twin_from_the_digits_recipe(tmp_path, monkeypatch):
     main(f"train digits --run ann --model.neuron torch.nn.ReLU --steps 1 --model.width 4 {short}".split())
     words = "--model sltt.interop.spiking --model.neuron sltt.IF --model.ann DigitsNet --model.ann.neuron torch.nn.ReLU"
     words += " --model.ann.width 4 --model.weights ann/best.ckpt --model.data Digits --steps 2"
-    words += " --model.coding sltt.data.Poisson --model.coding.low -0.82 --model.coding.high 1.85"
     assert main(f"train digits --run twin {words} {short}".split()) == 0
     assert main(["eval", "twin"]) == 0
-    assert sltt.load("twin").get_submodule("x").coding.high == 1.85
     state = torch.load("twin/best.ckpt", weights_only=True)["model"]
     assert {"features.2.threshold", "head.weight"} <= state.keys()
 

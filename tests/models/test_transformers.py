@@ -140,7 +140,7 @@ def test_products_of_attention_are_counted():
     x, y = torch.randn(2, 3, 8, 8), torch.randint(3, (2,))
     loss = sltt.losses.CrossEntropyMSE()
     counted = sltt.analysis.count_operations(model, x, y, loss, sltt.SLTT(), steps=3).forward
-    one = {layer.name: layer for layer in sltt.analysis.synaptic_operations(copy.deepcopy(model), x, steps=1)}
+    one = {layer.name: layer for layer in sltt.analysis.measure_energy(copy.deepcopy(model), x, steps=1).layers}
     assert one["blocks.1.attention"].ann_macs == 2 * 2 * 8 * 8 * 4  # k vᵀ and its product with q: h d d N each
     assert counted > 2 * 3 * sum(layer.ann_macs for layer in one.values())  # which leave out the padding
 
@@ -153,7 +153,7 @@ def test_energy_counts_the_pairs_of_spikes_that_meet_in_attention():
 
     model = nn.Sequential(sltt.LIF(), Attention())
     x = (torch.rand(5, 2, 12, 6) < 0.4).double() * 2
-    (layer,) = sltt.analysis.synaptic_operations(model, x)
+    (layer,) = sltt.analysis.measure_energy(model, x).layers
     spikes, expected = torch.stack([model[0](x_t) for x_t in x]), 0
     for q, k, v in (s.reshape(3, 4, 6) for s in spikes.flatten(0, 1)):
         kv = torch.einsum("in,jn->ij", v, k)

@@ -15,13 +15,11 @@ from sltt.commands import main
 from sltt.data import Splits
 from sltt.parallel import processes
 from sltt.parallel.devices import make_fabric
-from sltt.parallel.processes import synchronise
 from sltt.parallel.signals import Interrupt
 from sltt.sequence.state import Stateful
 from sltt.training.batches import EpochSampler, Shares, eval_loader, share, train_loader
 from sltt.training.session import session
 from sltt.training.settings import Settings
-from tests.training.blobs import equal
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -74,19 +72,11 @@ def test_rules_that_sharded_weights_cannot_serve_are_refused(rule):
         sltt.training.fit._check(here, torch.nn.Linear(2, 2), None, Settings(rule=rule), None)
 
 
-def test_a_batchnorm_of_ones_own_is_not_replaced():
-    class Own(torch.nn.BatchNorm1d):
-        pass
-
-    with pytest.raises(ValueError, match="Own"):
-        synchronise(torch.nn.Sequential(Own(3)))
-
-
 def test_numbers_that_differ_from_what_was_started_are_refused(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_NNODES", "2")
-    with pytest.raises(ValueError, match="2 processes on 2 machines were started, but devices=3 and num_nodes=2"):
+    with pytest.raises(ValueError, match="2 processes on 2 machines were started, but devices=3"):
         make_fabric(device="cpu", devices=3)
 
 
@@ -99,24 +89,6 @@ def test_groups_are_closed_at_the_end_where_they_are_ours(ours):
         assert dist.is_initialized() == (not ours)
         if not ours:
             dist.destroy_process_group()
-
-
-def test_synchronised_statistics_keep_weights_and_names():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-    before = model.state_dict()
-    synchronise(model)
-    assert isinstance(model[1], torch.nn.SyncBatchNorm)
-    assert equal(model.state_dict(), before)
-
-
-def test_synchronised_statistics_need_gpus(monkeypatch):
-    two = SimpleNamespace(global_rank=0, world_size=2, local_rank=0, device=torch.device("cpu"))
-    monkeypatch.setattr("sltt.training.session.make_fabric", lambda *args: two)
-    with (
-        pytest.raises(ValueError, match="sync_batchnorm=True for 2 processes on cpu"),
-        session(Settings(device="cpu", devices=2, sync_batchnorm=True)),
-    ):
-        pass
 
 
 @pytest.mark.parametrize(("rank", "code"), [("0", 75), ("1", 0)])

@@ -307,7 +307,7 @@ COMPILED[0].compile()
         ({"precision": "bf16-mixed"}, None, None),
         ({"strategy": "fsdp", "count": 2}, "processes exchange tensors", "exchange"),
         ({"strategy": "fsdp"}, None, None),
-        ({"sync_batchnorm": True, "count": 2}, "processes exchange tensors", "exchange"),
+        ({"model": nn.SyncBatchNorm(1), "count": 2}, "processes exchange tensors", "exchange"),
         ({"count": 2}, None, None),
         ({"callbacks": [sltt.callbacks.EarlyStopping(), Own()]}, "Own may change the network", None),
         ({"callbacks": [sltt.callbacks.EarlyStopping()]}, None, None),

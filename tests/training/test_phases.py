@@ -1,4 +1,3 @@
-import re
 from itertools import pairwise
 
 import pytest
@@ -213,21 +212,3 @@ def test_training_starts_from_the_weights_of_another_run(tmp_path):
                      optimizer=lambda p: torch.optim.SGD(p, lr=0.0))  # fmt: skip
     trained = weights(tmp_path / "one" / "best.ckpt")
     assert torch.equal(model[0].weight, trained["0.weight"])
-
-
-@pytest.mark.parametrize(
-    ("warmup", "phases", "said"),
-    [
-        (4, [Phase(4)], None),
-        (6, [Phase(4)], "warm-up of 6 epochs does not end within 4 epochs: the learning rate rises to 67% .* warmup=1"),
-        (
-            2.5,
-            [Phase(2), Phase(2, lr=0.1)],
-            "warm-up of 2.5 epochs does not end within 2 epochs: .* rises to 80% .* warmup=0.5",
-        ),
-    ],
-)
-def test_a_warm_up_longer_than_the_training_is_told(tmp_path, capsys, warmup, phases, said):
-    train(tmp_path / "run", phases=phases, schedule=sltt.schedules.Cosine(warmup), report=Console())
-    shown = " ".join(capsys.readouterr().out.split())
-    assert bool(re.search(said or "warning", shown)) == bool(said)

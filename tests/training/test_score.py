@@ -114,11 +114,10 @@ def test_a_state_of_a_metric_with_a_dataclass_is_read_again_as_its_fields(tmp_pa
     assert [row["train_dataclass"] for row in again.history] == [60]
 
 
-def test_a_metric_of_several_numbers_is_refused_at_the_first_batch(tmp_path):
+def test_a_metric_of_several_numbers_is_refused(tmp_path):
     message = r"macro_f1 computes shape \[3\], and a training selects by one number: .* average='macro'"
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", metric=MacroF1(average=None))
-    assert caught.value.__notes__ == ["at epoch 1, batch 1 of 4"]
 
 
 def test_padded_sequences_and_targets_of_each_step_are_collected():

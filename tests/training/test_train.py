@@ -226,7 +226,7 @@ def test_of_epochs_that_are_equally_good_the_first_is_the_best(tmp_path):
 def test_an_epoch_whose_metric_is_no_number_is_not_the_best(values, best):
     progress = Progress()
     for value in values:
-        progress.end_epoch({}, Metrics(1.0, value, "precision", 0.0, 0.0, None), value)
+        progress.end_epoch({}, Metrics(1.0, value, "precision", 0.0, 0.0, None), 1)
     assert progress.best_epoch == best
 
 
