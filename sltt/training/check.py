@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from sltt._torch import FABRIC
+from sltt import kernels
+from sltt._torch import FABRIC, _BatchNorm
 from sltt.checks import instance
 from sltt.rules import SLTT, Rule
 from sltt.rules.diagnosis import plain_tensors
@@ -24,15 +25,18 @@ from sltt.sequence.state import Stateful
 from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence, time_steps
 
+Call = tuple[str, Tensor | None, Tensor | None]  # of a module: its name, what sample 0 gave it and got
+
 
 def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None = None) -> None:
     """Check that a network runs its samples and time steps apart, on copies of it; `sltt.fit` does so once.
 
         sltt.check(model, x)
 
-    It finds attention among samples, neurons that run twice in a time step of compiled code, time steps that cannot
-    share a call as the rule's `fold` asks, and states that no rule knows of. A forward that moves something outside of
-    the network, such as a log, does so in copies too: with `fold=1` a rule runs none.
+    It finds attention among samples, neurons that run twice in a time step of compiled code, modules that mix the
+    samples of a batch, time steps that cannot share a call as the rule's `fold` asks, and states that no rule knows of.
+    A forward that moves something outside of the network, such as a log, does so in copies too: with `fold=1` a rule
+    runs none.
 
     Args:
         model: maps the input of one time step to logits. It is left as it was.
@@ -53,6 +57,14 @@ def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None
     _check_call(model, sequence)
     if rule.fold != "auto":
         rule.choose_fold(Run(model, sequence))
+    if sequence.batch < 2 or any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules()):
+        return  # what normalises by the statistics of the batch, in evaluation too, is not judged
+    if found := _find_mixing(model, sequence):
+        warnings.warn(
+            f"{found} mixes the samples of a batch, in evaluation mode too: what a sample gives depends on the others. "
+            "Attention is among tokens, [B, N, E] and not [N, B, E]; a sum over dimension 0 is one over samples",
+            stacklevel=4,
+        )
 
 
 class _Eager(Step):
@@ -165,3 +177,55 @@ def warn_of_leftovers(model: nn.Module, before: list[Any], samples: int) -> None
                 f"after the sequence. If it is a state, {remedy}",
                 stacklevel=5,
             )
+
+
+def _find_mixing(model: nn.Module, sequence: Sequence) -> str | None:
+    """Return the first module whose output for sample 0 depends on the others.
+
+    None too where the network does not run so: the training says what is wrong.
+    """
+    x = sequence.input(range(1))
+    others = 1 - x[1:] if x.is_floating_point() else x[1:].flip(0)
+    changed = torch.cat([x[:1], others])
+    try:
+        twin = _copy(model)
+        # the same once more with other random numbers: what they change is not judged
+        calls = (x, 0), (x, 1), (changed, 0)
+        before, again, after = (_run(twin, one, seed) for one, seed in calls)
+    except Exception:  # of any kind: it is the user's code
+        return None
+    if len({tuple(name for name, *_ in seen) for seen in (before, again, after)}) > 1:
+        return None  # it decides by values which modules run
+    for (name, read, gave), (_, _, repeated), (_, read_then, gave_then) in zip(before, again, after, strict=True):
+        if _equal_tensors(read, read_then) and _equal_tensors(gave, repeated) and not _equal_tensors(gave, gave_then):
+            return name
+    return None
+
+
+def _run(model: nn.Module, x: Tensor, seed: int) -> list[Call]:
+    """Return the calls of modules in a call of the network, in the order in which they end."""
+    seen: list[Call] = []
+
+    def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        read, gave = (_first_row(one, len(x)) for one in (inputs[0] if inputs else None, output))
+        seen.append((f"{name or 'the model'} ({type(module).__name__})", read, gave))
+
+    hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules()]
+    devices = [x.device] if x.is_cuda else []
+    with (
+        keep_hooks(*hooks), evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices),
+        kernels.using(sparse="off", compile="off"), Run(model, Sequence(x, 1, True), grad=False) as run,
+    ):  # fmt: skip
+        torch.manual_seed(seed)
+        run(x)
+    return seen
+
+
+def _first_row(x: Any, rows: int) -> Tensor | None:
+    """Return a copy of sample 0; None where the dimension of the samples is not plain to see."""
+    plain = isinstance(x, Tensor) and x.ndim > 0 and x.shape.count(rows) == 1 and len(x) == rows
+    return x[0].clone() if plain else None
+
+
+def _equal_tensors(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)

@@ -1,5 +1,7 @@
 """Misuse that only running copies of a network can show is named before it is trained."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,10 +10,44 @@ from torch import nn
 import sltt
 
 
+class AmongSamples(nn.Module):
+    def forward(self, x):
+        return torch.softmax(x @ x.mT, -1) @ x  # [B, B]
+
+
+class AmongTokens(nn.Module):
+    def forward(self, x):
+        x = x.unflatten(-1, (4, 2))
+        return (torch.softmax(x @ x.mT, -1) @ x).flatten(-2)
+
+
 class OverTime(nn.Module):
     def forward(self, x):
         steps = x.unflatten(0, (3, -1))
         return (steps + steps.mean(0)).flatten(0, 1) if len(x) % 3 == 0 else x
+
+
+class Centred(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+class Sometimes(nn.Module):
+    """Runs a layer or not, by values."""
+
+    def __init__(self):
+        super().__init__()
+        self.aux, self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        if x.sum() % 2:
+            self.aux(x)
+        return self.q(x) + self.k(x)
+
+
+class Drawn(nn.Module):
+    def forward(self, x):
+        return x + torch.poisson(x.abs())
 
 
 def fit(layer, tmp_path, rule=None):
@@ -22,6 +58,32 @@ def fit(layer, tmp_path, rule=None):
     return sltt.fit(
         model, data, rule or sltt.SLTT(), steps=3, epochs=1, batch_size=6, device="cpu", run=tmp_path / "run"
     )
+
+
+@pytest.mark.parametrize("layer", [AmongSamples(), Centred()], ids=lambda m: type(m).__name__)
+def test_a_layer_that_mixes_samples_is_named(layer, tmp_path):
+    name = type(layer).__name__
+    with pytest.warns(UserWarning, match=rf"2 \({name}\) mixes the samples of a batch, in evaluation mode too"):
+        fit(layer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        AmongTokens(),
+        nn.BatchNorm1d(8),
+        nn.BatchNorm1d(8, track_running_stats=False),
+        Sometimes(),
+        nn.Sequential(Drawn(), Drawn()),
+    ],
+    ids=["tokens", "BatchNorm", "of the batch", "by values", "random"],
+)
+def test_a_layer_that_treats_samples_one_by_one_is_not(layer, tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* mixes ")
+        fit(layer, tmp_path)
+        if isinstance(layer, AmongTokens):
+            fit(layer, tmp_path / "folded", sltt.SLTT(fold=3))
 
 
 def test_a_layer_that_mixes_folded_time_steps_is_refused(tmp_path):
