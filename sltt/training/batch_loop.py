@@ -16,7 +16,7 @@ from sltt.sequence.layout import last_fold, spiking_layers
 from sltt.sequence.padding import Padded, target_of
 from sltt.sequence.spikes import observe_spikes
 from sltt.sequence.steps import check_input
-from sltt.training.batches import Ahead, EpochSampler, count_parts, cut, join_outputs, seed_batch, share
+from sltt.training.batches import Ahead, EpochSampler, count_parts, cut, join_outputs, seed_batch, share, whole_epoch
 from sltt.training.graphs import make_graphs
 from sltt.training.learner import Learner
 from sltt.training.phases import Stage, freeze_norm, set_rates
@@ -50,7 +50,7 @@ class BatchLoop:
         self.learner.net.train()
         if self.stage.freeze_norm:
             freeze_norm(self.learner.model)
-        ahead = Ahead(self._prepare(iter(loader)))
+        ahead = Ahead(self._prepare(whole_epoch(loader)))
         return (self._train(state, ahead, *batch) for batch in ahead)
 
     def _prepare(self, batches: Iterator[Any]) -> Iterator[tuple[Tensor, Tensor | Padded, float]]:

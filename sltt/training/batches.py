@@ -263,6 +263,19 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
+def whole_epoch(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Yield the batches of a loader; raise RuntimeError where they end early, as by a StopIteration of the data."""
+    count = 0
+    for batch in loader:
+        yield batch
+        count += 1
+    if count < (expected := len(loader)):
+        raise RuntimeError(
+            f"the data ended after {count} of {expected} batches: let its samples raise IndexError or ValueError, "
+            "not StopIteration"
+        )
+
+
 class Ahead:
     """Yields batches; `fetch` reads the next one early, while a device works on the one before.
 

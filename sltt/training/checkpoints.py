@@ -143,20 +143,27 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: Path) -> None:
 def load_optimizer(optim: Any, state: dict[str, Any], path: Path) -> None:
     """Load an optimizer's state that was saved whole, also where this process has a part of the parameters.
 
-    Raises CheckpointError where it is of other parameters.
+    Raises CheckpointError where it is of another optimizer, or of other parameters.
     """
     parameters = [p for group in optim.param_groups for p in group["params"]]
+    options = [set(group) for group in optim.param_groups]
     try:
         parts = {
             i: {key: shard_like(value, parameters[i]) for key, value in values.items()}
             for i, values in state["state"].items()
         }
         optim.load_state_dict({**state, "state": parts})
+        lost = {key for known, group in zip(options, optim.param_groups, strict=True) for key in known - set(group)}
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(
             f"the optimizer's state in {path} is of other parameters, or of another norm_weight_decay or norm_bias_lr: "
             f"{error}"
         ) from error
+    if lost:  # it would end in a KeyError at the first step
+        raise CheckpointError(
+            f"the optimizer's state in {path} is of another optimizer, without {', '.join(sorted(lost))}. Resume with "
+            "the run's own optimizer, or start a new run with --weights."
+        )
 
 
 def load_best(run: Path, which: str | None = None) -> tuple[Path, dict[str, Any]]:

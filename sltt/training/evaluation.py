@@ -24,7 +24,7 @@ from sltt.rules import unroll
 from sltt.rules.batch import sequence_loss
 from sltt.rules.diagnosis import plain_tensors
 from sltt.sequence.modes import evaluation_mode
-from sltt.training.batches import finish_loaders, share
+from sltt.training.batches import finish_loaders, share, whole_epoch
 from sltt.training.check import warn_of_leftovers
 from sltt.training.progress import BatchMemory, Metrics, Progress
 from sltt.training.safeguards import check_length
@@ -160,7 +160,7 @@ def measure(
     scores = {name_of(metric): Score(metric, processes, state, selects) for metric in metrics}
     began = time.monotonic()
     with evaluation_mode(net), firing_rates(net.module) as firing, torch.no_grad():
-        for x, y in loader:
+        for x, y in whole_epoch(loader):
             check_length(x, y, splits, steps)
             x, y = here.batch(x, y, splits.per_step)
             size = min(batches.batch_size, len(batches.sampler) - state.batch * batches.batch_size)

@@ -133,6 +133,13 @@ def test_data_that_fails_is_named_with_the_batch_that_it_is_of(tmp_path):
     assert [*Ahead(iter("ab"))] == ["a", "b"]
 
 
+def test_data_that_ends_early_is_no_whole_epoch(tmp_path):
+    with pytest.raises(RuntimeError, match=r"the data ended after \d of 4 batches"):
+        train(tmp_path / "run", data=ending(StopIteration()))
+    with pytest.raises(RuntimeError, match="the data ended after 0 of 1 batches"):
+        sltt.evaluate(network(), ending(StopIteration(), "test"), device="cpu")
+
+
 def test_no_worker_is_left_after_an_error(tmp_path):
     """Python would wait for it for ever when it ends, while the traceback keeps the loader."""
     with pytest.raises(KeyError) as caught:

@@ -278,6 +278,13 @@ def test_a_run_killed_between_its_two_checkpoints_still_knows_the_best(tmp_path,
     assert len((tmp_path / "part" / "metrics.csv").read_text().splitlines()) == 3
 
 
+def test_the_state_of_another_optimizer_is_refused(tmp_path):
+    first, other = (lambda p, kind=kind: kind(p, lr=0.1) for kind in (torch.optim.AdamW, torch.optim.SGD))
+    train(tmp_path / "run", optimizer=first, epochs=1)
+    with pytest.raises(CheckpointError, match=r"of another optimizer, without .*momentum.*--weights"):
+        train(tmp_path / "run", optimizer=other, resume=True)
+
+
 LENGTHS = [1 + i % 7 for i in range(103)]
 
 
