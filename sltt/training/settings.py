@@ -135,3 +135,5 @@ def check_optimizer(given: Any) -> None:
     groups = made.param_groups if isinstance(made, Optimizer) else []
     if [p is parameter for group in groups for p in group["params"]] != [True]:
         raise ValueError(f"optimizer must make an Optimizer of the parameters that it is called with, got {made!r:.80}")
+    if isinstance(made, torch.optim.LBFGS):
+        raise ValueError("LBFGS computes the loss several times a step, and a rule once a batch: use SGD or AdamW")
