@@ -49,10 +49,10 @@ class Adapter:
                 self._run = self.ours.prepare()
         return self.ours is not None
 
-    def run(self, x: Tensor, steps: int, cut: bool, states: Iterable[Any]) -> Tensor | None:
+    def run(self, x: Tensor, steps: int, cut: bool, states: Iterable[Any], how: Any = None) -> Tensor | None:
         """Run the time steps in x [n·B, ...] from states; return None where only the neuron's own code does it.
 
-        The states, each None or of no elements before the first step, are then those of `ours`.
+        The states, each None or of no elements before the first step, are then those of `ours`, which `how` runs.
         """
         if not self.find_ours() or not x.is_floating_point():
             return None
@@ -63,7 +63,7 @@ class Adapter:
             elif state.shape != shape or state.dtype != x.dtype or state.device != x.device:
                 return None
             setattr(self.ours, name, state)
-        return self._run(x, steps, cut)
+        return (how or self._run)(x, steps, cut)
 
 
 class AfterReset(Adapter):
@@ -73,8 +73,12 @@ class AfterReset(Adapter):
         super().__init__(module, translate, read)
         self.state = state
 
-    def __call__(self, x: Tensor, steps: int, cut: bool, *_: Any) -> Tensor | None:
-        spikes = self.run(x, steps, cut, [getattr(self.module, self.state)])
+    def advance_normalised(self, norm: Any, x: Tensor, bias: Tensor | None, steps: int, cut: bool) -> Tensor | None:
+        """Run the time steps in x behind a BatchNorm as `Neuron.advance_normalised` does."""
+        return self(x, steps, cut, lambda *_: self.ours.advance_normalised(norm, x, bias, steps, cut))
+
+    def __call__(self, x: Tensor, steps: int, cut: bool, how: Any = None) -> Tensor | None:
+        spikes = self.run(x, steps, cut, [getattr(self.module, self.state)], how)
         if spikes is not None:
             setattr(self.module, self.state, self.ours.v)
             self.ours.v = None
@@ -87,14 +91,14 @@ class BeforeReset(AfterReset):
     _left: Tensor | None = None  # the u that was left, and the v behind it
     _v: Tensor
 
-    def __call__(self, x: Tensor, steps: int, cut: bool, *_: Any) -> Tensor | None:
+    def __call__(self, x: Tensor, steps: int, cut: bool, how: Any = None) -> Tensor | None:
         seen, u = self._seen, getattr(self.module, self.state)
         if not self.find_ours() or (ours := self.ours).v_reset is not None:
             return None
         if seen is not self._seen:  # v is another with another threshold
             self._left = None
         amount = ours.v_threshold if ours.subtract is None else ours.subtract
-        spikes = self.run(x, steps, cut, [self._after_reset(u, amount) if u.numel() else None])
+        spikes = self.run(x, steps, cut, [self._after_reset(u, amount) if u.numel() else None], how)
         if spikes is not None:
             self._v = ours.v
             self._left = torch.add(self._v, spikes.detach()[-len(self._v) :], alpha=amount)

@@ -60,7 +60,7 @@ _FUNCTIONS = {
     "sltt_max_pool": (None, [_P, _I, _P, _P, _P, _I]),
     "sltt_max_pool_gradient": (None, [_P, _I, _P, _P, _P, _I]),
     "sltt_running_max": (None, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _I]),
-    "sltt_norm": (_I, [_I, _P, _N, _N, _P, _P, _P, _P, _I, _D, _D, _P, _I]),
+    "sltt_norm": (_I, [_I, _P, _N, _N, _N, _P, _P, _P, _P, _I, _P, _D, _P, _I]),
 }
 
 

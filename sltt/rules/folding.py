@@ -22,7 +22,7 @@ from sltt import kernels
 from sltt.checks import whole_number
 from sltt.rules.batch import Fold
 from sltt.rules.fold_trial import PlainError, RunRule, apart_from_user, copy_apart, find_difference, run_steps
-from sltt.rules.operations import Sizes, leave_samples_apart, takes_channels_last
+from sltt.rules.operations import Sizes, takes_channels_last, watch_samples
 from sltt.sequence.hooks import put_forward, without_marked_hooks
 from sltt.sequence.layout import Layout
 from sltt.sequence.once import is_sharded
@@ -79,6 +79,8 @@ def choose_fold(
         problem = "has a loss that refers to it, which may read the states of one time step"
     if not problem and key not in layout.folds:
         layout.folds[key] = _choose(run, x, fold, kind, make_step, run_rule or run_steps)
+    if not problem:
+        run.pairs = layout.pairs.get(kind, {})
     if not problem and kind in layout.channels_last:
         run.take_channels_last()
     layout.chosen = chosen = Fold(why=problem) if problem else layout.folds[key]
@@ -104,7 +106,9 @@ def _choose(run: Run, x: Tensor, fold: Any, kind: Any, make_step: Callable[[], S
         if layout.unproved is None or n <= layout.tried.get(kind, 1):
             return chosen
         twin = copy_apart(run.model)
-        if leave_samples_apart(run, twin, n):
+        if (pairs := watch_samples(run, twin, n)) is not None:
+            named = {layer.name: layer for layer in layout.keepers}
+            layout.pairs[kind] = {norm: named[neuron] for norm, neuron in pairs.items()}
             layout.channels_last |= {kind} if takes_channels_last(run, twin) else set()
         else:
             if weights > TRIED and fold == "auto":

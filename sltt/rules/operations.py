@@ -7,6 +7,8 @@ list, nothing is known.
 """
 
 import random
+import weakref
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
@@ -56,11 +58,13 @@ class Operations(DispatchMode):
         self.samples = {id(x): x}  # which keeps the id its own
         self._constants = {id(t): t for t in constants}
         self.called: list[Any] = []  # operations, the weights and numbers that they read
+        self.reads: Counter[int] = Counter()  # of tensors
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         result = func(*args, **kwargs)
+        self.reads.update(map(id, given))
         if self.ours:
             return result
         unknown = torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded
@@ -178,15 +182,29 @@ class _Watched(Sizes):
     def __init__(self, operations: Operations):
         super().__init__()
         self.operations = operations
+        self._normalised: dict[int, str] = {}
+        self._pairs: list[tuple[str, str, int, weakref.ref[Tensor]]] = []
 
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        known = layer.advance is not None and len(args) == 1
-        return args[0].asinh() if known else self.keeper(layer, *args, **kwargs)
+        if layer.advance is None or len(args) != 1:
+            return self.keeper(layer, *args, **kwargs)
+        if norm := self._normalised.get(id(args[0])):
+            self._pairs.append((norm, layer.name, id(args[0]), weakref.ref(args[0])))
+        return args[0].asinh()
 
     def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if kernels.others_save():
             raise UnknownError("normalises in a checkpoint")
-        return super().norm(layer, *args, **kwargs)
+        y = super().norm(layer, *args, **kwargs)
+        if args and y is args[0]:
+            y = y.view_as(y)
+            self._normalised[id(y)] = layer.name
+        return y
+
+    def find_pairs(self) -> dict[str, str]:
+        """Return the layers of neurons that alone read what a BatchNorm gives, by its name."""
+        self.operations.samples.clear()
+        return {norm: neuron for norm, neuron, y, left in self._pairs if self.operations.reads[y] == 1 and not left()}
 
     def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if not is_proved(layer):
@@ -198,20 +216,20 @@ class _Watched(Sizes):
         return y
 
 
-def leave_samples_apart(run: Run, model: nn.Module, steps: int) -> bool:
-    """Return whether a network's operations leave samples apart, in one time step of a batch and in so many in a call.
+def watch_samples(run: Run, model: nn.Module, steps: int) -> dict[str, str] | None:
+    """Watch a network's operations in one time step of a batch, and in so many in a call.
 
+    Returns the layers of neurons that alone read a BatchNorm, by its name, where samples stay apart; else None.
     `model` is a copy of the run's.
     """
     drawn = repr((random.getstate(), np.random.get_state()))
     try:
-        called = [_watch(model, run.sequence.input(range(n))) for n in (1, steps)]
+        (called, pairs), again = (_watch(model, run.sequence.input(range(n))) for n in (1, steps))
         # the same of more samples, and when it runs again
-        if called[0] != called[1] or drawn != repr((random.getstate(), np.random.get_state())):
-            return False
+        same = again == (called, pairs) and drawn == repr((random.getstate(), np.random.get_state()))
+        return pairs if same else None
     except Exception:  # of any kind: it is the user's code
-        return False
-    return True
+        return None
 
 
 def takes_channels_last(run: Run, model: nn.Module) -> bool:
@@ -223,11 +241,11 @@ def takes_channels_last(run: Run, model: nn.Module) -> bool:
     return False
 
 
-def _watch(model: nn.Module, x: Tensor) -> list[Any]:
-    """Run a network; return what it calls. Raises UnknownError if it may mix samples."""
+def _watch(model: nn.Module, x: Tensor) -> tuple[list[Any], dict[str, str]]:
+    """Run a network; return what it calls, and the pairs. Raises UnknownError if it may mix samples."""
     x = x.clone()
     operations, layout = Operations(x, [*model.parameters(), *model.buffers()]), layout_of(model)
-    inner = Run(model, Sequence(x, 1, True), _Watched(operations))
+    inner = Run(model, Sequence(x, 1, True), step := _Watched(operations))
     with kernels.using(bits=False), without_marked_hooks(model.modules()), inner:
         # states that no neuron reads here: a forward that reads, changes or resets one does more
         states = [(k.module, name) for k in inner.layout.keepers if k.spikes and k.advance for name in k.states]
@@ -241,7 +259,8 @@ def _watch(model: nn.Module, x: Tensor) -> list[Any]:
         _check_gradient(y, operations)
     if changes := layout.changes():
         raise UnknownError(f"changes {next(iter(changes))}")
-    return operations.called
+    del y
+    return operations.called, step.find_pairs()
 
 
 def _check_gradient(y: Any, operations: Operations) -> None:

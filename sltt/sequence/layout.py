@@ -79,6 +79,7 @@ class Layout:
         refused: why no steps share a call, as a trial found.
         has_images: it has convolutions of images.
         channels_last: the batches for which operations have shown that images may have their channels last in memory.
+        pairs: the layers of neurons that alone read a BatchNorm by its name, as operations have shown for such batches.
         in_use: a run has it.
         reused: a second batch had it, since nothing had changed.
     """
@@ -97,6 +98,7 @@ class Layout:
         self.steady, self.looked = self.unproved is None, "hooks on" in (self.unproved or "")
         self.has_images = any(isinstance(layer.module, nn.Conv2d) for layer in self.layers.values())
         self.channels_last: set[Any] = set()
+        self.pairs: dict[Any, dict[str, Layer]] = {}
         self.folds: dict[Any, Any] = {}
         self.chosen: Any = None
         self.tried: dict[Any, int] = {}

@@ -80,6 +80,8 @@ class Run:
         self.fold = self.steps = 1
         self.cut, self.shows = False, True
         self.call = self._calls = self._outer = 0
+        self.pairs: dict[str, Layer] = {}
+        self.paired: tuple[Layer, Tensor] | None = None
         self._kept: set[Layer] = set()  # in the second call, the layers that have a state
         self._handled: list[Layer] = []
         self._until_the_end = ExitStack()
@@ -176,8 +178,11 @@ class Run:
         self.call, self.fold, self.steps, self.cut = self._calls, steps, steps, cut
         try:
             logits = self.model(x)
+            if self.paired is not None:
+                self.take_paired()
         finally:
             self.fold = self.steps = 1
+            self.paired = None
             self.seen.clear()
         if not isinstance(logits, Tensor):
             raise ValueError(
@@ -236,6 +241,14 @@ class Run:
                 "network before each sequence"
             )
         layer.seen = self.call
+
+    def take_paired(self, layer: Layer | None = None, *args: Any) -> Tensor:
+        """Return the spikes of the neurons that a BatchNorm has run, to the layer that reads its output next."""
+        assert self.paired is not None
+        (neuron, y), self.paired = self.paired, None
+        if layer is not neuron or len(args) != 1 or args[0] is not y:
+            raise ValueError(f"{neuron} ran behind a BatchNorm before, and does not now: use fold=1")
+        return y
 
     def one_by_one(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Any = None) -> Any:
         """Run the time steps of the call one after the other within a layer; None is its own forward."""

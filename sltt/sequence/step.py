@@ -79,6 +79,8 @@ class Step:
         if _current_graph_task_id() != -1:  # as `in_backward`
             return layer.plain(*args, **kwargs)  # which says what is wrong
         run = self.run
+        if run.paired is not None:
+            return run.take_paired(layer, *args)
         run.take_turn(layer, NEURON)
         if run.seen and args and run.seen[-1] is args[0]:
             run.seen.pop()  # no term of a sum
@@ -129,6 +131,10 @@ class Step:
         steps = self.run.fold
         if not layer.role.stepwise:
             return layer.plain(*args, **kwargs)
+        neuron = self.run.pairs.get(layer.name)
+        if neuron is not None and len(args) == 1 and (y := self.pair(layer, neuron, args[0])) is not None:
+            self.run.paired = neuron, y
+            return y
         if self.run.folds and in_backward():  # a checkpoint runs it again, and does not know of the fold
             raise ValueError(f"{type(layer.module).__name__} {TWICE}")
         if steps > 1:
@@ -158,7 +164,8 @@ class Step:
     def run_pair(self, norm: Layer, neuron: Layer, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """Run a pair by a kernel; return None without one. `bias` stands for the norm's, whose values it has."""
         run = self.run
-        advance = getattr(neuron.module, "advance_normalised", None)  # of ours
+        # of ours, or of another library
+        advance = getattr(neuron.module, name := "advance_normalised", getattr(neuron.advance, name, None))
         if advance is None or (y := advance(norm.module, x, bias, run.fold, run.cut)) is None:
             return None
         if run.fold > 1:

@@ -19,14 +19,14 @@ from sltt.sequence.pairs import normalise_and_fire
 from sltt.surrogates import Triangle
 from tests.conftest import LOSS, gradient
 from tests.kernels.exact import channels_last
-from tests.kernels.steps import default_type, threads
+from tests.kernels.steps import Steep, default_type, threads
 from tests.neurons.plain import OwnLIF
 from tests.references import by_hand, marked
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 FORMS = [(7, 24, 3, 5), (33, 65), (5, 700), (2, 1, 9, 1), (40, 48, 6, 12)]
 STEPS = list(itertools.product([None, 0.0, -0.3], [False, True], [False, True]))
-NEVER = 2**60
+NEVER, FITS = 2**60, normed._fits
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,8 @@ def small(monkeypatch):
 
 
 def fusing(monkeypatch, on):
-    monkeypatch.setattr(normed, "NORMED_FROM", 2 if on else NEVER)
+    monkeypatch.setattr(normed, "NORMED_FROM", 2)
+    monkeypatch.setattr(normed, "_fits", FITS if on else lambda *args: False)
     monkeypatch.setattr(norm_of_kernels, "TAGGED_FROM", 2 if on else NEVER)
 
 
@@ -47,8 +48,8 @@ def fused(monkeypatch):
     """The steps of BatchNorms and neurons that ran in one pass."""
     found, prepare = [], normed.prepare_norm
 
-    def prepared(*args):
-        found.extend([1] if (one := prepare(*args)) else [])
+    def prepared(norm, x, bias, steps):
+        found.extend([1] * steps if (one := prepare(norm, x, bias, steps)) else [])
         return one
 
     monkeypatch.setattr(step_of_kernels, "prepare_norm", prepared)
@@ -91,24 +92,28 @@ def test_statistics(shape, dtype, mean):
     torch.testing.assert_close(scale * x.double() + shift, expected, rtol=tolerance, atol=tolerance)
 
 
-def one_step(x, weight, bias, constants, training, exact):
+def time_steps(x, weight, bias, constants, training, steps, exact):
     """Spikes, v and gradients of BatchNorm and a neuron; by the equations in float64, or in one pass."""
     y, norm = x.detach(), norm_of(x, weight, bias, training)
     y, norm = (y.double(), norm.double()) if exact else (y, norm)
     y.requires_grad_()
-    v = drawn(x.shape)
+    v = drawn((len(x) // steps, *x.shape[1:]))
     v = (v.double() if exact else v).requires_grad_()
     fixed = dict(zip(("v_reset", "decay_input", "detach_reset"), constants, strict=True))
     fixed |= {"v_threshold": 0.8, "surrogate": Triangle()}
     if exact:
-        s, after = lif_step(v, norm(y), decay=0.6, **fixed)
+        after, spikes = v, []
+        for y_t in y.chunk(steps):
+            s, after = lif_step(after, norm(y_t), decay=0.6, **fixed)
+            spikes.append(s)
+        s = torch.cat(spikes)
     else:
         step = kernels.NeuronStep(decay=0.6, **fixed)
-        s, after = kernels.normed_step(step, v, y, norm, None, None, 1, False)
+        s, after = kernels.normed_step(step, v, y, norm, None, None, steps, False)
     torch.manual_seed(1)
-    of_s, of_v = (torch.randn(x.shape).to(s.dtype) for _ in range(2))
+    of_s, of_v = (torch.randn(z.shape).to(x.dtype).to(s.dtype) for z in (s, after))
     ((s * of_s).sum() + (after * of_v).sum()).backward()
-    return [s, after, v.grad, y.grad, *(p.grad for p in norm.parameters())]
+    return [s, after, v.grad, y.grad, *norm.buffers(), *(p.grad for p in norm.parameters())]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
@@ -117,11 +122,13 @@ def test_the_neuron_normalises(constants, training):
     for i, shape in enumerate(FORMS, STEPS.index(constants)):
         dtype, learned = (torch.bfloat16 if i % 2 else torch.float32), (i // 2 + training) % 2  # in turn
         affine = (torch.linspace(0.5, 2, shape[1]), torch.linspace(-0.5, 1, shape[1])) if learned else (None, None)
-        fast, exact = (one_step(drawn(shape, dtype), *affine, constants, training, e) for e in (False, True))
+        steps = 1 + i % 3
+        x = drawn((steps * shape[0], *shape[1:]), dtype)
+        fast, exact = (time_steps(x, *affine, constants, training, steps, e) for e in (False, True))
         assert torch.equal(fast[0].double(), exact[0])
         tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-5
         for a, b in zip(fast[1:], exact[1:], strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+            torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance * b.abs().max().item())
 
 
 NEURONS = {
@@ -129,7 +136,7 @@ NEURONS = {
     "hard reset": (lambda: sltt.LIF(v_reset=0.0, decay_input=True), True),
     "IF": (sltt.IF, True),
     "PLIF": (sltt.PLIF, False),
-    "no native gradient": (lambda: sltt.LIF(surrogate=sltt.surrogates.Sigmoid()), False),
+    "no native gradient": (lambda: sltt.LIF(surrogate=Steep()), False),
     "own": (OwnLIF, False),
 }
 RULES = [
@@ -145,7 +152,6 @@ RULES = [
     sltt.RateBased(fold=1),
     sltt.Mixed({"2": 3}),
 ]
-STEP_BY_STEP = sltt.SLTT(fold=2), sltt.RateBased(fold=1)  # by kernels of their own
 
 
 class Paired(nn.Sequential):
@@ -154,6 +160,18 @@ class Paired(nn.Sequential):
     def forward(self, x):
         x = normalise_and_fire(self[1], self[2], self[0](x))
         return self[7](self[6](normalise_and_fire(self[4], self[5], self[3](x))))
+
+
+class Written(Paired):
+    """The same by calls alone; `also` reads what the first BatchNorm gives."""
+
+    def forward(self, x):
+        y = self[1](self[0](x))
+        also = ALSO[0](y)
+        return self[7](self[6](self[5](self[4](self[3](self[2](y) + also)))))
+
+
+ALSO = {0: lambda y: 0}
 
 
 def network(neuron=sltt.LIF, kind=nn.Sequential):
@@ -193,7 +211,23 @@ def test_every_neuron(neuron, fuses, kind, monkeypatch, fused):
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_every_rule(rule, kind, monkeypatch, fused):
     check(monkeypatch, lambda: trained(network(kind=kind), rule))
-    assert (len(fused) >= 2 * 4) == (rule not in STEP_BY_STEP)
+    assert (len(fused) >= 2 * 4) == (not isinstance(rule, sltt.RateBased))  # by kernels of its own
+
+
+@pytest.mark.parametrize("rule", [sltt.SLTT(fold=2), sltt.BPTT(fold=4)], ids=repr)
+@pytest.mark.parametrize(("also", "pairs"), [(lambda y: 0, 2), (lambda y: 0.1 * y.exp(), 1)], ids=["alone", "read"])
+def test_operations_show_who_reads_a_norm(rule, also, pairs, monkeypatch, fused):
+    monkeypatch.setitem(ALSO, 0, also)
+    check(monkeypatch, lambda: trained(network(kind=Written), rule))
+    assert len(fused) == 4 * pairs
+
+
+def test_a_norm_that_others_read_later_is_named(monkeypatch):
+    model = network(kind=Written)
+    trained(model, sltt.SLTT(fold=2))
+    monkeypatch.setitem(ALSO, 0, lambda y: model[5](y).sum())
+    with pytest.raises(ValueError, match=r"2 \(LIF\) ran behind a BatchNorm before, and does not now: use fold=1"):
+        trained(model, sltt.SLTT(fold=2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

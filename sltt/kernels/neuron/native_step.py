@@ -1,8 +1,8 @@
 """The neuron's step in C++: one pass that writes spikes, membrane potential and bits, and one for its gradient.
 
-It runs where a compiled step would, on a CPU and a float32 membrane potential, and gives the bits of the plain step. A
-BatchNorm in front of the neuron is a part of both passes. All time steps under a steady current are one pass too.
-Surrogates with an exponential are differentiated by the compiled step.
+It runs where a compiled step would, on a CPU and a float32 membrane potential, and gives the bits of the plain step.
+Only the derivative of a surrogate with an exponential differs in the last ones. A BatchNorm in front of the neuron is a
+part of both passes. All time steps under a steady current are one pass too.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sltt.kernels.native import library_for
-from sltt.surrogates import Above, ArcTan, FastSigmoid, Rectangle, Surrogate, Triangle
+from sltt.surrogates import Above, ArcTan, Exponential, FastSigmoid, Gaussian, Rectangle, Sigmoid, Surrogate, Triangle
 
 if TYPE_CHECKING:
     from sltt.kernels.neuron.step import NeuronStep
@@ -27,6 +27,9 @@ SURROGATES: Known = {
     Rectangle: lambda s: (1, s.gamma / 2, s.gamma),
     ArcTan: lambda s: (2, math.pi * s.alpha / 2, s.alpha / 2),
     FastSigmoid: lambda s: (3, s.alpha, s.scale * s.alpha / 2),
+    Sigmoid: lambda s: (4, s.alpha, 0.0),
+    Exponential: lambda s: (5, s.alpha, s.scale * s.alpha / 2),
+    Gaussian: lambda s: (6, s.sigma, s.scale / (s.sigma * math.sqrt(2 * math.pi))),
 }
 
 
@@ -65,7 +68,7 @@ class NativeStep:
         """
         n, norm, channels = v.numel(), None, 0
         if factors is not None:
-            norm, channels = factors.data_ptr(), factors.shape[1]
+            norm, channels = factors.data_ptr(), factors.shape[-1]
         self.library.sltt_neuron(
             self.constants, norm, channels, x.dtype == torch.bfloat16, x.data_ptr(), v.data_ptr(), s.data_ptr(),
             v_out.data_ptr(), n if v_out.numel() > n else 0, None if u_out is None else u_out.data_ptr(),
@@ -97,11 +100,10 @@ class NativeStep:
         """Write ∂L/∂u of all time steps, and ∂L/∂v before the first if wanted; s are the spikes or their bits.
 
         With `cut`, no gradient flows from one time step to the step before. With `factors`, x is the input of a
-        BatchNorm, whose statistics are `of_batch` or not: write ∂L/∂x of one time step for ∂L/∂u; give ∂L/∂weight and
-        ∂L/∂bias.
+        BatchNorm, whose statistics are `of_batch` or not: write ∂L/∂x for ∂L/∂u; give ∂L/∂weight and ∂L/∂bias.
         """
         spikes, bits = (None, s) if s.dtype == torch.uint8 else (s, None)
-        channels = 0 if factors is None else factors.shape[1]
+        channels = 0 if factors is None else factors.shape[-1]
         affine = None if factors is None else factors.new_empty(2, channels)
         tensors = factors, grad_s, grad_v, kept, spikes, bits, x, out, out_v, affine
         norm, *given = [None if one is None else one.data_ptr() for one in tensors]

@@ -10,6 +10,21 @@ constexpr int VECTORS = 4;         // that go through all time steps in register
 
 INLINE float magnitude(float x) { return std::fabs(x); }
 INLINE V magnitude(V x) { return V(U(x) & 0x7fffffffu); }
+INLINE uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
+INLINE U bits_of(V x) { return U(x); }
+INLINE float number_of(uint32_t x) { return __builtin_bit_cast(float, x); }
+INLINE V number_of(U x) { return V(x); }
+
+// exp(x) for x ≤ 0, to two units in the last place; 0 below 2⁻¹²⁵. x = n ln 2 + r, and a series in r.
+template <class F>
+INLINE F exponential(F x) {
+  const F shift = F{} + 12582912.0f, n = x * 1.44269504f + shift;  // whole, in the last bits of n
+  const F whole = n - shift, r = x - whole * 0.693145752f - whole * 1.42860677e-6f;
+  F y = F{} + 1.0f / 5040;
+  y = y * r + 1.0f / 720, y = y * r + 1.0f / 120, y = y * r + 1.0f / 24, y = y * r + 1.0f / 6;
+  y = ((y * r + 0.5f) * r + 1.0f) * r + 1.0f;
+  return x < -86.6f ? F{} : y * number_of((bits_of(n) + 127) << 23);  // NaN stays
+}
 
 // ∂s/∂u at x = u − V_th, a number or a vector.
 template <Surrogate S, class F>
@@ -23,9 +38,17 @@ INLINE F slope(const Neuron& z, F x) {
     return size < z.a ? zero + 1.0f / z.b : zero;
   } else if constexpr (S == ARCTAN) {
     return 1.0f / (1.0f + z.a * x * (z.a * x)) * z.b;
-  } else {
+  } else if constexpr (S == FAST_SIGMOID) {
     const F y = 1.0f + z.a * size;
     return 1.0f / (y * y) * z.b;
+  } else if constexpr (S == SIGMOID) {
+    const F y = exponential(-z.a * size);
+    return z.a * y / ((1.0f + y) * (1.0f + y));
+  } else if constexpr (S == EXPONENTIAL) {
+    return z.b * exponential(-z.a * size);
+  } else {
+    const F y = x / z.a;
+    return z.b * exponential(-0.5f * y * y);
   }
 }
 
@@ -37,6 +60,9 @@ INLINE void with_surrogate(Surrogate surrogate, const F& function) {
     case RECTANGLE: return function(std::integral_constant<Surrogate, RECTANGLE>());
     case ARCTAN: return function(std::integral_constant<Surrogate, ARCTAN>());
     case FAST_SIGMOID: return function(std::integral_constant<Surrogate, FAST_SIGMOID>());
+    case SIGMOID: return function(std::integral_constant<Surrogate, SIGMOID>());
+    case EXPONENTIAL: return function(std::integral_constant<Surrogate, EXPONENTIAL>());
+    case GAUSSIAN: return function(std::integral_constant<Surrogate, GAUSSIAN>());
   }
 }
 
@@ -76,7 +102,7 @@ void steady_block(const Neuron& z, const T* __restrict x, float start, int steps
   constexpr int64_t AT_ONCE = VECTORS * LANES;
   static_assert(BLOCK % AT_ONCE == 0);
   float rates[BLOCK], slopes[BLOCK];
-  current(z, nullptr, x, 0, rates, n);
+  current(z, Norm(), x, 0, rates, n);
   std::fill(rates + n, rates + (n + AT_ONCE - 1) / AT_ONCE * AT_ONCE, 0.0f);
   with_surrogate(z.surrogate, [&](auto surrogate) {
     constexpr Surrogate S = surrogate();
@@ -161,33 +187,44 @@ class Sums {
 
 // Time steps of n elements each; v_out has all of them, or, for v_step = 0, the last one.
 template <class T>
-void forward(const Neuron& z, const Norm* norm, const T* x, const float* v, T* s, float* v_out, int64_t v_step,
+void forward(const Neuron& z, const Norms& norms, const T* x, const float* v, T* s, float* v_out, int64_t v_step,
              float* u_out, uint8_t* bits, int64_t n, int64_t steps, int threads) {
   for_each_block(threads, n, [&](int64_t, int64_t i, int64_t m) {
     float room[2][BLOCK];
     const float* before = v + i;
     for (int64_t t = 0, at = i; t < steps; t++, at += n) {
       float* after = v_step || t == steps - 1 ? v_out + t * v_step + i : room[t % 2];
-      forward_block(z, norm, x + at, before, s + at, after, shifted(u_out, at), shifted(bits, at / 8), i, m);
+      forward_block(z, norms.factors ? norms[t] : Norm(), x + at, before, s + at, after, shifted(u_out, at), shifted(bits, at / 8), i, m);
       before = after;
     }
   });
 }
 
-// With `cut`, no gradient flows from one of the time steps to the step before.
+// Call function(part, t, first element, elements, ∂L/∂v[t], where to write ∂L/∂v[t−1]) for each block, and each time step
+// from the last to the first. With `cut`, no gradient flows from one of the time steps to the step before.
+template <class F>
+void for_each_step_back(const float* grad_v, float* out_v, int64_t n, int64_t steps, bool cut, int threads,
+                        const F& function) {
+  for_each_block(threads, n, [&](int64_t part, int64_t i, int64_t m) {
+    float room[2][BLOCK];
+    const float* after = shifted(grad_v, i);
+    for (int64_t t = steps - 1; t >= 0; t--) {
+      float* before = t == 0 ? shifted(out_v, i) : cut ? nullptr : room[t % 2];
+      function(part, t, i, m, after, before);
+      after = before;
+    }
+  });
+}
+
 template <class T, class G>
 void backward(const Neuron& z, const T* grad_s, const float* grad_v, const float* kept, const T* s, const uint8_t* bits,
               G* out, float* out_v, int64_t n, int64_t steps, bool cut, int threads) {
-  for_each_block(threads, n, [&](int64_t, int64_t i, int64_t m) {
-    float g[BLOCK], room[2][BLOCK];
-    const float* after = shifted(grad_v, i);
-    for (int64_t t = steps - 1; t >= 0; t--) {
-      const int64_t at = t * n + i;
-      float* before = t == 0 ? shifted(out_v, i) : cut ? nullptr : room[t % 2];
-      backward_block(z, shifted(grad_s, at), after, kept + at, shifted(s, at), shifted(bits, at / 8), out + at, before, g,
-                     m);
-      after = before;
-    }
+  for_each_step_back(grad_v, out_v, n, steps, cut, threads,
+                     [&](int64_t, int64_t t, int64_t i, int64_t m, const float* after, float* before) {
+    float g[BLOCK];
+    const int64_t at = t * n + i;
+    backward_block(z, shifted(grad_s, at), after, kept + at, shifted(s, at), shifted(bits, at / 8), out + at, before, g,
+                   m);
   });
 }
 
@@ -221,47 +258,55 @@ int statistics(const T* x, int64_t n, int64_t channels, float* mean, float* var,
   return 0;
 }
 
-// First ∂L/∂y of the normalised y, in `out`, and its sums; then ∂L/∂x in its place:
+// First ∂L/∂y of the normalised y, in `out`, and its sums; then ∂L/∂x in its place, for each time step:
 // ∂L/∂x = scale · (g − mean(g) − (x − mean) · invstd² · mean(g · (x − mean))), without the means for fixed statistics.
 template <class T>
-int normed_backward(const Neuron& z, const Norm& norm, const T* grad_s, const float* grad_v, const float* kept,
-                    const T* s, const uint8_t* bits, const T* x, T* out, float* out_v, float* affine, int64_t n,
-                    int threads) {
-  const int64_t channels = norm.channels;
-  Sums sums(n, channels);
-  Scratch<float> factors(2 * channels);
+int normed_backward(const Neuron& z, const Norms& norms, bool training, const T* grad_s, const float* grad_v,
+                    const float* kept, const T* s, const uint8_t* bits, const T* x, T* out, float* out_v, float* affine,
+                    int64_t n, bool cut, int threads) {
+  const int64_t channels = norms.channels, steps = norms.steps, all = steps * channels;
+  Sums sums(n, all);
+  Scratch<float> factors(2 * all);
   if (!sums.whole() || !factors) return 1;
-  for_each_block(threads, n, [&](int64_t part, int64_t first, int64_t size) {
+  for_each_step_back(grad_v, out_v, n, steps, cut, threads,
+                     [&](int64_t part, int64_t t, int64_t first, int64_t size, const float* after, float* before) {
     float g[BLOCK];
-    backward_block(z, shifted(grad_s, first), shifted(grad_v, first), kept + first, shifted(s, first),
-                   shifted(bits, first / 8), out + first, shifted(out_v, first), g, size);
+    const int64_t at = t * n + first;
+    backward_block(z, shifted(grad_s, at), after, kept + at, shifted(s, at), shifted(bits, at / 8), out + at, before, g,
+                   size);
     if (z.gain != 1)
-      for (int64_t i = 0; i < size; i++) put(out + first + i, g[i] *= z.gain);
+      for (int64_t i = 0; i < size; i++) put(out + at + i, g[i] *= z.gain);
     by_channel(first, size, channels, [&](int64_t i, int64_t c, int64_t m) {
-      float *__restrict one = sums.first(part) + c, *__restrict two = sums.second(part) + c;
-      const T* __restrict from = x + first + i;
-      const float *__restrict mean = norm.mean + c, *__restrict of_y = g + i;
+      float *__restrict one = sums.first(part) + t * channels + c, *__restrict two = sums.second(part) + t * channels + c;
+      const T* __restrict from = x + at + i;
+      const float *__restrict mean = norms[t].mean + c, *__restrict of_y = g + i;
       for (int64_t k = 0; k < m; k++) one[k] += of_y[k], two[k] += of_y[k] * (widen(from[k]) - mean[k]);
     });
   });
   const double *totals = sums.totals(), rows = double(n / channels);
-  float *slope = factors.get(), *offset = slope + channels;
-  for (int64_t c = 0; c < channels; c++) {
-    const double invstd = norm.invstd[c], scale = norm.training ? -norm.scale[c] / rows : 0.0;
-    affine[c] = float(totals[channels + c] * invstd);
-    affine[channels + c] = float(totals[c]);
-    slope[c] = float(scale * invstd * invstd * totals[channels + c]);
-    offset[c] = float(scale * totals[c]);
+  float *slope = factors.get(), *offset = slope + all;
+  std::fill_n(affine, 2 * channels, 0.0f);
+  for (int64_t i = 0; i < all; i++) {
+    const double invstd = norms[0].invstd[i], scale = training ? -norms[0].scale[i] / rows : 0.0;
+    affine[i % channels] += float(totals[all + i] * invstd);
+    affine[channels + i % channels] += float(totals[i]);
+    slope[i] = float(scale * invstd * invstd * totals[all + i]);
+    offset[i] = float(scale * totals[i]);
   }
-  for_each_block(threads, n, [&](int64_t, int64_t first, int64_t size) {
-    by_channel(first, size, channels, [&](int64_t i, int64_t c, int64_t m) {
-      T* __restrict to = out + first + i;
-      const T* __restrict from = x + first + i;
-      const float *__restrict mean = norm.mean + c, *__restrict scale = norm.scale + c;
-      const float *__restrict a = slope + c, *__restrict b = offset + c;
-      for (int64_t k = 0; k < m; k++)
-        put(to + k, widen(to[k]) * scale[k] + (widen(from[k]) - mean[k]) * a[k] + b[k]);
-    });
+  for_each_block(threads, n * steps, [&](int64_t, int64_t first, int64_t size) {
+    for (int64_t i = 0; i < size;) {  // a block may reach into the next time step
+      const int64_t t = (first + i) / n, m = std::min(size - i, (t + 1) * n - first - i);
+      const Norm norm = norms[t];
+      by_channel(first + i, m, channels, [&](int64_t j, int64_t c, int64_t count) {
+        T* __restrict to = out + first + i + j;
+        const T* __restrict from = x + first + i + j;
+        const float *__restrict mean = norm.mean + c, *__restrict scale = norm.scale + c;
+        const float *__restrict a = slope + t * channels + c, *__restrict b = offset + t * channels + c;
+        for (int64_t k = 0; k < count; k++)
+          put(to + k, widen(to[k]) * scale[k] + (widen(from[k]) - mean[k]) * a[k] + b[k]);
+      });
+      i += m;
+    }
   });
   return 0;
 }
@@ -270,13 +315,12 @@ int normed_backward(const Neuron& z, const Norm& norm, const T* grad_s, const fl
 
 extern "C" {
 // x and s are float or bfloat16. `u_out`, `bits` and `factors` may be null; with bits, n is a multiple of 8. `factors` are
-// those of a `Norm`, [4, channels]. See `forward`.
+// those of `Norms`, [4, steps, channels]. See `forward`.
 void sltt_neuron(const Neuron* z, const float* factors, int64_t channels, int bfloat16, const void* x, const float* v,
                  void* s, float* v_out, int64_t v_step, float* u_out, uint8_t* bits, int64_t n, int64_t steps,
                  int threads) {
-  const Norm norm(factors, channels, false);
   with_type(bfloat16, [&](auto t) {
-    forward(*z, factors ? &norm : nullptr, as(x, t), v, as(s, t), v_out, v_step, u_out, bits, n, steps, threads);
+    forward(*z, Norms{factors, channels, steps}, as(x, t), v, as(s, t), v_out, v_step, u_out, bits, n, steps, threads);
   });
 }
 
@@ -291,16 +335,16 @@ void sltt_steady(const Neuron* z, int bfloat16, const void* x, float start, int 
 }
 
 // `kept` is v for a soft reset and u for a hard one. `grad_s`, `grad_v` and `out_v` may be null, and `s` or `bits`. With
-// `factors` the gradient of one time step goes through the norm in front too: x is its input, `out` is of x's type, and
-// `affine` gets ∂L/∂weight and ∂L/∂bias [2, channels]. Not 0 if there is no memory.
+// `factors` the gradient goes through the norm in front too: x is its input, `out` is of x's type, and `affine` gets
+// ∂L/∂weight and ∂L/∂bias [2, channels]. Not 0 if there is no memory.
 int sltt_neuron_gradient(const Neuron* z, const float* factors, int64_t channels, int training, int bfloat16,
                          int bfloat16_out, const void* grad_s, const float* grad_v, const float* kept, const void* s,
                          const uint8_t* bits, const void* x, void* out, float* out_v, float* affine, int64_t n,
                          int64_t steps, int cut, int threads) {
   return with_type(bfloat16, [&](auto t) {
     if (factors)
-      return normed_backward(*z, Norm(factors, channels, training), as(grad_s, t), grad_v, kept, as(s, t), bits, as(x, t),
-                             as(out, t), out_v, affine, n, threads);
+      return normed_backward(*z, Norms{factors, channels, steps}, training, as(grad_s, t), grad_v, kept, as(s, t), bits,
+                             as(x, t), as(out, t), out_v, affine, n, cut, threads);
     with_type(bfloat16_out, [&](auto g) {
       backward(*z, as(grad_s, t), grad_v, kept, as(s, t), bits, as(out, g), out_v, n, steps, cut, threads);
     });
@@ -308,29 +352,34 @@ int sltt_neuron_gradient(const Neuron* z, const float* factors, int64_t channels
   });
 }
 
-// `Norm` of x [rows, channels]: its scale, shift, mean and invstd [4, channels] in `factors`. In training mode the
-// statistics are those of x, and the running ones are updated, unless they are null; else they are the running ones.
-// `weight` and `bias` may be null. Not 0 if there is no memory.
-int sltt_norm(int bfloat16, const void* x, int64_t n, int64_t channels, float* running_mean, float* running_var,
-              const float* weight, const float* bias, int training, double momentum, double eps, float* factors,
-              int threads) {
-  float *scale = factors, *shift = scale + channels, *mean = shift + channels, *invstd = mean + channels;
-  if (training) {
-    if (with_type(bfloat16, [&](auto t) { return statistics(as(x, t), n, channels, mean, invstd, threads); })) return 1;
-    const double rows = double(n / channels), unbiased = rows / (rows - 1);
-    for (int64_t c = 0; running_mean && c < channels; c++) {
-      running_mean[c] = float(running_mean[c] + momentum * (double(mean[c]) - running_mean[c]));
-      running_var[c] = float(running_var[c] + momentum * (invstd[c] * unbiased - running_var[c]));
+// `Norms` of x [steps, rows, channels] with n elements in a time step: scale, shift, mean and invstd
+// [4, steps, channels] in `factors`. In training mode the statistics are those of each time step, and the running ones
+// are updated by each, unless they are null; else they are the running ones. `weight` and `bias` may be null. Not 0 if
+// there is no memory.
+int sltt_norm(int bfloat16, const void* x, int64_t n, int64_t steps, int64_t channels, float* running_mean,
+              float* running_var, const float* weight, const float* bias, int training, const double* momenta, double eps,
+              float* factors, int threads) {
+  for (int64_t t = 0; t < steps; t++, factors += channels) {
+    const int64_t all = steps * channels;
+    float *scale = factors, *shift = scale + all, *mean = shift + all, *invstd = mean + all;
+    if (training) {
+      if (with_type(bfloat16, [&](auto z) { return statistics(as(x, z) + t * n, n, channels, mean, invstd, threads); }))
+        return 1;
+      const double rows = double(n / channels), unbiased = rows / (rows - 1);
+      for (int64_t c = 0; running_mean && c < channels; c++) {
+        running_mean[c] = float(running_mean[c] + momenta[t] * (double(mean[c]) - running_mean[c]));
+        running_var[c] = float(running_var[c] + momenta[t] * (invstd[c] * unbiased - running_var[c]));
+      }
+    } else {
+      std::copy_n(running_mean, channels, mean);
+      std::copy_n(running_var, channels, invstd);
     }
-  } else {
-    std::copy_n(running_mean, channels, mean);
-    std::copy_n(running_var, channels, invstd);
-  }
-  for (int64_t c = 0; c < channels; c++) {
-    const double deviation = 1 / std::sqrt(invstd[c] + eps);
-    invstd[c] = float(deviation);
-    scale[c] = float(weight ? weight[c] * deviation : deviation);
-    shift[c] = float((bias ? bias[c] : 0.0) - double(mean[c]) * scale[c]);
+    for (int64_t c = 0; c < channels; c++) {
+      const double deviation = 1 / std::sqrt(invstd[c] + eps);
+      invstd[c] = float(deviation);
+      scale[c] = float(weight ? weight[c] * deviation : deviation);
+      shift[c] = float((bias ? bias[c] : 0.0) - double(mean[c]) * scale[c]);
+    }
   }
   return 0;
 }

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t BLOCK = 512;     // elements that go through all loops before the next ones
 
-enum Surrogate : int32_t { TRIANGLE, RECTANGLE, ARCTAN, FAST_SIGMOID };
+enum Surrogate : int32_t { TRIANGLE, RECTANGLE, ARCTAN, FAST_SIGMOID, SIGMOID, EXPONENTIAL, GAUSSIAN };
 
 struct Neuron {  // shared with native_step.py
   float decay, gain, threshold, rest, amount;  // a soft reset subtracts the amount
@@ -18,13 +18,21 @@ struct Neuron {  // shared with native_step.py
   float inverse;  // 1 / a for a power of two, else 0
 };
 
-// BatchNorm of memory with the channels last: y = scale · x + shift, where scale = weight · invstd.
+// BatchNorm of a time step in memory with the channels last: y = scale · x + shift, where scale = weight · invstd.
 struct Norm {
   const float *scale, *shift, *mean, *invstd;
   int64_t channels;
-  bool training;  // mean and invstd are those of x
-  Norm(const float* factors, int64_t n, bool of_x)
-      : scale(factors), shift(scale + n), mean(shift + n), invstd(mean + n), channels(n), training(of_x) {}
+};
+
+// The BatchNorm of each time step, in factors [4, steps, channels].
+struct Norms {
+  const float* factors;
+  int64_t channels, steps;
+  Norm operator[](int64_t t) const {
+    const int64_t n = steps * channels;
+    const float* at = factors + t * channels;
+    return {at, at + n, at + 2 * n, at + 3 * n, channels};
+  }
 };
 
 // Call function(element, channel, elements) for each run of channels in n elements from `first` on.
@@ -39,13 +47,13 @@ INLINE void by_channel(int64_t first, int64_t n, int64_t channels, const F& func
 
 // The input current of elements from `first` on.
 template <class T>
-void current(const Neuron& z, const Norm* norm, const T* __restrict x, int64_t first, float* __restrict u, int64_t n) {
-  if (!norm) {
+void current(const Neuron& z, const Norm& norm, const T* __restrict x, int64_t first, float* __restrict u, int64_t n) {
+  if (!norm.scale) {
     for (int64_t i = 0; i < n; i++) u[i] = z.gain * widen(x[i]);
     return;
   }
-  by_channel(first, n, norm->channels, [&](int64_t i, int64_t c, int64_t m) {
-    const float *__restrict scale = norm->scale + c, *__restrict shift = norm->shift + c;
+  by_channel(first, n, norm.channels, [&](int64_t i, int64_t c, int64_t m) {
+    const float *__restrict scale = norm.scale + c, *__restrict shift = norm.shift + c;
     const T* __restrict from = x + i;
     float* __restrict to = u + i;
     for (int64_t k = 0; k < m; k++) to[k] = z.gain * (widen(from[k]) * scale[k] + shift[k]);
@@ -53,7 +61,7 @@ void current(const Neuron& z, const Norm* norm, const T* __restrict x, int64_t f
 }
 
 template <class T>
-void forward_block(const Neuron& z, const Norm* norm, const T* __restrict x, const float* __restrict v,
+void forward_block(const Neuron& z, const Norm& norm, const T* __restrict x, const float* __restrict v,
                    T* __restrict s_out, float* __restrict v_out, float* __restrict u_out, uint8_t* __restrict bits,
                    int64_t first, int64_t n) {
   float u[BLOCK], s[BLOCK];

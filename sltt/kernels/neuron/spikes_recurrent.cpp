@@ -72,7 +72,7 @@ int sltt_recurrent(const Neuron* z, const float* x, const float* w, int64_t pitc
           const bool stays = v_step || t == steps - 1;
           float* after = stays ? v_out + t * v_step + row : kept + now * room + mine;
           const float* before = !t ? v_before + row : v_step ? v_out + (t - 1) * v_step + row : kept + last * room + mine;
-          forward_block(*z, nullptr, current, before, s + at, after, shifted(u_out, at), nullptr, 0, n);
+          forward_block(*z, Norm(), current, before, s + at, after, shifted(u_out, at), nullptr, 0, n);
           append(b, now, s + at, column, n);
         }
     }

@@ -124,7 +124,7 @@ def normed_step(
 ) -> tuple[Tensor, Tensor] | None:
     """Run `neuron_step` and the BatchNorm before it in the same passes, or return None; `bias` as in `prepare_norm`."""
     fast = fast_step(step, v, x.dtype, decay)
-    fits = isinstance(fast, TritonStep) or (isinstance(fast, NativeStep) and steps == 1 and decay is None)
+    fits = isinstance(fast, TritonStep) or (isinstance(fast, NativeStep) and decay is None)
     if not (fits and fast.differentiates) or (normed := prepare_norm(norm, x, bias, steps)) is None:  # pyright: ignore[reportOptionalMemberAccess]
         return None
     return run_step(step, fast, v, normed, decay, steps, cut)

@@ -6,7 +6,6 @@ device, so that a graph can hold it.
 """
 
 import functools
-import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +14,11 @@ from torch import Tensor
 
 from sltt.kernels.neuron.native_step import SURROGATES, describe, fires_as_usual
 from sltt.kernels.options import compiler_problem, options
-from sltt.surrogates import Exponential, Gaussian, Sigmoid
+from sltt.surrogates import Triangle
 
 if TYPE_CHECKING:
     from sltt.kernels.neuron.step import NeuronStep
 
-# the number of a surrogate in triton_kernels.py, and its constants
-_SURROGATES = SURROGATES | {
-    Sigmoid: lambda s: (4, s.alpha, 0.0),
-    Exponential: lambda s: (5, s.alpha, s.scale * s.alpha / 2),
-    Gaussian: lambda s: (6, s.sigma, s.scale / (s.sigma * math.sqrt(2 * math.pi))),
-}
 WARPS = 4
 REPLAYED = 8  # time steps at most, each of which takes a register an element
 
@@ -36,7 +29,7 @@ class TritonStep:
     def __init__(self, step: "NeuronStep"):
         from sltt.kernels.neuron import triton_kernels  # imports Triton
 
-        above, found = describe(step.surrogate, _SURROGATES)
+        above, found = describe(step.surrogate, SURROGATES)
         self.differentiates = found is not None
         number, a, b = found or (0, 1.0, 1.0)
         soft, decay = step.v_reset is None, 0.0 if step.decay is None else step.decay
@@ -204,7 +197,7 @@ def problem(device: torch.device) -> str | None:
 
     x = torch.zeros(1, device=device, dtype=torch.float32)
     try:
-        TritonStep(NeuronStep(0.5, 1.0, None, False, False, Sigmoid())).forward(x, x, None, x, x, None, None)
+        TritonStep(NeuronStep(0.5, 1.0, None, False, False, Triangle())).forward(x, x, None, x, x, None, None)
     except Exception as error:  # no C compiler, no headers of Python, a GPU that is too old: the list is Triton's
         reason = f"Triton does not run: {error}"
         warnings.warn(f"neurons run slower, since {reason}", stacklevel=3)

@@ -21,7 +21,7 @@ from sltt.kernels.norm import triton_norm
 from sltt.kernels.norm.norm import batch_statistics
 from sltt.kernels.options import options
 
-# Fewer elements than this are normalised by themselves.
+# Fewer elements than this in one time step are normalised by themselves.
 NORMED_FROM = 2**17
 
 
@@ -32,7 +32,7 @@ class Normed(NamedTuple):
         x: the input.
         weight: of the BatchNorm, or None.
         bias: of the BatchNorm, or None.
-        factors: scale, shift, mean and inverse deviation [4, C]; in Triton those of each time step, [4, T, C].
+        factors: scale, shift, mean and inverse deviation of each time step, [4, T, C].
         training: mean and deviation are those of the input.
     """
 
@@ -52,22 +52,24 @@ def prepare_norm(norm: Any, x: Tensor, bias: Tensor | None = None, steps: int = 
     training = norm.training or norm.running_mean is None
     tracked = not norm.training or norm.track_running_stats
     running = (norm.running_mean, norm.running_var) if tracked else (None, None)
-    wrong = {nn.BatchNorm1d: x.ndim > 3, nn.BatchNorm2d: x.ndim != 4, nn.BatchNorm3d: x.ndim != 5}  # PyTorch says so
-    if wrong.get(type(norm), True) or not _fits(x, (*running, norm.weight, norm.bias), training, steps):
+    dims = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}  # of others, PyTorch says so
+    known = any(isinstance(norm, kind) and x.ndim in takes for kind, takes in dims.items())
+    if not known or not _fits(x, (*running, norm.weight, norm.bias), training, steps):
         return None
     triton = in_triton(x)
     if triton and (norm.momentum is None or (norm.weight is None) != (norm.bias is None)):
         return None
-    _, (momentum, *_) = batch_statistics(norm, steps)
+    _, momenta = batch_statistics(norm, steps)
     if triton:
-        factors = triton_norm.factors_of(x.detach(), (norm.weight, bias), running, training, momentum, norm.eps, steps)
+        given = (norm.weight, bias), running, training, momenta[0], norm.eps, steps
+        factors = triton_norm.factors_of(x.detach(), *given)
     else:
         library, channels = native.library(), x.shape[1]
         assert library is not None
-        factors = torch.empty(4, channels, dtype=torch.float32, device="cpu")
+        factors = torch.empty(4, steps, channels, dtype=torch.float32, device="cpu")
         library.sltt_norm(
-            x.dtype == torch.bfloat16, x, x.numel(), channels, *running, norm.weight, bias,
-            training, momentum, norm.eps, factors, torch.get_num_threads(),
+            x.dtype == torch.bfloat16, x, x.numel() // steps, steps, channels, *running, norm.weight, bias,
+            training, torch.tensor(momenta, dtype=torch.float64), norm.eps, factors, torch.get_num_threads(),
         )  # fmt: skip
     if training:
         increment_version([one for one in running if one is not None])  # they were changed in place
@@ -83,7 +85,7 @@ def _fits(x: Any, others: Sequence[Any], training: bool, steps: int) -> bool:
     if type(x) is not Tensor or x.ndim < 2:
         return False
     mode, triton = options().compile, in_triton(x)
-    large = x.is_cpu and steps == 1 and x.numel() >= (2 if mode == "on" else NORMED_FROM)
+    large = x.is_cpu and (steps > 1 or x.numel() >= (2 if mode == "on" else NORMED_FROM))
     if mode == "off" or not (triton or large):
         return False
     if not x.movedim(1, -1).is_contiguous() and not (triton and x.is_contiguous()):
