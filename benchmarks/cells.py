@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -52,6 +53,12 @@ def family(row: Row) -> str:
     """Name the table that has a row of tasks.json: "series", "recurrent", or "" for the table of all rules."""
     task = row["task"]
     return "series" if task.startswith(SERIES) else "recurrent" if task.endswith(", recurrent") else ""
+
+
+def fastest(times: dict[str, list[float]], name: str) -> str | None:
+    """Name the form of a case of the least median time: of `JAX SLTT, by hand` and `JAX SLTT, automatic`, say."""
+    forms = (form for form in times if form.startswith(name))
+    return min(forms, key=lambda form: statistics.median(times[form]), default=None)
 
 
 def accuracies(rows: Iterable[Row]) -> dict[str, list[float]]:

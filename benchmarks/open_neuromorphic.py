@@ -2,8 +2,10 @@
 
     python benchmarks/open_neuromorphic.py [--works linear-512 mlp] [--cases SLTT "JAX SLTT, by hand"] [--rounds 3]
                                            [--device cuda]
+    python benchmarks/open_neuromorphic.py --rates 2,5,10,20,40    # docs/results/rates.json, and its figure
 
-docs/performance.md says what the works are. Each case runs in a process of its own, and the processes take turns.
+docs/performance.md says what the works are. With `--rates`, so many percent of the inputs and of the neurons of each
+layer are active: the biases are chosen for that. Each case runs in a process of its own, and the processes take turns.
 Before anything is timed, each gradient is compared with that of the plain equations in float64, on a small network.
 
 Time is processor time of one thread, or on CUDA the time that passes. It is that of forward and backward together: some
@@ -12,11 +14,12 @@ rules interleave them.
 
 # pyright: reportMissingImports=false
 import argparse
+import functools
 import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from cells import write
 from peer_cases import jelly_neuron
+from rates_figure import draw
 from tables import DOCS, fill
 from torch import Tensor, nn
 from turns import Worker, hardware, in_turns, process_memory, serve, timed
@@ -46,6 +50,7 @@ class Work(NamedTuple):
     classes: int = 0  # of a readout, with the cross-entropy at each step; without one, the loss is the sum of spikes
     device: str = "cpu"
     static: bool = False  # the first time step of the input is shown in all
+    rate: float | None = None  # of the neurons of each layer; None takes the biases as they are
 
 
 WORKS = {
@@ -58,13 +63,21 @@ WORKS = {
     "tiny-linear": Work((16, 16), 4, 6),
     "tiny-static": Work((24, 16), 4, 6, classes=3, static=True),
 }
+AT_RATES = "mlp", "recurrent-256"
 SHOWN = ("mlp", "linear-256", "linear-512", "linear-2048", "recurrent-256", "recurrent-1024", "static")  # in the table
 
 Made = tuple[Callable[[], Any], Callable[[], Tensor]]  # an iteration and, after one, its gradient
 
 
+def work_of(name: str) -> Work:
+    """Return the work of a name; `mlp@10` is `mlp` with a tenth of the inputs and neurons active."""
+    name, _, percent = name.partition("@")
+    return WORKS[name]._replace(density=float(percent) / 100, rate=float(percent) / 100) if percent else WORKS[name]
+
+
+@functools.cache
 def weights_of(work: Work) -> dict[str, Tensor]:
-    """The weights that all cases share, in the order of the layers, so that 2 to 12% of the neurons fire."""
+    """The weights that all cases share, in the order of the layers, so that 2 to 12% of the neurons fire, or `rate`."""
     generator = torch.Generator().manual_seed(0)
     found, density = {}, work.density or 1.0
     for i, (fan_in, width) in enumerate(itertools.pairwise(work.widths)):
@@ -77,6 +90,13 @@ def weights_of(work: Work) -> dict[str, Tensor]:
     if work.classes:
         found["w"] = torch.randn(work.classes, work.widths[-1], generator=generator) / work.widths[-1] ** 0.5
         found["b"] = torch.zeros(work.classes)
+    if work.rate is not None:
+        cpu = work._replace(device="cpu")
+        for i in range(len(work.widths) - 1):
+            low, high = -4.0, 4.0
+            for _ in range(14):
+                found[f"b{i}"].fill_(middle := (low + high) / 2)
+                low, high = (low, middle) if firing(cpu, found)[i] > work.rate else (middle, high)
     return found
 
 
@@ -93,7 +113,7 @@ def batch_of(work: Work) -> tuple[Tensor, Tensor]:
     return x.to(work.device), y.to(work.device)
 
 
-def network(work: Work, neuron: Callable[..., nn.Module]) -> nn.Sequential:
+def network(work: Work, neuron: Callable[..., nn.Module], weights: Mapping[str, Tensor] | None = None) -> nn.Sequential:
     """Build the network with a library's neurons; those that read their own spikes are made of the layer for that."""
     layers = []
     for fan_in, width in itertools.pairwise(work.widths):
@@ -103,8 +123,8 @@ def network(work: Work, neuron: Callable[..., nn.Module]) -> nn.Sequential:
         layers.append(nn.Linear(work.widths[-1], work.classes))
     model = nn.Sequential(*layers)
     parameters = (p for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters())
-    for parameter, value in zip(parameters, weights_of(work).values(), strict=True):
-        parameter.data = value
+    for parameter, value in zip(parameters, (weights or weights_of(work)).values(), strict=True):
+        parameter.data = value.clone()
     return model.to(work.device)
 
 
@@ -128,11 +148,11 @@ def ours(feedback: nn.Linear | None = None) -> nn.Module:
     return sltt.Recurrent(lif, feedback) if feedback else lif
 
 
-def firing(work: Work) -> list[float]:
+def firing(work: Work, weights: Mapping[str, Tensor] | None = None) -> list[float]:
     """Return the share of neurons of each layer that fire in a time step."""
-    model, (x, y) = network(work, ours), batch_of(work)
+    model, (x, _) = network(work, ours, weights), batch_of(work)
     with sltt.analysis.firing_rates(model) as rates:
-        sltt.SLTT()(model, x, y, loss_of(work))
+        sltt.unroll(model, x)
     return [round(rate, 4) for rate in rates.by_layer().values()]
 
 
@@ -185,18 +205,19 @@ def spikingjelly(feedback: nn.Linear | None = None) -> nn.Module:
     return module
 
 
-def snntorch() -> nn.Module:
+def snntorch(compiled: bool = False) -> nn.Module:
     import snntorch as snn
 
     neuron = snn.Leaky(beta=LAMBDA, spike_grad=sltt.surrogates.Triangle(), reset_delay=False)
-    return _Steps(lambda x, v: neuron(x, torch.zeros_like(x) if v is None else v), neuron)
+    step: Any = torch.compile(lambda x, v: neuron(x, v), dynamic=False) if compiled else neuron
+    return _Steps(lambda x, v: step(x, torch.zeros_like(x) if v is None else v), neuron)
 
 
-def norse() -> nn.Module:
+def norse(compiled: bool = False) -> nn.Module:
     from norse.torch import LIFBoxCell, LIFBoxParameters
 
     cell = LIFBoxCell(LIFBoxParameters(tau_mem_inv=torch.tensor(1 - LAMBDA)), dt=1.0)
-    return _Steps(cell, cell)
+    return _Steps(torch.compile(cell, dynamic=False) if compiled else cell, cell)
 
 
 def sinabs() -> nn.Module:
@@ -265,6 +286,7 @@ JAX_FORMS = {
     "by hand": {},
     "by hand, unroll=4": {"unroll": 4},
     "by hand, inside": {"inside": True},
+    "by hand, inside, unroll=4": {"inside": True, "unroll": 4},
 }
 
 
@@ -298,7 +320,8 @@ class Case(NamedTuple):
     """A library with a rule."""
 
     make: Callable[[Work], Made]
-    rule: str | None  # of the gradient that it should have; None is not compared: other equations, or a detached reset
+    rule: str | None  # of the gradient that it should have; None is not compared: other equations, or a detached reset;
+    # or the case that it is another form of
     recurrent: bool = True  # it has a recurrent layer
 
 
@@ -311,24 +334,28 @@ CASES = {
     **{f"JAX BPTT, {name}": Case(jax_case(False, **form), "BPTT") for name, form in JAX_FORMS.items()},
     "SpikingJelly BPTT": Case(by_sequence(spikingjelly), "BPTT"),
     "snnTorch BPTT": Case(by_sequence(snntorch), None, recurrent=False),
+    "snnTorch BPTT, compiled": Case(by_sequence(partial(snntorch, True)), "snnTorch BPTT", recurrent=False),
     "Norse BPTT": Case(by_sequence(norse), None, recurrent=False),
+    "Norse BPTT, compiled": Case(by_sequence(partial(norse, True)), "Norse BPTT", recurrent=False),
     "sinabs BPTT": Case(by_sequence(sinabs), None, recurrent=False),
 }
 
 
 def check(case: str, of: str, device: str) -> None:
     """Raise ValueError where the gradient of a case differs from that of its rule in float64, on a small network."""
-    kind = "-recurrent" if WORKS[of].recurrent else "-static" if WORKS[of].static else ""
-    work = WORKS["tiny" + (kind or ("" if WORKS[of].classes else "-linear"))]
+    given = work_of(of)
+    kind = "-recurrent" if given.recurrent else "-static" if given.static else ""
+    work = WORKS["tiny" + (kind or ("" if given.classes else "-linear"))]
     rule = CASES[case].rule
     if rule is None:
         return
-    run, given = CASES[case].make(work._replace(device=device))
+    run, found = CASES[case].make(work._replace(device=device))
     run()
     with kernels.using(compile="off", bits=False):
-        plain, exact = by_rule(getattr(sltt, rule)(fold=1), torch.float64)(work)
+        make = CASES[rule].make if " " in rule else by_rule(getattr(sltt, rule)(fold=1), torch.float64)
+        plain, exact = make(work)
         plain()
-    cosine = torch.cosine_similarity(given().double().cpu(), exact(), dim=0).item()
+    cosine = torch.cosine_similarity(found().double().cpu(), exact().double(), dim=0).item()
     if cosine < 0.9999:
         raise ValueError(f"{case}: the gradient on {of} has a cosine of {cosine:.4f} with that of {rule}")
 
@@ -337,7 +364,7 @@ def work_on(work: str, case: str, on: str) -> None:
     """Measure one case, in a process of its own: the mean seconds of an iteration over half a second, and its peak."""
     torch.set_num_threads(1)
     check(case, work, on)
-    run, _ = CASES[case].make(WORKS[work]._replace(device=on))
+    run, _ = CASES[case].make(work_of(work)._replace(device=on))
     run()
     device = torch.device(on)
 
@@ -361,25 +388,31 @@ def measure(work: str, cases: list[str], rounds: int, device: str) -> list[dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--works", nargs="+", choices=WORKS, default=SHOWN)
+    parser.add_argument("--works", nargs="+", choices=WORKS)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=DOCS / "results" / "sequences.json")
+    parser.add_argument("--rates", help="firing rates in percent, separated by commas")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
         return work_on(*given.serve)
-    rows = []
-    for work in given.works:
-        cases = [case for case in given.cases if CASES[case].recurrent or not WORKS[work].recurrent]
+    rows, works = [], given.works or (AT_RATES if given.rates else SHOWN)
+    if given.rates:
+        works = [f"{work}@{percent}" for work in works for percent in given.rates.split(",")]
+    for work in works:
+        cases = [case for case in given.cases if CASES[case].recurrent or not work_of(work).recurrent]
         for row in measure(work, cases, given.rounds, given.device):
             seconds = statistics.median(row["seconds"])
             print(f"{work:16}{row['case']:22}{seconds:9.4f} s  {row['peak_MB']:8.1f} MB", flush=True)
             rows.append(row)
-    rates = {work: firing(WORKS[work]) for work in given.works}
-    write(given.out, {"hardware": hardware(1, given.device), "rates": rates, "rows": rows})
+    out = given.out or DOCS / "results" / ("rates.json" if given.rates else "sequences.json")
+    rates = {work: firing(work_of(work)) for work in works}
+    write(out, {"hardware": hardware(1, given.device), "rates": rates, "rows": rows})
     fill()
+    if given.rates:
+        draw(out)
     return None
 
 

@@ -80,7 +80,7 @@ MAP = {
 }
 ADVICE = {
     name.replace("map", "advice"): words.replace("compare", "agreement").partition(" --rules")[0]
-    + " --at-epochs 1 --trial 10"
+    + " --rule.fold 1 --at-epochs 1 --trial 10"
     for name, words in MAP.items()
 }
 NETWORKS = {  # the paper's, T, and the batches whose memory and whose time is measured

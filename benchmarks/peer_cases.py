@@ -227,6 +227,12 @@ def compiled_case(neuron: Neuron) -> Case:
 RELU = Case(nn.ReLU, relu)
 JELLY_SLTT = peer_case(lambda: jelly_neuron("SLTTLIFNode"), jelly_sltt, "SLTT")
 JELLY_BPTT = peer_case(Folded, jelly_bptt, "BPTT")
+JELLY = {
+    "SpikingJelly SLTT": JELLY_SLTT,
+    "SpikingJelly BPTT": JELLY_BPTT,
+    "SpikingJelly SLTT, bf16": in_bf16(JELLY_SLTT),
+    "SpikingJelly BPTT, bf16": in_bf16(JELLY_BPTT),
+}
 CASES: dict[str, Case] = {
     "relu": RELU,
     "relu, bf16": in_bf16(RELU),
@@ -257,10 +263,8 @@ CASES: dict[str, Case] = {
     "BPTT, segment = √T": our_case(by_rule(lambda steps: sltt.BPTT(segment=round(steps**0.5))), "BPTT"),
     "evaluation": Case(sltt.LIF, evaluation(), floor="relu, evaluation", evaluates=True),
     "evaluation, dense": Case(sltt.LIF, evaluation(sparse="off"), floor="relu, evaluation", evaluates=True),
-    "SpikingJelly SLTT": JELLY_SLTT,
-    "SpikingJelly BPTT": JELLY_BPTT,
-    "SpikingJelly SLTT, bf16": in_bf16(JELLY_SLTT),
-    "SpikingJelly BPTT, bf16": in_bf16(JELLY_BPTT),
+    **JELLY,
+    **{f"{name}, channels last": replace(case, channels_last=True) for name, case in JELLY.items()},
     "SpikingJelly memopt, units": replace(JELLY_BPTT, prepare=checkpoint_units),
     "SpikingJelly memopt, blocks": replace(JELLY_BPTT, prepare=checkpoint_blocks),
 }

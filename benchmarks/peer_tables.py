@@ -1,5 +1,7 @@
 """Tables of what benchmarks/peers.py measures."""
 
+from operator import itemgetter
+
 from cells import Row, by, grouped, markdown, spread
 from peer_cases import CASES, NETWORKS
 from turns import quotient
@@ -7,9 +9,12 @@ from turns import quotient
 from sltt.training.console import megabytes
 
 Rows = list[Row]
+LAST = ", channels last"
 LABELS = {
     "SpikingJelly SLTT": "SpikingJelly 2.0, `SLTTLIFNode`",
     "SpikingJelly BPTT": "SpikingJelly 2.0, `LIFNode`, layer by layer",
+    "SpikingJelly SLTT, channels last": "the same, channels last",
+    "SpikingJelly BPTT, channels last": "the same, channels last",
     "SpikingJelly memopt, units": "the same, `memopt` level 1 on each unit of layer, norm and neuron",
     "SpikingJelly memopt, blocks": "the same, `memopt` level 1 on residual blocks",
 }
@@ -17,10 +22,23 @@ LABELS = {
 
 def ratio(rows: Rows, row: Row, to: str | None) -> tuple[float, float, float] | None:
     """Divide times within a turn; return median, smallest and largest, or None where the other case was not in it."""
-    other = next((r for r in rows if r["case"] == to and "times" in r), None)
-    if other is None or "times" not in row or other.get("began") != row.get("began"):
-        return None
-    return quotient(row["times"], other["times"])
+    other = faster_format(rows, row, to)
+    return quotient(row["times"], other["times"]) if other and "times" in row else None
+
+
+def faster_format(rows: Rows, row: Row, to: str | None) -> Row | None:
+    """Return the row of another case in the same turns: in the faster memory format, if both were measured."""
+    forms = (
+        r for r in rows if r["case"] in (to, f"{to}{LAST}") and "times" in r and r.get("began") == row.get("began")
+    )
+    return min(forms, key=itemgetter("seconds"), default=None)
+
+
+def over_peer(rows: Rows, row: Row) -> str:
+    """Write the ratio to SpikingJelly, and its format if that is not PyTorch's default."""
+    peer = CASES[row["case"]].peer
+    other = faster_format(rows, row, peer)
+    return spread(ratio(rows, row, peer)) + LAST * bool(other and other["case"].endswith(LAST) and other is not row)
 
 
 def cases_table(rows: Rows) -> str:
@@ -30,7 +48,7 @@ def cases_table(rows: Rows) -> str:
     columns = {
         "time": [f"{row['seconds']:.3g} s" for row in rows],
         f"ratio to {floor}": [spread(ratio(rows, row, CASES[row["case"]].floor)) for row in rows],
-        "ratio to SpikingJelly": [spread(ratio(rows, row, CASES[row["case"]].peer)) for row in rows],
+        "ratio to SpikingJelly": [over_peer(rows, row) for row in rows],
         "memory": [megabytes(row["memory"]) if "memory" in row else "" for row in rows],
         "resident set": [megabytes(row["resident"]) if "resident" in row else "" for row in rows],
     }

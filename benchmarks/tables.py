@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from advice_tables import advice, calibrated
-from cells import Row, by, compared, family, grouped, last_epochs, load, markdown, of_task, shown, spread
+from cells import Row, by, compared, family, fastest, grouped, last_epochs, load, markdown, of_task, shown, spread
 from peer_cases import NETWORKS
 from peer_tables import Rows, cases_table, ratio, steps_table
 from scipy.stats import ttest_ind
@@ -130,10 +130,9 @@ def sequences(results: Path, name: str = "sequences") -> str:
 
 def over_fastest(times: dict[str, list[float]], case: str, other: str) -> str:
     """Divide a case's times by those of the fastest form of another, and name the form where there are several."""
-    forms = sorted((name for name in times if name.startswith(other)), key=lambda name: statistics.median(times[name]))
-    if not forms:
+    if not (form := fastest(times, other)):
         return ""
-    return spread(quotient(times[case], times[forms[0]])) + forms[0].removeprefix(other)
+    return spread(quotient(times[case], times[form])) + form.removeprefix(other)
 
 
 # the paper's GB of BPTT and of SLTT, and hours of trainings: CIFAR-10, DVS-CIFAR10, ImageNet (not DVS-Gesture)

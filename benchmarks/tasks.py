@@ -36,6 +36,7 @@ TASKS = {
     "basic-motions": ("hidden.4", ["basic-motions"]),
     "basic-motions, spikes": ("hidden.4", MOTIONS.split()),
 }
+ONE_STEP = "--rule.fold", "1"  # in which rules differ in memory on small networks too
 RULES = "BPTT,OTTT,SLTT,TBPTT:window=2,RateBased,OTTT:inputs=false,SLTT:k=1,Mixed"
 
 
@@ -43,22 +44,25 @@ def compare(task: str, asked: argparse.Namespace) -> list[Row]:
     """Train the rules on a task, and what they reached."""
     taken = [rule for rule in asked.rules.split(",") if rule != "RateBased" or "japanese-vowels" not in task]  # padded
     rules = ",".join(taken).replace("Mixed", f"Mixed:windows={{{TASKS[task][0]}: all}}")
-    rows = run("compare", task, asked, "--rules", rules, "--seeds", str(asked.seeds))
-    kept = {key: key for key in ("rule", "accuracies", "seconds", "peak_memory", "cosine")}
-    kept["peak_memory"] = "needed_memory"  # with one time step in a call
-    return [{"task": task, **{key: row[name] for key, name in kept.items()}} for row in rows]
+    rows = run("compare", task, asked, "--rules", rules, "--seeds", str(asked.seeds))["rows"]
+    costs = run("profile", task, asked, "--rules", rules, *ONE_STEP, "--repeats", "1")["costs"]
+    kept = "rule", "accuracies", "seconds", "cosine"
+    return [
+        {"task": task, **{key: row[key] for key in kept}, "peak_memory": cost["memory"]["batch"]}
+        for row, cost in zip(rows, costs, strict=True)
+    ]
 
 
 def advise(task: str, asked: argparse.Namespace) -> list[Row]:
     """What `sltt agreement` says about a task after an epoch of training, and after short trainings."""
-    (row,) = run("agreement", task, asked, "--at-epochs", "1", "--trial", asked.trial)
+    (row,) = run("agreement", task, asked, *ONE_STEP, "--at-epochs", "1", "--trial", asked.trial)["rows"]
     return [{"task": task, **advised(row)}]
 
 
-def run(command: str, task: str, asked: argparse.Namespace, *options: str) -> list[Row]:
-    """The rows that a command saves."""
+def run(command: str, task: str, asked: argparse.Namespace, *options: str) -> Row:
+    """What a command saves."""
     words = [word.format(data=asked.data) for word in TASKS[task][1]]
-    return saved([command, *words, *options], asked.runs / task.replace(", ", "-").replace(": ", "-"))["rows"]
+    return saved([command, *words, *options], asked.runs / task.replace(", ", "-").replace(": ", "-"))
 
 
 def merged(rows: list[Row], new: list[Row]) -> list[Row]:

@@ -151,3 +151,22 @@ def test_every_command_of_the_paper_is_one_that_sltt_takes():
         pairs = zip(words[::2], words[1::2], strict=True)
         options = [word for pair in pairs if pair[0] not in own for word in pair]
         Recipe(f"sltt {kind}", recipe, options).resolve()
+
+
+def test_biases_are_chosen_for_a_firing_rate():
+    sequences = load("open_neuromorphic")
+    assert sequences.firing(sequences.work_of("tiny@20")) == pytest.approx([0.2, 0.2], abs=0.01)
+
+
+def test_a_ratio_is_that_to_the_faster_memory_format_of_the_same_turns():
+    cases = {"SLTT": 1.0, "SpikingJelly SLTT": 4.0, "SpikingJelly SLTT, channels last": 2.0}
+    rows = [{"case": case, "seconds": t, "times": [t, t], "began": 0} for case, t in cases.items()]
+    other = {**rows[0], "case": "SpikingJelly SLTT", "began": 1}
+    over_peer = load("peer_tables").over_peer
+    assert [over_peer([other, *rows], row).replace(" (", "|").partition("|")[0] for row in rows] == [
+        "0.50",
+        "2.00",
+        "1",
+    ]
+    assert over_peer(rows, rows[0]).endswith("), channels last")
+    assert not over_peer([other, *rows[:2]], rows[0]).endswith("channels last")

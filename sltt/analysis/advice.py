@@ -15,8 +15,9 @@ from sltt.analysis.agreement import AGREES, Agreement
 LEARNS = 0.9
 # A rule that classifies this share of the training samples has solved the task; what is left of the loss is confidence.
 SOLVED = 0.98
-# Said of a rule that saves memory only so: time steps of small layers share a call, which takes a few MB.
-ONE_STEP = " with --rule.fold 1"
+LESS = 1.05  # BPTT's memory over that of a rule that saves some
+# Said where BPTT is advised: the steps of small layers that share a call take a few MB, whatever the rule.
+SHARED = " Time steps share a call, so most rules save no memory: try --rule.fold 1."
 # Where BPTT takes off less than this share of the loss, the training was too short to tell rules apart.
 BEGINS = 0.01
 # Rules part as they learn: a trial of less than this share of a training's epochs is not sure.
@@ -72,8 +73,8 @@ def advice(
     found: Sequence[Agreement],
     trial: Trial | None = None,
     memory: Mapping[str, int] | None = None,
-    needed: Mapping[str, int] | None = None,
     *,
+    fold: int = 1,
     epochs: int = 0,
     samples: int | None = None,
     training: int = 0,
@@ -84,7 +85,7 @@ def advice(
         found: agreement of rules in the order of their memory, least first.
         trial: short trainings with the rules.
         memory: bytes of a batch at the peak, by rule.
-        needed: the same with one time step in a call, by which rules are ranked.
+        fold: time steps that share a call there.
         epochs: for which the network was trained before its gradients were compared.
         samples: in the batch whose memory was measured.
         training: epochs of the whole training; 0 where it is not known.
@@ -96,10 +97,9 @@ def advice(
     take = f"Take {name_rules([rule])}"
     if memory is None or rule not in memory:
         return f"{take}. Not sure{doubts}: {rests}"
-    of, one = "" if samples is None else f" of {samples}", ""
-    if needed and rule != "BPTT()" and memory[rule] >= memory["BPTT()"]:
-        take, one = f"{take}{ONE_STEP}", f"; with one step in a call {_sizes(rule, needed)}"
-    return f"{take}. Not sure{doubts}: {rests} A batch{of} takes {_sizes(rule, memory)}{one}."
+    of = "" if samples is None else f" of {samples}"
+    shared = SHARED * (fold > 1 and rule == "BPTT()")
+    return f"{take}. Not sure{doubts}: {rests} A batch{of} takes {_sizes(rule, memory)}.{shared}"
 
 
 def name_rules(rules: Iterable[str]) -> str:

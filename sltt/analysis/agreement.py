@@ -4,7 +4,7 @@ import copy
 import functools
 import glob
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,6 @@ from sltt.checks import instance, sequence
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Rule
 from sltt.rules.batch import StepLoss
 from sltt.rules.mixed import Window, layer_order
-from sltt.rules.truncated import step_by_step
 from sltt.sequence.copies import copy_model
 from sltt.sequence.steps import time_steps
 
@@ -106,7 +105,7 @@ class Proposal:
     Attributes:
         windows: of the layers of neurons by name, for `Mixed(windows)`; the other layers have SLTT.
         agreement: of its gradient with that of exact BPTT.
-        memory: bytes that a batch needs, see `needed_memory`.
+        memory: bytes of a batch at the peak.
     """
 
     windows: dict[str, Window]
@@ -153,28 +152,17 @@ def propose(
     if not candidates:
         return None
 
-    memory = needed_memory(model, x, target, loss, steps=steps)
-    best = min(candidates, key=memory)
-    if memory(best) > SAVES * memory(advised):
-        return None
-    return Proposal(dict(best.windows), candidates[best], memory(best))
-
-
-def needed_memory(
-    model: nn.Module, x: Tensor, target: Any, loss: StepLoss, *, steps: int | None = None
-) -> Callable[[Rule], int]:
-    """Return a function to the bytes that a batch needs with a rule: those of one time step in a call.
-
-    By these, rules are ranked: the further steps of a call take a few MB at most, whatever the rule.
-    """
     twin = copy_model(model)
 
     @functools.cache
     def memory(rule: Rule) -> int:
         with _fork(x):
-            return memory_parts(twin, x, target, loss, step_by_step(rule), steps=steps).batch
+            return memory_parts(twin, x, target, loss, rule, steps=steps).batch
 
-    return memory
+    best = min(candidates, key=memory)
+    if memory(best) > SAVES * memory(advised):
+        return None
+    return Proposal(dict(best.windows), candidates[best], memory(best))
 
 
 class _Exact:

@@ -5,6 +5,7 @@ The last line says which rule to take. With --trial, short trainings decide it. 
 """
 
 import argparse
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +13,9 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sltt.analysis.advice import Trial, advice, choose_rule
-from sltt.analysis.agreement import AGREES, SAVES, Agreement, Proposal, agreement, cheaper_rules, needed_memory, propose
+from sltt import kernels
+from sltt.analysis.advice import LESS, Trial, advice, choose_rule
+from sltt.analysis.agreement import AGREES, SAVES, Agreement, Proposal, agreement, cheaper_rules, propose
 from sltt.commands.failures import cause
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers
 from sltt.commands.prepared import Prepared
@@ -63,7 +65,9 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
     taus: list[float | None] = asked.taus or [None]
     steps: list[int] = asked.steps or [own.steps]
     at_epochs: list[int] = asked.at_epochs
-    with session(Settings(vars(own))) as here:
+    size = own.batch_size
+    one_step = {"fold_memory": 0} if own.rule.fold == 1 else {}  # all rules take the recipe's fold
+    with session(Settings(vars(own))) as here, kernels.using(**one_step):
         for tau, T, epochs in itertools.product(taus, steps, at_epochs):
             build = partial(_build, recipe, own.data, tau)  # the data is read once
             built = build()
@@ -74,9 +78,11 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
             rules = cheaper_rules(ready.model, T)
             found = agreement(*arguments, rules, steps=ready.repeat)
             proposal = propose(*arguments, found, steps=ready.repeat)
-            size = own.batch_size
-            needed = needed_memory(ready.model, *ready.batch(size), ready.loss, steps=ready.repeat)
-            rivals = sorted(_contestants(rules, found, proposal), key=needed)
+            memory = functools.cache(lambda rule, ready=ready: ready.memory(size, rule).batch)
+            rivals = sorted(
+                _contestants(rules, found, proposal),
+                key=lambda r, of=memory: of(r) / (LESS if repr(r) == "BPTT()" else 1),
+            )
             if asked.trial and (tau, T) not in trials:
                 trials[tau, T] = rivals, _run_trial(here, build, rivals, T, asked.trial, asked.seeds, report)
             # after more epochs the gradients may propose others than those that were tried
@@ -84,12 +90,12 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
             mixed = [r for r in rivals if isinstance(r, Mixed)]
             found += agreement(*arguments, mixed, steps=ready.repeat)
             compared = {a.rule: a for a in found}
-            ranked = [compared[repr(r)] for r in rivals if repr(r) in compared]
+            ranked = [compared.get(repr(r), EXACT) for r in rivals]
             rule = choose_rule(ranked, tried)
-            shown = [r for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")]
-            costs = {repr(r): ready.memory(size, r).batch for r in shown}
-            least = {repr(r): needed(r) for r in shown}
-            said = advice(ranked, tried, costs, least, epochs=epochs, samples=size, training=own.epochs)
+            costs = {repr(r): memory(r) for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")}
+            said = advice(
+                ranked, tried, costs, fold=ready.fold.trained, epochs=epochs, samples=size, training=own.epochs
+            )
             rows.append(
                 {
                     "tau": tau,
@@ -98,7 +104,6 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
                     "agreement": [vars(one) for one in found],
                     "trial": tried and vars(tried) | {"learned": {name: tried.shares(name) for name in tried.losses}},
                     "memory": costs,
-                    "needed_memory": least,
                     "rule": rule,
                     "proposal": proposal and _proposal_json(proposal),
                     "advice": f"{said}{_mixed_note(rule, mixed)}",
@@ -159,6 +164,9 @@ def _run_trial(
             trial.losses[repr(rule)].append(last["train_loss"])
             trial.accuracies[repr(rule)].append(last["train_accuracy"])
     return trial
+
+
+EXACT = Agreement("BPTT()", 1.0, 1.0, 0.0, {}, 1.0)  # beside itself
 
 
 def agreement_table(rows: Sequence[Mapping[str, Any]]) -> Table:

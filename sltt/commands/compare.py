@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from sltt.analysis import agreement, count_operations, measure_energy
-from sltt.analysis.agreement import needed_memory
 from sltt.analysis.energy import show
 from sltt.commands.failures import cause
 from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_seed
@@ -85,7 +84,7 @@ def compare(
         "seconds": math.nan,  # of a training epoch, median over epochs and seeds
         "seconds_of_seeds": [],  # the median over the epochs of each seed
         # see `_measure`
-        **{"peak_memory": 0, "needed_memory": 0, "operations": None, "cosine": math.nan, "energy": None},
+        **{"peak_memory": 0, "fold": 1, "operations": None, "cosine": math.nan, "energy": None},
         "errors": [],  # of the seeds that died
     }
     name, seconds = label_row(row["rule"], varied), []
@@ -231,7 +230,7 @@ def _measure(row: dict[str, Any], name: str, here: Session, built: Any, report: 
         x, y = ready.batch(built.batch_size)
         arguments = ready.model, x, y, ready.loss
         row["peak_memory"] = ready.memory(built.batch_size).batch
-        row["needed_memory"] = needed_memory(*arguments, steps=ready.repeat)(built.rule)
+        row["fold"] = ready.fold.trained
         row["operations"] = count_operations(*arguments, built.rule, steps=ready.repeat)._asdict()
         with evaluation_mode(ready.model):
             row["energy"] = measure_energy(ready.model, x, steps=ready.repeat, lengths=lengths_of(y)).tables()

@@ -10,6 +10,8 @@ from sltt.analysis import Memory, firing_rates, memory_parts
 from sltt.checks import whole_number
 from sltt.data import Splits
 from sltt.rules import Rule
+from sltt.rules.batch import Fold
+from sltt.sequence.layout import last_fold
 from sltt.sequence.padding import Padded, pad_batch
 from sltt.training.batches import EpochSampler, finish_loaders, train_loader
 from sltt.training.parameters import parameter_groups
@@ -56,6 +58,11 @@ class Prepared:
         given = self.model, *self.batch(size), self.loss, rule or self.rule, self.optimizer
         with firing_rates(self.model):
             return memory_parts(*given, steps=self.repeat)
+
+    @property
+    def fold(self) -> Fold:
+        """Return how many time steps of the last batch shared a call."""
+        return (last_fold(self.model) if self.rule.fold == "auto" else Fold(self.rule.fold)) or Fold()
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Any]]:
         """Training batches without an end, loaded as in a training."""

@@ -30,8 +30,6 @@ from sltt.commands.results import give
 from sltt.commands.tables import Cell, Row, Table, bytes_cell, number
 from sltt.memory import available_memory, parse_bytes
 from sltt.rules import Mixed, Rule
-from sltt.rules.batch import Fold
-from sltt.sequence.layout import last_fold
 from sltt.sequence.padding import lengths_of
 from sltt.training.console import Console, megabytes
 from sltt.training.session import Session, session
@@ -210,10 +208,9 @@ def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repe
     memory = _memory(ready, batch)
     seconds = _seconds(ready, itertools.islice(ready.batches(batch), repeats + WARMUP), WARMUP)
     operations = count_operations(ready.model, *ready.batch(batch), ready.loss, ready.rule, steps=ready.repeat)
-    chosen = last_fold(ready.model) if ready.rule.fold == "auto" else Fold(ready.rule.fold)
     parts = {**vars(memory), "batch": memory.batch, "total": memory.total}
     taken = {"memory": parts, "seconds": {**vars(seconds), "total": seconds.total}, "operations": operations._asdict()}
-    return {"rule": rule, "steps": steps, "fold": (chosen or Fold())._asdict(), **taken}
+    return {"rule": rule, "steps": steps, "fold": ready.fold._asdict(), **taken}
 
 
 def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sltt.analysis.advice import ONE_STEP, count_of, name_rules
+from sltt.analysis.advice import LESS, SHARED, count_of, name_rules
 from sltt.commands.results import Gathered
 from sltt.commands.vary import best_of
 from sltt.metrics import finite_scores, is_share, score_text
@@ -28,7 +28,8 @@ class Verdict:
     epochs: int | None = None
     seconds: tuple[float, float, float] | None = None  # of an epoch, or a batch: median, and least and most of seeds
     memory: dict[int | None, int] = field(default_factory=dict)  # bytes of a training batch, for each T
-    needed: float = math.inf  # the same with one time step in a call: by these, rules are ranked
+    peak: float = math.inf  # the same at the T of the trainings: by this, rules are ranked
+    fold: int = 1  # time steps that share a call there
     cosine: float | None = None  # of its gradient with that of BPTT
     died: int = 0  # seeds without a score
 
@@ -61,7 +62,8 @@ def verdicts(found: Gathered) -> list[Verdict]:
                     one.get("epochs"),
                     (row["seconds"], min(each), max(each)) if each else None,
                     {row.get("steps") or one.get("steps"): row["peak_memory"]} if row["peak_memory"] else {},
-                    row.get("needed_memory") or row["peak_memory"] or math.inf,
+                    row["peak_memory"] or math.inf,
+                    row.get("fold", 1),
                     row["cosine"],
                     died,
                 )
@@ -114,17 +116,17 @@ def _take(rules: Sequence[Verdict], reference: Verdict) -> str:
     """Name the rule that needs least memory of those within the margin; say how sure this is, and on what it rests."""
     exact, basis = reference.rule, reference.rests_on()
     apart = f"{basis} do not separate it from {exact}."
-    cheaper = sorted((one for one in rules if one.needed < reference.needed), key=lambda one: one.needed)
+    cheaper = sorted((one for one in rules if LESS * one.peak <= reference.peak), key=lambda one: one.peak)
     *_, words, enough = zip(*(_judge(one, reference) for one in cheaper), strict=True) if cheaper else ((), ())
     place = enough.index(True) if True in enough else len(cheaper)
     doubtful = [one.rule for one, word in zip(cheaper[:place], words, strict=False) if word == UNSURE]
     doubts = f" {UNSURE} of {name_rules(doubtful)}, which would save memory" if doubtful else ""
     if place == len(cheaper):
         bad = f" {name_rules(one.rule for one in cheaper)}: not safe here, by {basis}." if cheaper else ""
-        return f"Take {exact}.{f'{doubts}: {apart}' if doubts else bad or ' No other rule here needs less memory.'}"
+        why = f"{doubts}: {apart}" if doubts else bad or " No other rule here needs less memory."
+        return f"Take {exact}.{why}{SHARED * (reference.fold > 1)}"
     sure = f"{SAFE} here, by {basis}." if words[place] == SAFE else f"{UNSURE}: {apart}"
-    fold = "" if all(ratio > 1 for _, ratio in _saved(cheaper[place], reference)) else ONE_STEP
-    return f"Take {cheaper[place].rule}{fold}. {sure}{doubts}{'.' * bool(doubts)}"
+    return f"Take {cheaper[place].rule}. {sure}{doubts}{'.' * bool(doubts)}"
 
 
 def _sentence(one: Verdict, reference: Verdict) -> str:
@@ -132,8 +134,6 @@ def _sentence(one: Verdict, reference: Verdict) -> str:
     parts = [reached] if reached else []
     if saved := _saved(one, reference):
         parts.append(" and ".join(f"{_times(ratio)} memory{f' at T = {t}' if t else ''}" for t, ratio in saved))
-        if saved[-1][1] <= 1 < (least := reference.needed / one.needed):
-            parts[-1] += f" ({_times(least)}{ONE_STEP})"
     if one.seconds and reference.seconds:
         parts.append(f"{_ratio(one.seconds, reference.seconds)} × the time")
     if one.cosine is not None and not math.isnan(one.cosine):
@@ -178,7 +178,7 @@ def _judge(one: Verdict, reference: Verdict) -> tuple[str, str, str, bool]:
 
 
 def _times(ratio: float) -> str:
-    return f"{ratio:.1f} × less" if ratio >= 1.05 else f"{1 / ratio:.1f} × more" if ratio <= 0.95 else "the same"
+    return f"{ratio:.1f} × less" if ratio >= LESS else f"{1 / ratio:.1f} × more" if ratio <= 0.95 else "the same"
 
 
 def noise_of(one: Verdict, other: Verdict) -> float:

@@ -1,6 +1,5 @@
 """Truncated backpropagation through time: BPTT, TBPTT and SLTT are one rule with windows of T, n and one steps."""
 
-import copy
 import operator
 from collections.abc import Collection
 from functools import reduce
@@ -79,15 +78,6 @@ class Truncated(Rule):
             if not cut:
                 batch.detach()
         return batch.output()
-
-
-def step_by_step(rule: Rule) -> Rule:
-    """Return a rule that runs one time step in a call, where it would choose by itself: its memory is SLTT's."""
-    if rule.fold != "auto":
-        return rule
-    made = copy.copy(rule)
-    vars(made)["fold"] = 1
-    return made
 
 
 class BPTT(Truncated):

@@ -1,5 +1,6 @@
 import pytest
 
+from sltt.analysis.advice import SHARED
 from sltt.commands.results import Gathered, scores_text
 from sltt.commands.sections import sections
 from sltt.commands.vary import best_of
@@ -58,9 +59,9 @@ def test_the_rule_to_take_needs_least_memory_of_those_within_a_point(sltt_, ottt
     scores = {"SLTT": sltt_, "OTTT": ottt, "BPTT": 0.98}
     rows = [compared(rule, [score] * 2, memory=i + 1) for i, (rule, score) in enumerate(scores.items())]
     assert said in answers(gathered(*rows, samples=samples))[-1]
-    folded = [row | {"needed_memory": row["peak_memory"], "peak_memory": 30} for row in rows]
+    folded = [row | {"peak_memory": 29 + row["peak_memory"] // 3, "fold": 4} for row in rows]  # within 5% is the same
     last = answers(gathered(*folded, samples=samples))[-1]
-    assert "Take BPTT." in last or "with --rule.fold 1. " in last
+    assert last == f"Take BPTT. No other rule here needs less memory.{SHARED}"
     alone = answers(gathered(rows[-1], compared("TBPTT", [ottt] * 2, memory=40), samples=samples))[-1]
     assert alone == "Take BPTT. No other rule here needs less memory."
 
