@@ -65,7 +65,8 @@ class Delay(Stateful):
         if self.past:
             self.check_state("newest", now[0], x.dtype)
         old = self.past or ()
-        old = (x.new_zeros(()).expand_as(now[0]),) * (self.depth - len(old)) + old
+        if missing := self.depth - len(old):
+            old = (torch.zeros_like(now[0]),) * missing + old  # in the memory format of x, which y then has
         read = {t - n for n in self.taps for t in range(steps)}
         parts = [p.dense() if isinstance(p, Spikes) and i - self.depth in read else p for i, p in enumerate(old)]
         parts += [part.detach() for part in now] if cut else now

@@ -9,7 +9,6 @@ the forward (`operations`); else the first real batch shows it (`fold_trial`), a
 changed; else each step runs by itself.
 """
 
-import math
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, Literal
@@ -143,12 +142,8 @@ def _of_sizes(run: Run, sizes: tuple[float, float], weights: int) -> Fold:
     asked = kernels.current_options().fold_memory
     room = max(ROOM, 2 * weights) if asked is None else asked
     most, further = min(ROWS / rows, 1 + room / size), min(2 * ROWS / rows, 1 + 2 * room / size)
-    return Fold(_even(run.sequence.steps, most), _even(run.sequence.steps, further))
-
-
-def _even(steps: int, most: float) -> int:
-    """Return at most `most` time steps, so that as few calls as possible have about as many each."""
-    return math.ceil(steps / math.ceil(steps / max(1, int(most))))
+    trained, forward = (min(run.sequence.steps, max(1, int(n))) for n in (most, further))
+    return Fold(trained, forward)  # of longer sequences the same, and so is memory
 
 
 def _problem(run: Run) -> str | None:
