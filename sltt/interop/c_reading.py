@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from sltt.interop import reading
-from sltt.interop.c_network import Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights
+from sltt.interop.c_network import Affine, Fire, Network, Operation, Pool, Spread, Sum, Taps, Value, Weights
 from sltt.interop.conversion import describe, require
 from sltt.interop.reading import Call, pair
-from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, Neuron, Recurrent
+from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, Delay, Neuron, Recurrent
 from sltt.sequence.hooks import own_forward
 from sltt.surrogates import Above, Surrogate
 
@@ -78,6 +78,10 @@ class _Reader:
             return self._recurrent(name, layer, x, given)
         if isinstance(layer, Neuron):
             return self._neuron(name, layer, x)
+        if isinstance(layer, Delay):
+            self._check_once(layer)
+            shape = len(layer.taps) * x.shape[0], *x.shape[1:]
+            return self._add(Taps(name, [x], Value(shape, x.spikes), layer.taps)) if layer.depth else x
         require(kind is not None, "")
         if kind is nn.Flatten:
             last = len(given) - 1
@@ -97,6 +101,10 @@ class _Reader:
         self.operations.append(operation)
         return operation.output
 
+    def _check_once(self, module: Any) -> None:
+        require(module not in self.seen, ", which runs twice in a time step")
+        self.seen.add(module)
+
     def _affine(self, name: str, x: Value, gain: Tensor, shift: Tensor) -> Value:
         gain, shift = (vector.detach().double().expand(x.shape[0]) for vector in (gain, shift))
         return self._add(Affine(name, [x], Value(x.shape), gain, shift))
@@ -114,11 +122,10 @@ class _Reader:
         return spikes
 
     def _neuron(self, name: str, module: Any, x: Value) -> Value:
-        require(module not in self.seen, ", which runs twice in a time step")
+        self._check_once(module)
         require(type(module) in _NEURONS and not own_forward(module, Neuron), "")
         require(type(module.surrogate).fires in (Surrogate.fires, Above.fires), ", which fires in a way of its own")
         require(getattr(module, "subtract", None) is None, ", which subtracts another amount than its threshold")
-        self.seen.add(module)
         given = module.arguments()
 
         def vector(value: Any) -> Tensor:
@@ -218,10 +225,10 @@ def _fold(network: Network) -> None:
 
 
 def _add_values(network: Network) -> None:
-    """Put a `Spread` behind spikes that others than weights and pooling read."""
-    for op in network.neurons:
+    """Put a `Spread` behind spikes that others than weights, pooling and delays read."""
+    for op in [op for op in network.operations if op.output.spikes]:
         readers = [reader for reader in network.operations if op.output in reader.inputs]
-        others = [reader for reader in readers if not isinstance(reader, Weights | Pool)]
+        others = [reader for reader in readers if not isinstance(reader, Weights | Pool | Taps)]
         if others or op.output is network.output:
             spread = Spread(f"{op.name} as values", [op.output], Value(op.output.shape))
             network.operations.insert(network.operations.index(op) + 1, spread)
