@@ -50,6 +50,20 @@ NETWORKS = {  # and the shape of an input
         ),
         (5, 2, 1, 8, 8),
     ),
+    "delays": (
+        lambda: nn.Sequential(
+            *(
+                sltt.Delay([3, 0, 1]),
+                nn.Conv2d(6, 4, 3),
+                sltt.LIF(),
+                sltt.Delay([2]),
+                nn.Conv2d(4, 8, 2),
+                sltt.IF(v_threshold=0.2),
+            ),
+            *(nn.Flatten(), sltt.Delay([0]), sltt.Delay([0, 1]), nn.Linear(144, 3)),
+        ),
+        (7, 3, 2, 6, 6),
+    ),
     "a neuron alone": (sltt.LIF, (5, 4, 6)),
     "DigitsNet": (lambda: sltt.models.DigitsNet(width=4, neuron=lambda: sltt.LIF(v_threshold=0.1)), (3, 2, 1, 8, 8)),
 }
