@@ -25,8 +25,8 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
         first = to_onnx(model, x[0], "step.onnx")      # {"1": 0.0}
 
     Inputs: `x`, and the state of each layer of neurons: the layer's name, or NAME.STATE where it has several, as
-    `RunningMax` has; of a `Delay`, [B, D·N, ...] of the last D steps. Outputs: `logits`, and `next.NAME` for each state.
-    Begin a sequence with the first values. The network is in evaluation mode, and takes any batch size.
+    `RunningMax` has; of a `Delay`, [B, D·N, ...] of the last D steps. Outputs: `logits`, and `next.NAME` for each
+    state. Begin a sequence with the first values. The network is in evaluation mode, and takes any batch size.
 
     Args:
         model: maps one time step [B, ...] to logits [B, C]; its neurons are those of this library.
