@@ -62,7 +62,7 @@ CONSTRUCTORS = [
     }),
     (models.ShallowResNet, {}, NETWORK | DROPOUT | {"widths": SIZES, "stem": whole(-1), "blocks": whole(-1)}),
     (models.ShallowVGG, {}, {"widths": SIZES, "classes": whole(0, -1), "neuron": OBJECT, "scale": number(0, -1)}),
-    (models.VGG, {"blocks": [[2]]}, NETWORK | DROPOUT),
+    (models.VGG, {"blocks": [[2]]}, NETWORK | DROPOUT | {"delays": SIZES.but("empty")}),
     (models.VGG, {}, {"blocks": Kind(SIZES.values | {"flat": [2, 2]}, SIZES.message)}),
     (models.ResNet, {"blocks": [1, 1, 1, 1]}, NETWORK | DROPOUT | {"blocks": SIZES}),
     (models.NFResNet, {"blocks": [1, 1, 1, 1], "bottleneck": False}, NETWORK | {"blocks": SIZES, "bottleneck": FLAG}),
