@@ -78,6 +78,10 @@ CONSTRUCTORS = [
     (data.CIFAR10DVS, {}, EVENTS),
     (data.EventFolder, {"root": "x", "sensor": (2, 2)}, FRAMES | {"sensor": Kind(SIZES.values, SIZES.message)}),
     (data.SHD, {}, SPLIT | {"root": PATH, "duration": number(0, -1), "download": FLAG}),
+    (data.SpokenDigits, {}, SPLIT | {
+        "root": PATH, "speaker": Kind({"number": 7}, "{name} must be a str"), "bands": whole(0, 65),
+        "delta": number(0, -1).but("none"),
+    }),
     (data.TimeSeries, {}, SPLIT | {"name": CHOICE, "delta": number(0, -1).but("none")}),
     (data.CIFAR10, {}, IMAGES | {"download": FLAG}),
     (data.CIFAR100, {}, IMAGES | {"download": FLAG}),
