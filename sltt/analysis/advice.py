@@ -17,6 +17,11 @@ LEARNS = 0.9
 SOLVED = 0.98
 # Said of a rule that saves memory only so: time steps of small layers share a call, which takes a few MB.
 ONE_STEP = " with --rule.fold 1"
+# Said before BPTT is taken.
+DELAYS = (
+    " Before BPTT, where the input changes over time, try SLTT with delays (sltt.Delay): on the input, at SLTT's memory "
+    "and time; then between layers, at memory that does not grow with T and up to 1.4 times the time."
+)
 # Where BPTT takes off less than this share of the loss, the training was too short to tell rules apart.
 BEGINS = 0.01
 # Rules part as they learn: a trial of less than this share of a training's epochs is not sure.
@@ -93,13 +98,13 @@ def advice(
     passed = [a.rule for a in found][: next((i for i, a in enumerate(found) if a.rule == rule), len(found))]
     doubts = f" of {name_rules(passed)}, which would save memory" if passed and rule != "BPTT()" else ""
     rests = _rest_on_trial(trial, training) if trial else _rest_on_gradients(found, epochs)
-    take = f"Take {name_rules([rule])}"
+    take, delays = f"Take {name_rules([rule])}", DELAYS * (rule == "BPTT()")
     if memory is None or rule not in memory:
-        return f"{take}. Not sure{doubts}: {rests}"
+        return f"{take}. Not sure{doubts}: {rests}{delays}"
     of, one = "" if samples is None else f" of {samples}", ""
     if needed and rule != "BPTT()" and memory[rule] >= memory["BPTT()"]:
         take, one = f"{take}{ONE_STEP}", f"; with one step in a call {_sizes(rule, needed)}"
-    return f"{take}. Not sure{doubts}: {rests} A batch{of} takes {_sizes(rule, memory)}{one}."
+    return f"{take}. Not sure{doubts}: {rests} A batch{of} takes {_sizes(rule, memory)}{one}.{delays}"
 
 
 def name_rules(rules: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sltt.analysis.advice import ONE_STEP, count_of, name_rules
+from sltt.analysis.advice import DELAYS, ONE_STEP, count_of, name_rules
 from sltt.commands.results import Gathered
 from sltt.commands.vary import best_of
 from sltt.metrics import finite_scores, is_share, score_text
@@ -121,6 +121,7 @@ def _take(rules: Sequence[Verdict], reference: Verdict) -> str:
     doubts = f" {UNSURE} of {name_rules(doubtful)}, which would save memory" if doubtful else ""
     if place == len(cheaper):
         bad = f" {name_rules(one.rule for one in cheaper)}: not safe here, by {basis}." if cheaper else ""
+        bad += DELAYS if bad and exact == "BPTT" else ""
         return f"Take {exact}.{f'{doubts}: {apart}' if doubts else bad or ' No other rule here needs less memory.'}"
     sure = f"{SAFE} here, by {basis}." if words[place] == SAFE else f"{UNSURE}: {apart}"
     fold = "" if all(ratio > 1 for _, ratio in _saved(cheaper[place], reference)) else ONE_STEP
