@@ -17,11 +17,10 @@ LEARNS = 0.9
 SOLVED = 0.98
 # Said of a rule that saves memory only so: time steps of small layers share a call, which takes a few MB.
 ONE_STEP = " with --rule.fold 1"
-# Said before BPTT is taken.
 DELAYS = (
-    " Before BPTT, where the input changes over time, try SLTT with delays (sltt.Delay): on the input, at SLTT's memory "
-    "and time; then between layers, at memory that does not grow with T and up to 1.4 times the time."
+    " Before BPTT, where the input changes over time, try SLTT with delays: on the input, at SLTT's memory and time, "
 )
+DELAYS += "then between layers, at memory that does not grow with T and up to 1.4 times the time (sltt.Delay)."
 # Where BPTT takes off less than this share of the loss, the training was too short to tell rules apart.
 BEGINS = 0.01
 # Rules part as they learn: a trial of less than this share of a training's epochs is not sure.

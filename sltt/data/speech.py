@@ -71,8 +71,7 @@ class SpokenDigits(Data):
             tested = int(index) < 5 if self.speaker is None else speaker == self.speaker
             splits[tested].append((log_mel(read_wav(path), bank)[:steps], int(digit)))
         train, test = prepare(*splits, self.delta)
-        data = from_datasets(train, self.validation, test or None, static=False, classes=10, pad=True)
-        return data.splits(steps)
+        return from_datasets(train, self.validation, test or None, static=False, classes=10, pad=True).splits(steps)
 
 
 def read_wav(path: Path) -> Tensor:
@@ -100,7 +99,6 @@ def mel_bank(bands: int) -> Tensor:
 
 def log_mel(samples: Tensor, bank: Tensor) -> Tensor:
     """Return the frames [T, C] of a recording, less their mean."""
-    window = torch.hann_window(WINDOW)
-    spectrum = torch.stft(samples, FFT, HOP, WINDOW, window, return_complex=True).abs() ** 2
+    spectrum = torch.stft(samples, FFT, HOP, WINDOW, torch.hann_window(WINDOW), return_complex=True).abs() ** 2
     frames = (bank @ spectrum + 1e-6).log().T
     return frames - frames.mean()

@@ -194,14 +194,10 @@ class Spread(Operation):
 
 @dataclass(eq=False)
 class Taps(Operation):
-    """The inputs of some time steps ago, joined along the channels; they are kept in a ring of D, the largest tap."""
+    """The inputs of some time steps ago, joined along the channels; they are kept in a ring of the last `depth`."""
 
     taps: tuple[int, ...]
-
-    @property
-    def depth(self) -> int:
-        """Return D."""
-        return max(self.taps)
+    depth: int
 
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         (x,) = inputs

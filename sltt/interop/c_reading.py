@@ -12,6 +12,7 @@ from sltt.interop.conversion import describe, require
 from sltt.interop.reading import Call, pair
 from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, Delay, Neuron, Recurrent
 from sltt.sequence.hooks import own_forward
+from sltt.sequence.state import Stateful
 from sltt.surrogates import Above, Surrogate
 
 _NEURONS = (LIF, IF, PLIF, ChannelLIF, CubaLIF, ALIF)
@@ -74,14 +75,16 @@ class _Reader:
         if kind == "factor":
             return self._affine(name, x, torch.tensor([layer]), torch.zeros(1))
         name = describe(name, layer)
+        if isinstance(call.layer, Stateful):
+            require(layer not in self.seen, ", which runs twice in a time step")
+            self.seen.add(layer)
         if isinstance(layer, Recurrent):
             return self._recurrent(name, layer, x, given)
         if isinstance(layer, Neuron):
             return self._neuron(name, layer, x)
         if isinstance(layer, Delay):
-            self._check_once(layer)
             shape = len(layer.taps) * x.shape[0], *x.shape[1:]
-            return self._add(Taps(name, [x], Value(shape, x.spikes), layer.taps)) if layer.depth else x
+            return self._add(Taps(name, [x], Value(shape, x.spikes), layer.taps, layer.depth)) if layer.depth else x
         require(kind is not None, "")
         if kind is nn.Flatten:
             last = len(given) - 1
@@ -101,10 +104,6 @@ class _Reader:
         self.operations.append(operation)
         return operation.output
 
-    def _check_once(self, module: Any) -> None:
-        require(module not in self.seen, ", which runs twice in a time step")
-        self.seen.add(module)
-
     def _affine(self, name: str, x: Value, gain: Tensor, shift: Tensor) -> Value:
         gain, shift = (vector.detach().double().expand(x.shape[0]) for vector in (gain, shift))
         return self._add(Affine(name, [x], Value(x.shape), gain, shift))
@@ -122,7 +121,6 @@ class _Reader:
         return spikes
 
     def _neuron(self, name: str, module: Any, x: Value) -> Value:
-        self._check_once(module)
         require(type(module) in _NEURONS and not own_forward(module, Neuron), "")
         require(type(module.surrogate).fires in (Surrogate.fires, Above.fires), ", which fires in a way of its own")
         require(getattr(module, "subtract", None) is None, ", which subtracts another amount than its threshold")

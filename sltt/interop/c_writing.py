@@ -205,11 +205,10 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         fields = [(kind, f"{self.names[op]}_{s}", op.output.size, op.name) for op in neurons for s in op.states]
         kinds = {"values": self.types["number"], "small": self.types["input"], "spikes": "uint32_t"}
         fields += [(kinds[b.kind], b.name, b.size, b.layer) for b in self.buffers]
-        for op in self.network.operations:
-            if isinstance(op, Taps):
-                size = -(-op.inputs[0].size // 32) if op.output.spikes else op.inputs[0].size
-                ring = kinds[kind_of(self.network, op.output)], f"{self.names[op]}_ring", op.depth * size, op.name
-                fields += [ring, ("int32_t", f"{self.names[op]}_now", 1, op.name)]
+        for op in [op for op in self.network.operations if isinstance(op, Taps)]:
+            size = -(-op.inputs[0].size // 32) if op.output.spikes else op.inputs[0].size
+            ring = kinds[kind_of(self.network, op.output)], f"{self.names[op]}_ring", op.depth * size, op.name
+            fields += [ring, ("int32_t", f"{self.names[op]}_now", 1, op.name)]
         if self.events:
             fields.append((self.types["input"], "events", self.network.input.size, "the events of a step"))
         return sorted(fields, key=lambda field: -_BYTES[field[0]])

@@ -87,27 +87,23 @@ class _Export:
 
     def _add(self, call: Call, sources: list[str]) -> list[str]:
         """Add the nodes of a call that reads these; return the nodes whose sum is its output."""
-        taps = self.tapped.get(call.inputs[0] if call.inputs else call, [])
-        require(not taps or call.kind in reading.WEIGHTS, ", which reads a delay of several taps: put weights between")
+        taps = next((self.tapped[one] for one in call.inputs if one in self.tapped), [])
+        require(not taps or call.kind in reading.WEIGHTS, ", which reads several taps, as only layers with weights may")
         if call.kind == "sum":
             require(len(set(sources)) == len(sources), ", which adds a value twice")
             return sources
         name, module = self.names[call.path], call.layer
         if isinstance(module, Delay):
-            shape, found = tuple(call.inputs[0].shape[1:]), []
-            for n in module.taps:
-                node = nir.Delay(np.full(shape, n * self.dt))
-                found.append(self._connect(f"{call.path}.{n}", node, sources) if n else sources)
+            nodes = {n: nir.Delay(np.full(call.inputs[0].shape[1:], n * self.dt)) for n in module.taps}
+            found = [self._connect(f"{call.path}.{n}", one, sources) if n else sources for n, one in nodes.items()]
             self.tapped |= {call: found} if len(found) > 1 else {}
             return found[0]
         if taps:
-            parts = zip(call.layer.weight.chunk(len(taps), 1), _taps(call), taps, strict=True)
             found = []
-            for weight, n, given in parts:
+            for weight, n, given in zip(module.weight.chunk(len(taps), 1), _taps(call), taps, strict=True):
                 part = copy.deepcopy(module)
                 part.weight, part.bias = nn.Parameter(weight), None if found else module.bias
-                node = self._node(call.kind, part, call.inputs[0].shape)
-                found += self._connect(f"{call.path}.{n}", node, given)
+                found += self._connect(f"{call.path}.{n}", self._node(call.kind, part, call.inputs[0].shape), given)
             return found
         if isinstance(module, Recurrent):
             back = self.names[f"{call.path}.layer"]

@@ -23,8 +23,7 @@ class VGG(nn.Module):
         classes: number of logits.
         neuron: makes a neuron; called once for each convolution.
         dropout: probability of the dropout after each neuron.
-        delays: taps of a `Delay` before each convolution, from the input on, and before the linear layer; None for a
-            layer without one.
+        delays: as of `MLP`, before each convolution and the linear layer.
     """
 
     def __init__(

@@ -101,25 +101,16 @@ def test_spoken_digits_are_split_by_index_or_by_speaker(spoken):
 
 
 def test_frames_are_those_by_hand(tmp_path):
-    noise = record(tmp_path / "a.wav", 1000)
-    x = noise / 2.0**15
+    x = record(tmp_path / "a.wav", 1000) / 2.0**15
     torch.testing.assert_close(read_wav(tmp_path / "a.wav"), torch.from_numpy(x), check_dtype=False)
     padded, window = np.pad(x, 128, "reflect"), np.pad(0.5 - 0.5 * np.cos(2 * np.pi * np.arange(200) / 200), 28)
     mels = np.linspace(*(2595 * math.log10(1 + f / 700) for f in (50, 4000)), 12)
     edges, f = 700 * (10 ** (mels / 2595) - 1), 31.25 * np.arange(129)
     bank = np.stack([np.interp(f, edges[i : i + 3], [0, 1, 0]) for i in range(10)])
     bank /= bank.sum(1, keepdims=True)
-    power = [
-        abs(np.exp(-2j * np.pi / 8000 * np.outer(f, range(256))) @ (window * padded[t : t + 256])) ** 2
-        for t in range(0, 1001, 80)
-    ]
-    frames = np.log(np.array(power) @ bank.T + 1e-6)
-    torch.testing.assert_close(
-        log_mel(read_wav(tmp_path / "a.wav"), mel_bank(10)).double().numpy(),
-        frames - frames.mean(),
-        rtol=1e-3,
-        atol=1e-3,
-    )
+    power = np.stack([abs(np.fft.rfft(window * padded[t : t + 256])) ** 2 for t in range(0, 1001, 80)])
+    frames, found = np.log(power @ bank.T + 1e-6), log_mel(read_wav(tmp_path / "a.wav"), mel_bank(10)).double()
+    torch.testing.assert_close(found, torch.from_numpy(frames - frames.mean()), rtol=1e-3, atol=1e-3)
     assert (mel_bank(64).sum(1) > 0.99).all()
 
 
@@ -128,11 +119,9 @@ def test_frames_are_those_by_hand(tmp_path):
     [
         (lambda path: record(path, channels=2), "expected 1 channel .* 8000 Hz.* got .2, 16, 8000, 4000."),
         (lambda path: record(path, rate=16000), "got .1, 16, 16000, 4000."),
-        (lambda path: record(path, 200), "256 samples or more, .* got .1, 16, 8000, 200."),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "all of them in the file"),
         (lambda path: path.write_bytes(b"RIFF"), "not a wav file .*get it again from https://github.com"),
     ],
-    ids=["stereo", "rate", "short", "cut", "no file of sound"],
 )
 def test_damaged_recordings_are_named(damage, message, spoken):
     damage(spoken / "recordings/7_bo_b_3.wav")

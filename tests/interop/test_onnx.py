@@ -52,15 +52,7 @@ NETWORKS = {  # and the shape of an input
     ),
     "delays": (
         lambda: nn.Sequential(
-            *(
-                sltt.Delay([3, 0, 1]),
-                nn.Conv2d(6, 4, 3),
-                sltt.LIF(),
-                sltt.Delay([2]),
-                nn.Conv2d(4, 8, 2),
-                sltt.IF(v_threshold=0.2),
-            ),
-            *(nn.Flatten(), sltt.Delay([0]), sltt.Delay([0, 1]), nn.Linear(144, 3)),
+            sltt.Delay([2, 0, 1]), nn.Conv2d(6, 4, 3), sltt.LIF(), sltt.Delay([0]), sltt.Delay([3]), nn.Conv2d(4, 3, 4)
         ),
         (7, 3, 2, 6, 6),
     ),

@@ -51,24 +51,18 @@ def test_networks_have_so_many_neurons_as_they_are_given(build, count):
     assert [m.tau for m in model.modules() if isinstance(m, Neuron)] == [1.5] * count
 
 
-@pytest.mark.parametrize(
-    ("build", "shape"),
-    [
-        (lambda delays: models.MLP([6, 5, 4, 3], delays=delays), (6,)),
-        (lambda delays: models.VGG([[5], [4]], 2, 3, delays=delays), (2, 8, 8)),
-    ],
-    ids=["MLP", "VGG"],
-)
-def test_delays_stand_before_the_layers_with_weights(build, shape):
+@pytest.mark.parametrize("kind", [models.MLP, models.VGG])
+def test_delays_stand_before_the_layers_with_weights(kind):
     """Also in front of what runs once for a static image."""
-    model = build([[0, 3], None, [1, 2]])
+    shape, given = ((6,), ([6, 5, 4, 3],)) if kind is models.MLP else ((2, 8, 8), ([[5], [4]], 2, 3))
+    model = kind(*given, delays=[[0, 3], None, [1, 2]])
     assert [list(m.taps) for m in model.modules() if isinstance(m, sltt.Delay)] == [[0, 3], [1, 2]]
     x, y = torch.rand(5, *shape), torch.randint(3, (5,))
     whole = sltt.SLTT(fold=1)(model, x.expand(6, *x.shape), y, sltt.losses.CrossEntropyMSE()).logits
     static = sltt.SLTT(hoist=True)(model, x, y, sltt.losses.CrossEntropyMSE(), steps=6).logits
     torch.testing.assert_close(static, whole)
     with pytest.raises(ValueError, match="delays must be taps of at most 3 layers with weights, got 4"):
-        build([None] * 4)
+        kind(*given, delays=[None] * 4)
 
 
 @pytest.mark.parametrize("build", EACH_KIND, ids=lambda b: b.__name__)
