@@ -78,6 +78,18 @@ def delays(results: Path) -> str:
     return markdown(["network", "rule", *(f"`{task}`" for task in tasks)], lines)
 
 
+def speech(results: Path) -> str:
+    """Accuracies of networks on spoken digits, by known and by unknown speakers, and the memory of a batch."""
+    lines = []
+    for (network, rule), of in grouped(load(results, "speech"), "network", "rule").items():
+        splits = ([row for row in of if row["split"] == split] for split in ("own", "speakers"))
+        own, each = ([accuracy for row in rows for accuracy in row["accuracies"]] for rows in splits)
+        spread = f"{min(each):.1%} to {max(each):.1%}"
+        memory = megabytes(max(row["peak_memory"] for row in of))
+        lines.append([network, rule, scores_text(own), f"{statistics.mean(each):.1%}", spread, memory])
+    return markdown(["network", "rule", "own split", "unseen speaker, mean", "the six", "memory"], lines)
+
+
 def layers(results: Path) -> str:
     """Milliseconds of the dense gradients of some layers, PyTorch's and ours."""
     found = load(results, "layers")
@@ -309,6 +321,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "series": partial(tasks, cell=lambda row: scores_text(row["accuracies"]), of="series"),
     "recurrent": partial(tasks, cell=lambda row: scores_text(row["accuracies"]), of="recurrent"),
     "delays": delays,
+    "speech": speech,
     "layers": layers,
     "other-networks": other_networks,
     "sequences": sequences,

@@ -18,6 +18,10 @@ SOLVED = 0.98
 LESS = 1.05  # BPTT's memory over that of a rule that saves some
 # Said where BPTT is advised: the steps of small layers that share a call take a few MB, whatever the rule.
 SHARED = " Time steps share a call, so most rules save no memory: try --rule.fold 1."
+DELAYS = (
+    " Before BPTT, where the input changes over time, try SLTT with delays: on the input, at SLTT's memory and time, "
+    "then between layers, at memory that does not grow with T and up to 1.4 times the time (sltt.Delay)."
+)
 # Where BPTT takes off less than this share of the loss, the training was too short to tell rules apart.
 BEGINS = 0.01
 # Rules part as they learn: a trial of less than this share of a training's epochs is not sure.
@@ -94,12 +98,12 @@ def advice(
     passed = [a.rule for a in found][: next((i for i, a in enumerate(found) if a.rule == rule), len(found))]
     doubts = f" of {name_rules(passed)}, which would save memory" if passed and rule != "BPTT()" else ""
     rests = _rest_on_trial(trial, training) if trial else _rest_on_gradients(found, epochs)
-    take = f"Take {name_rules([rule])}"
+    take, delays = f"Take {name_rules([rule])}", DELAYS * (rule == "BPTT()")
     if memory is None or rule not in memory:
-        return f"{take}. Not sure{doubts}: {rests}"
+        return f"{take}. Not sure{doubts}: {rests}{delays}"
     of = "" if samples is None else f" of {samples}"
     shared = SHARED * (fold > 1 and rule == "BPTT()")
-    return f"{take}. Not sure{doubts}: {rests} A batch{of} takes {_sizes(rule, memory)}.{shared}"
+    return f"{take}. Not sure{doubts}: {rests} A batch{of} takes {_sizes(rule, memory)}.{shared}{delays}"
 
 
 def name_rules(rules: Iterable[str]) -> str:

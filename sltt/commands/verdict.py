@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sltt.analysis.advice import LESS, SHARED, count_of, name_rules
+from sltt.analysis.advice import DELAYS, LESS, SHARED, count_of, name_rules
 from sltt.commands.results import Gathered
 from sltt.commands.vary import best_of
 from sltt.metrics import finite_scores, is_share, score_text
@@ -124,7 +124,8 @@ def _take(rules: Sequence[Verdict], reference: Verdict) -> str:
     if place == len(cheaper):
         bad = f" {name_rules(one.rule for one in cheaper)}: not safe here, by {basis}." if cheaper else ""
         why = f"{doubts}: {apart}" if doubts else bad or " No other rule here needs less memory."
-        return f"Take {exact}.{why}{SHARED * (reference.fold > 1)}"
+        delays = DELAYS * bool(bad and not doubts and exact == "BPTT")
+        return f"Take {exact}.{why}{SHARED * (reference.fold > 1)}{delays}"
     sure = f"{SAFE} here, by {basis}." if words[place] == SAFE else f"{UNSURE}: {apart}"
     return f"Take {cheaper[place].rule}. {sure}{doubts}{'.' * bool(doubts)}"
 

@@ -15,3 +15,4 @@ from sltt.data.recall import Recall as Recall
 from sltt.data.sequential import SequentialDigits as SequentialDigits
 from sltt.data.series import TimeSeries as TimeSeries
 from sltt.data.shd import SHD as SHD
+from sltt.data.speech import SpokenDigits as SpokenDigits

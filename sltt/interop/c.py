@@ -58,7 +58,7 @@ def to_c(
 
     The C has no dependency but <stdint.h> and <string.h>, allocates nothing, and computes layers that read spikes on
     active inputs alone. The network runs in evaluation mode. [Layers](to-a-microcontroller.md#layers) are convolutions,
-    linear layers, BatchNorm, pooling, sums, and `LIF`, `IF`, `PLIF`, `ChannelLIF`, `CubaLIF`, `ALIF` and `Recurrent`.
+    linear layers, BatchNorm, pooling, sums, delays, `LIF`, `IF`, `PLIF`, `ChannelLIF`, `CubaLIF`, `ALIF`, `Recurrent`.
 
     Args:
         model: maps one time step [B, ...] to logits [B, classes].

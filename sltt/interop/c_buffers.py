@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sltt.interop.c_network import Affine, Fire, Network, Pool, Spread, Sum, Value, Weights
+from sltt.interop.c_network import Affine, Fire, Network, Pool, Spread, Sum, Taps, Value, Weights
 
 
 @dataclass
@@ -32,7 +32,7 @@ def kind_of(network: Network, value: Value) -> str:
     if value.spikes:
         return "spikes"
     makers = [op for op in network.operations if op.output is value]
-    counts = all(isinstance(op, Pool | Spread) for op in makers) and network.bounds.get(value, 128) <= 127
+    counts = all(isinstance(op, Pool | Spread | Taps) for op in makers) and network.bounds.get(value, 128) <= 127
     return "small" if counts and value is not network.output else "values"
 
 

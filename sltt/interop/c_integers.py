@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt.interop.c_network import LIMIT, PEAK, SHIFT, Affine, Fire, Network, Operation, Pool, Sum, Value, Weights
+from sltt.interop.c_network import LIMIT, PEAK, SHIFT, Affine, Fire, Network, Operation, Pool, Sum, Taps, Value, Weights
 
 _FINE = 2**22  # a bias or a shift has no more units than this
 _GAIN = 64  # units of an input or a spike behind which there are no weights
@@ -94,7 +94,7 @@ def _in_integers(network: Network, x: Tensor, gain: int) -> Network:
 
 def _keep(op: Operation, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int) -> Tensor:
     bounds[op.output] = bounds[op.inputs[0]]
-    return units[op.inputs[0]]
+    return units[op.inputs[0]].repeat(len(op.taps) if isinstance(op, Taps) else 1)
 
 
 def _shift(threshold: Tensor) -> int:

@@ -258,6 +258,47 @@ static void add_scaled$(const IN *in, const int32_t *factor, NUMBER *out, int si
         for (int c = 0; c < channels; c++, i++)
             out[i] = (begin ? 0 : out[i]) + (NUMBER)(((int64_t)factor[c] * in[i] + (1 << 13)) >> 14);
 }
+// part delay
+/* Join the inputs of some time steps ago, for each pixel those of all taps; `ring` has the last `depth`, *now the oldest. */
+static void delay$(const IN *in, const int16_t *taps, int count, int depth, int size, int channels, OUT *ring,
+                   int32_t *now, OUT *out)
+{
+    for (int i = 0; i < size; i += channels)
+        for (int k = 0; k < count; k++) {
+            const OUT *row = ring + (*now + depth - taps[k]) % depth * size + i;
+
+            for (int c = 0; c < channels; c++)
+                *out++ = (OUT)(taps[k] ? row[c] : in[i + c]);
+        }
+    for (int i = 0; i < size; i++)
+        ring[*now * size + i] = (OUT)in[i];
+    *now = (*now + 1) % depth;
+}
+// part delay_spikes: bits
+/* As delay, of bits. */
+static void delay_spikes(const uint32_t *spikes, const int16_t *taps, int count, int depth, int size, int channels,
+                         uint32_t *ring, int32_t *now, uint32_t *out)
+{
+    const int words = (size + 31) >> 5;
+    int place = 0; /* in out */
+
+    memset(out, 0, (size_t)((size * count + 31) >> 5) * sizeof *out);
+    for (int i = 0; i < size; i += channels)
+        for (int k = 0; k < count; k++) {
+            const uint32_t *row = taps[k] ? ring + (*now + depth - taps[k]) % depth * words : spikes;
+
+            for (int j = i, next; j < i + channels; place += next - j, j = next) {
+                const uint32_t word = bits_at(row, j, i + channels), over = place & 31;
+
+                next = (j | 31) + 1 < i + channels ? (j | 31) + 1 : i + channels;
+                out[place >> 5] |= word << over;
+                if (over && word >> (32 - over))
+                    out[(place >> 5) + 1] |= word >> (32 - over);
+            }
+        }
+    memcpy(ring + *now * words, spikes, (size_t)words * sizeof *ring);
+    *now = (*now + 1) % depth;
+}
 // part charge float32
 /* What stays of a state, and a current. */
 static float charge(float decay, float state, float current)

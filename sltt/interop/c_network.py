@@ -193,6 +193,20 @@ class Spread(Operation):
 
 
 @dataclass(eq=False)
+class Taps(Operation):
+    """The inputs of some time steps ago, joined along the channels; they are kept in a ring of the last `depth`."""
+
+    taps: tuple[int, ...]
+    depth: int
+
+    def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        frames = torch.cat([states.get("past", x.new_zeros(self.depth, *x.shape)), x[None]])
+        states["past"] = frames[1:]
+        return torch.cat([frames[self.depth - n] for n in self.taps], 1)
+
+
+@dataclass(eq=False)
 class Network:
     """One time step: operations in their order.
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from sltt.interop import reading
-from sltt.interop.c_network import Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights
+from sltt.interop.c_network import Affine, Fire, Network, Operation, Pool, Spread, Sum, Taps, Value, Weights
 from sltt.interop.conversion import describe, require
 from sltt.interop.reading import Call, pair
-from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, Neuron, Recurrent
+from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, Delay, Neuron, Recurrent
 from sltt.sequence.hooks import own_forward
+from sltt.sequence.state import Stateful
 from sltt.surrogates import Above, Surrogate
 
 _NEURONS = (LIF, IF, PLIF, ChannelLIF, CubaLIF, ALIF)
@@ -74,10 +75,16 @@ class _Reader:
         if kind == "factor":
             return self._affine(name, x, torch.tensor([layer]), torch.zeros(1))
         name = describe(name, layer)
+        if isinstance(call.layer, Stateful):
+            require(layer not in self.seen, ", which runs twice in a time step")
+            self.seen.add(layer)
         if isinstance(layer, Recurrent):
             return self._recurrent(name, layer, x, given)
         if isinstance(layer, Neuron):
             return self._neuron(name, layer, x)
+        if isinstance(layer, Delay):
+            shape = len(layer.taps) * x.shape[0], *x.shape[1:]
+            return self._add(Taps(name, [x], Value(shape, x.spikes), layer.taps, layer.depth)) if layer.depth else x
         require(kind is not None, "")
         if kind is nn.Flatten:
             last = len(given) - 1
@@ -114,11 +121,9 @@ class _Reader:
         return spikes
 
     def _neuron(self, name: str, module: Any, x: Value) -> Value:
-        require(module not in self.seen, ", which runs twice in a time step")
         require(type(module) in _NEURONS and not own_forward(module, Neuron), "")
         require(type(module.surrogate).fires in (Surrogate.fires, Above.fires), ", which fires in a way of its own")
         require(getattr(module, "subtract", None) is None, ", which subtracts another amount than its threshold")
-        self.seen.add(module)
         given = module.arguments()
 
         def vector(value: Any) -> Tensor:
@@ -218,10 +223,10 @@ def _fold(network: Network) -> None:
 
 
 def _add_values(network: Network) -> None:
-    """Put a `Spread` behind spikes that others than weights and pooling read."""
-    for op in network.neurons:
+    """Put a `Spread` behind spikes that others than weights, pooling and delays read."""
+    for op in [op for op in network.operations if op.output.spikes]:
         readers = [reader for reader in network.operations if op.output in reader.inputs]
-        others = [reader for reader in readers if not isinstance(reader, Weights | Pool)]
+        others = [reader for reader in readers if not isinstance(reader, Weights | Pool | Taps)]
         if others or op.output is network.output:
             spread = Spread(f"{op.name} as values", [op.output], Value(op.output.shape))
             network.operations.insert(network.operations.index(op) + 1, spread)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sltt.interop.c_buffers import find_fused, kind_of, padded, plan
-from sltt.interop.c_network import Affine, Fire, Network, Operation, Pool, Spread, Sum, Value, Weights
+from sltt.interop.c_network import Affine, Fire, Network, Operation, Pool, Spread, Sum, Taps, Value, Weights
 
 _WORDS = ("input", "number", "weight", "row", "factor", "state")
 _INTEGERS = ("int8_t", "int32_t", "int8_t", "uint32_t", "int16_t", "int16_t")
@@ -205,6 +205,10 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         fields = [(kind, f"{self.names[op]}_{s}", op.output.size, op.name) for op in neurons for s in op.states]
         kinds = {"values": self.types["number"], "small": self.types["input"], "spikes": "uint32_t"}
         fields += [(kinds[b.kind], b.name, b.size, b.layer) for b in self.buffers]
+        for op in [op for op in self.network.operations if isinstance(op, Taps)]:
+            size = -(-op.inputs[0].size // 32) if op.output.spikes else op.inputs[0].size
+            ring = kinds[kind_of(self.network, op.output)], f"{self.names[op]}_ring", op.depth * size, op.name
+            fields += [ring, ("int32_t", f"{self.names[op]}_now", 1, op.name)]
         if self.events:
             fields.append((self.types["input"], "events", self.network.input.size, "the events of a step"))
         return sorted(fields, key=lambda field: -_BYTES[field[0]])
@@ -275,6 +279,11 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             return [f"{function}({places[0]}, {gain}, {shift}, {out}, {size}, {channels});"]
         if isinstance(op, Spread):
             return [f"{self._function('spread', x, op.output)}({places[0]}, {out}, {size});"]
+        if isinstance(op, Taps):
+            function = self._function("delay_spikes" if x.spikes else "delay", x, op.output)
+            taps, ring = self._constant(op, "taps", torch.tensor(op.taps), "int16_t"), f"net->{self.names[op]}_ring"
+            sizes = f"{len(op.taps)}, {op.depth}, {x.size}, {x.shape[0]}"
+            return [f"{function}({places[0]}, {taps}, {sizes}, {ring}, net->{self.names[op]}_now, {out});"]
         assert isinstance(op, Sum)
         return self._sum(op, places, out)
 

@@ -13,6 +13,7 @@ the threshold, and its versions differ in the reset; what ours do is written int
 
 # pyright: reportMissingImports=false
 
+import copy
 import re
 from collections.abc import Iterable
 from dataclasses import fields
@@ -27,7 +28,7 @@ from sltt.checks import instance, number
 from sltt.interop import reading
 from sltt.interop.conversion import check_finite, require
 from sltt.interop.reading import Call, pair
-from sltt.neurons import IF, LIF, PLIF, CubaLIF, IntegrateAndFire, Recurrent
+from sltt.neurons import IF, LIF, PLIF, CubaLIF, Delay, IntegrateAndFire, Recurrent
 from sltt.sequence.copies import copy_model
 from sltt.surrogates import Above
 
@@ -39,7 +40,7 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
 
     `IF`, `LIF`, `PLIF` and `CubaLIF`; linear layers and convolutions, with the BatchNorm behind them folded into their
     weights; average pooling, flatten, and sums, which are several edges into a node; `Recurrent` of these neurons and
-    layers, which is a cycle.
+    layers, which is a cycle. A `Delay` is a node for each tap, and so is the linear layer or convolution that reads it.
 
     Args:
         model: the network of one time step.
@@ -57,6 +58,7 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
     dt = number("dt", dt, above=0)
     calls = reading.read(model, x)
     names = [*(name for name, _ in model.named_modules()), *(call.path for call in calls)]
+    names += [f"{call.path}.{n}" for call in calls for n in _taps(call)]
     return _Export(unique_names(names), dt).graph(calls)
 
 
@@ -67,6 +69,7 @@ class _Export:
         self.names, self.dt = names, dt
         self.nodes: dict[str, nir.NIRNode] = {}
         self.edges: list[tuple[str, str]] = []
+        self.tapped: dict[Call, list[list[str]]] = {}  # the nodes of each tap of a delay, as `sources` of `graph`
 
     def graph(self, calls: list[Call]) -> nir.NIRGraph:
         sources: dict[Call, list[str]] = {}  # the nodes whose sum is the output of a call
@@ -84,18 +87,36 @@ class _Export:
 
     def _add(self, call: Call, sources: list[str]) -> list[str]:
         """Add the nodes of a call that reads these; return the nodes whose sum is its output."""
+        taps = next((self.tapped[one] for one in call.inputs if one in self.tapped), [])
+        require(not taps or call.kind in reading.WEIGHTS, ", which reads several taps, as only layers with weights may")
         if call.kind == "sum":
             require(len(set(sources)) == len(sources), ", which adds a value twice")
             return sources
-        name = self.names[call.path]
-        require(name not in self.nodes, ", which is used twice in a time step")
-        module = call.layer
+        name, module = self.names[call.path], call.layer
+        if isinstance(module, Delay):
+            nodes = {n: nir.Delay(np.full(call.inputs[0].shape[1:], n * self.dt)) for n in module.taps}
+            found = [self._connect(f"{call.path}.{n}", one, sources) if n else sources for n, one in nodes.items()]
+            self.tapped |= {call: found} if len(found) > 1 else {}
+            return found[0]
+        if taps:
+            found = []
+            for weight, n, given in zip(module.weight.chunk(len(taps), 1), _taps(call), taps, strict=True):
+                part = copy.deepcopy(module)
+                part.weight, part.bias = nn.Parameter(weight), None if found else module.bias
+                found += self._connect(f"{call.path}.{n}", self._node(call.kind, part, call.inputs[0].shape), given)
+            return found
         if isinstance(module, Recurrent):
             back = self.names[f"{call.path}.layer"]
             self.nodes[back] = self._node(reading.kind_of(module.layer), module.layer, call.inputs[0].shape)
             self.edges += [(name, back), (back, name)]
             module = module.neuron
-        self.nodes[name] = self._node(call.kind, module, call.inputs[0].shape if call.inputs else call.shape)
+        node = self._node(call.kind, module, call.inputs[0].shape if call.inputs else call.shape)
+        return self._connect(call.path, node, sources)
+
+    def _connect(self, path: str, node: nir.NIRNode, sources: list[str]) -> list[str]:
+        name = self.names[path]
+        require(name not in self.nodes, ", which is used twice in a time step")
+        self.nodes[name] = node
         self.edges += [(source, name) for source in sources]
         return [name]
 
@@ -159,6 +180,12 @@ class _Export:
             return nir.CubaLIF(metadata=metadata, **values)
         r = 1.0 if neuron.decay_input else tau
         return nir.LIF(tau=full(tau * self.dt), r=full(r), v_leak=full(rest), metadata=metadata, **values)
+
+
+def _taps(call: Call) -> tuple[int, ...]:
+    """Return the taps of a delay, or of the one that a layer reads."""
+    layers = call.layer, *(one.layer for one in call.inputs)
+    return next((layer.taps for layer in layers if isinstance(layer, Delay)), ())
 
 
 def unique_names(names: Iterable[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from sltt.checks import instance, number
 from sltt.interop.conversion import require
 from sltt.interop.nir_export import unique_names
 from sltt.interop.reading import pair
-from sltt.neurons import IF, LIF, CubaLIF, Neuron, Recurrent
+from sltt.neurons import IF, LIF, CubaLIF, Delay, Neuron, Recurrent
 from sltt.sequence.state import reset
 from sltt.surrogates import Above, Surrogate, Triangle
 
@@ -124,6 +124,10 @@ def _shape(node: Any) -> list[int] | None:
 def _module(node: Any, dt: float, surrogate: Surrogate) -> nn.Module:
     if isinstance(node, nir.IF | nir.LIF | nir.CubaLIF):
         return _neuron(node, dt, surrogate)
+    if isinstance(node, nir.Delay):
+        steps = _uniform(node, "delay") / dt
+        require(bool(np.isclose(steps, round(steps))), f", whose delay is no whole number of time steps: {steps:g}")
+        return Delay([round(steps)])
     require(type(node) in _MODULES, "")
     return _MODULES[type(node)](node)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sltt.checks import folder, instance
 from sltt.interop.conversion import check_finite, check_names, describe
 from sltt.kernels import using
-from sltt.neurons import Neuron, Recurrent
+from sltt.neurons import Delay, Neuron, Recurrent
 from sltt.pooling import RunningMax
 from sltt.sequence.copies import copy_model
 from sltt.sequence.state import reset, state_names
@@ -25,8 +25,8 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
         first = to_onnx(model, x[0], "step.onnx")      # {"1": 0.0}
 
     Inputs: `x`, and the state of each layer of neurons: the layer's name, or NAME.STATE where it has several, as
-    `RunningMax` has. Outputs: `logits`, and `next.NAME` for each state. Begin a sequence with the first values. The
-    network is in evaluation mode, and takes any batch size.
+    `RunningMax` has; of a `Delay`, [B, D·N, ...] of the last D steps. Outputs: `logits`, and `next.NAME` for each
+    state. Begin a sequence with the first values. The network is in evaluation mode, and takes any batch size.
 
     Args:
         model: maps one time step [B, ...] to logits [B, C]; its neurons are those of this library.
@@ -63,7 +63,7 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
     return step.first
 
 
-_KEEPERS = Neuron | Recurrent | RunningMax  # modules whose states go from step to step
+_KEEPERS = Neuron | Recurrent | RunningMax | Delay  # modules whose states go from step to step
 
 
 class _Step(nn.Module):
@@ -82,7 +82,8 @@ class _Step(nn.Module):
             raise ValueError(
                 f"ONNX export knows the states of every sltt.Neuron, not of {', '.join(unknown)}; {remedy}"
             )
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, _KEEPERS)}
+        # a delay of 0 steps keeps nothing
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, _KEEPERS) and getattr(m, "depth", 1)}
         self.places = [(m, state) for m in layers.values() for state in m.states]
         self.first = {
             (name or state) if len(m.states) == 1 else f"{name}.{state}".removeprefix("."): value
@@ -97,11 +98,13 @@ class _Step(nn.Module):
 
     def forward(self, x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         for (module, name), state in zip(self.places, states, strict=True):
-            setattr(module, name, state)
+            past = isinstance(module, Delay)
+            setattr(module, name, state.unflatten(1, (module.depth, -1)).unbind(1) if past else state)
         logits = self.model(x)
         after = self._current()
         reset(self.model)
         return logits, *after
 
     def _current(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(module, name) for module, name in self.places)
+        states = [getattr(module, name) for module, name in self.places]
+        return tuple(torch.cat(state, 1) if isinstance(state, tuple) else state for state in states)

@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, fx, nn
 
-from sltt.checks import instance, whole_numbers
+from sltt.checks import instance, sequence, whole_numbers
+from sltt.neurons import Delay
 from sltt.sequence.pairs import run_layers
 
 NeuronFactory = Callable[[], nn.Module]
+Delays = Sequence[Sequence[int] | None]
 
 
 def neuron_maker(neuron: NeuronFactory) -> NeuronFactory:
@@ -16,6 +18,14 @@ def neuron_maker(neuron: NeuronFactory) -> NeuronFactory:
         remedy = "such as sltt.LIF or functools.partial(sltt.LIF, tau=2.0)"
         raise ValueError(f"neuron must be a class or a function that makes a neuron, got {neuron!r}; {remedy}")
     return neuron
+
+
+def delays_before(delays: Delays, layers: int) -> list[tuple[list[nn.Module], int]]:
+    """Return for each layer with weights the `Delay` before it, if there is one, and how many taps it reads."""
+    if len(sequence("delays", delays, "taps")) > layers:
+        raise ValueError(f"delays must be taps of at most {layers} layers with weights, got {len(delays)}")
+    found = [[] if taps is None else [Delay(taps)] for taps in [*delays, *[None] * (layers - len(delays))]]
+    return [([*delay], len(delay[0].taps) if delay else 1) for delay in found]
 
 
 def stage_blocks(blocks: Sequence[int]) -> list[tuple[int, int]]:
@@ -41,4 +51,4 @@ def check_frame(x: Tensor, channels: int, least: int = 1) -> None:
 
 def run_features(layers: nn.Sequential, x: Tensor) -> Tensor:
     """Run layers that begin with a convolution and BatchNorm, which are computed once for a static image."""
-    return run_layers(layers, x, hoisted=2)
+    return run_layers(layers, x, hoisted=0 if isinstance(layers[0], Delay) else 2)

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from sltt.checks import flag, sequence, whole_numbers
+from sltt.checks import flag, whole_numbers
 from sltt.dropout import Dropout
-from sltt.models.base import NeuronFactory, neuron_maker
-from sltt.neurons import LIF, Delay, Recurrent
+from sltt.models.base import Delays, NeuronFactory, delays_before, neuron_maker
+from sltt.neurons import LIF, Recurrent
 
 
 class MLP(nn.Module):
@@ -30,18 +30,17 @@ class MLP(nn.Module):
         dropout: float = 0.0,
         norm: bool = True,
         recurrent: bool = False,
-        delays: Sequence[Sequence[int] | None] = (),
+        delays: Delays = (),
     ):
         super().__init__()
         self.features = list(whole_numbers("features", features, least=1, fewest=2))
         norm, recurrent = flag("norm", norm), flag("recurrent", recurrent)
         neuron = neuron_maker(neuron)
-        if len(sequence("delays", delays, "taps")) >= len(features):
-            raise ValueError(f"delays must be taps of at most {len(features) - 1} linear layers, got {len(delays)}")
+        before = delays_before(delays, len(features) - 1)
 
         def linear(i: int) -> list[nn.Module]:
-            delay = [] if i >= len(delays) or (taps := delays[i]) is None else [Delay(taps)]
-            return [*delay, nn.Linear(features[i] * (len(delay[0].taps) if delay else 1), features[i + 1])]
+            delay, taps = before[i]
+            return [*delay, nn.Linear(features[i] * taps, features[i + 1])]
 
         layers: list[nn.Module] = []
         for i, after in enumerate(features[1:-1]):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sltt.checks import sequence, whole_number, whole_numbers
 from sltt.dropout import Dropout
-from sltt.models.base import NeuronFactory, check_frame, neuron_maker, run_features
+from sltt.models.base import Delays, NeuronFactory, check_frame, delays_before, neuron_maker, run_features
 from sltt.neurons import LIF
 
 
@@ -23,6 +23,7 @@ class VGG(nn.Module):
         classes: number of logits.
         neuron: makes a neuron; called once for each convolution.
         dropout: probability of the dropout after each neuron.
+        delays: as of `MLP`, before each convolution and the linear layer.
     """
 
     def __init__(
@@ -32,22 +33,27 @@ class VGG(nn.Module):
         classes: int = 10,
         neuron: NeuronFactory = LIF,
         dropout: float = 0.0,
+        delays: Delays = (),
     ):
         super().__init__()
         neuron = neuron_maker(neuron)
         layers: list[nn.Module] = []
         channels = self.in_channels = whole_number("in_channels", in_channels, least=1)
         self.poolings = len(sequence("blocks", blocks, "widths", fewest=1)) - 1
+        blocks = [whole_numbers(f"blocks[{i}]", widths, least=1) for i, widths in enumerate(blocks)]
+        before = delays_before(delays, sum(map(len, blocks)) + 1)
         for i, widths in enumerate(blocks):
-            widths = whole_numbers(f"blocks[{i}]", widths, least=1)
             if i:
                 layers.append(nn.AvgPool2d(2))
             for width in widths:
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), neuron(), Dropout(dropout)]
+                delay, taps = before.pop(0)
+                layers += [*delay, nn.Conv2d(channels * taps, width, 3, padding=1), nn.BatchNorm2d(width), neuron()]
+                layers.append(Dropout(dropout))
                 channels = width
-        self.features = nn.Sequential(*layers)
+        ((delay, taps),) = before
+        self.features = nn.Sequential(*layers, *delay)
         self.pool = nn.AdaptiveAvgPool2d(7)
-        self.head = nn.Linear(channels * 7 * 7, whole_number("classes", classes, least=1))
+        self.head = nn.Linear(channels * taps * 7 * 7, whole_number("classes", classes, least=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, in_channels, H, W] to logits [B, classes]; H and W at least 2 to the number of poolings."""

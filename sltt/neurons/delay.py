@@ -61,11 +61,12 @@ class Delay(Stateful):
     def advance(self, x: Tensor, steps: int = 1, cut: bool = False, weights: Any = None) -> Tensor:
         """Run n time steps in x [n·B, ...]; with `cut`, no gradient flows from one of them to the steps before."""
         check_forward(self)
-        now = x.chunk(steps)
+        now = x.chunk(steps) if steps > 1 else (x,)
         if self.past:
             self.check_state("newest", now[0], x.dtype)
         old = self.past or ()
-        old = (x.new_zeros(()).expand_as(now[0]),) * (self.depth - len(old)) + old
+        if missing := self.depth - len(old):
+            old = (torch.zeros_like(now[0]),) * missing + old  # in the memory format of x, which y then has
         read = {t - n for n in self.taps for t in range(steps)}
         parts = [p.dense() if isinstance(p, Spikes) and i - self.depth in read else p for i, p in enumerate(old)]
         parts += [part.detach() for part in now] if cut else now
@@ -82,6 +83,10 @@ class Delay(Stateful):
             return x
         start = self.depth - n
         return parts[start] if steps == 1 else torch.cat(parts[start : start + steps])
+
+    def first_states(self) -> dict[str, float]:
+        """Return what the states are before the first time step."""
+        return {"past": 0.0}
 
     def extra_repr(self) -> str:
         return f"taps={list(self.taps)}"

@@ -6,10 +6,8 @@ step t before the delay, which has waited. With a Δ of so many steps between a 
 steps of the layer, and does not grow with T; each graph runs backward once.
 """
 
-import operator
 from collections import deque
 from collections.abc import Callable, Container
-from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -125,13 +123,10 @@ class _Waiting:
 
     def send(self, complete: int, ran: int, backward: Callable[[Tensor], Any]) -> int:
         """Send the errors of steps up to `complete`; return up to which step none is left to send."""
-        gates = []
         while self.queue and self.queue[0][0].stop <= complete:
             call, gate = self.queue.popleft()
             if not all(error is None for error in [self.leaves.pop(t).grad for t in call]):
-                gates.append(gate)
-        if gates:
-            backward(reduce(operator.add, gates))
+                backward(gate)
         return self.queue[0][0].start if self.queue else ran
 
 

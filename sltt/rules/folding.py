@@ -142,12 +142,8 @@ def _of_sizes(run: Run, sizes: tuple[float, float], weights: int) -> Fold:
     room = (on_device or max(ROOM, 2 * weights)) if asked is None else asked
     enough = ROWS / rows if on_device is None else math.inf
     most, further = min(enough, 1 + room / size), min(2 * enough, 1 + 2 * room / size)
-    return Fold(_even(run.sequence.steps, most), _even(run.sequence.steps, further))
-
-
-def _even(steps: int, most: float) -> int:
-    """Return at most `most` time steps, so that as few calls as possible have about as many each."""
-    return math.ceil(steps / math.ceil(steps / max(1, int(most))))
+    # of longer sequences the same, and so is memory
+    return Fold(*(int(min(run.sequence.steps, max(1, n))) for n in (most, further)))
 
 
 def _problem(run: Run) -> str | None:

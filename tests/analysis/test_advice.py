@@ -66,6 +66,7 @@ def test_a_rule_that_died_in_the_trial_is_not_advised():
     trial = Trial(4, [2.0, 2.0], losses, {name: [0.0, 0.8] for name in losses})
     said = advice(measured(SLTT=0.99), trial)
     assert said.startswith("Take BPTT.")
+    assert "try SLTT with delays" in said
     assert "SLTT died; 90% needed)" in said
     exact = Trial(4, [2.0], {"SLTT()": [1.0], "BPTT()": [float("inf")]}, {"SLTT()": [0.8], "BPTT()": [0.0]})
     assert "Not sure: BPTT learned little" in advice(measured(SLTT=0.99), exact)

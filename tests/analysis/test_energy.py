@@ -78,6 +78,15 @@ def test_a_second_branch_reads_the_data_and_recurrent_weights_spikes():
     assert [one.spiking for one in found.values()] == [False, True, False]
 
 
+def test_each_tap_of_a_delay_is_a_synapse():
+    layers = [nn.Conv2d(2, 4, 3), sltt.LIF(), nn.AvgPool2d(2), sltt.Delay([3, 0, 2]), nn.Conv2d(12, 5, 1)]
+    model, x = nn.Sequential(*layers), 2 * torch.randn(7, 4, 2, 6, 6)
+    *_, found = measure_energy(model, x).layers
+    spikes = sltt.unroll(model[:2], x).sum(tuple(range(1, 5)))
+    assert spikes.all()
+    assert (found.macs, found.acs) == (0, sum(5 * spikes[: 7 - n].sum().item() / 4 for n in (0, 2, 3)))
+
+
 class Small(nn.Module):
     def __init__(self):
         super().__init__()

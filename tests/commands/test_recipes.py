@@ -103,6 +103,7 @@ FRAMES = {  # small where the network takes any size
     "sequential-digits": (8,),
     "shd": (700,),
     "shd-recurrent": (700,),
+    "speech": (40,),
 }
 CLASSES = {
     "basic-motions": 4,

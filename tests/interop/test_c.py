@@ -120,6 +120,11 @@ def more_networks() -> dict[str, Any]:
     for layer in chain[::2]:
         layer.weight.data *= 3
     found["small neurons of each kind"] = nn.Sequential(*chain, nn.Linear(12, 3)), (8, 4, 12), None
+    late = [sltt.Delay([0, 3]), nn.Conv2d(4, 12, 3, padding=1), sltt.LIF(v_threshold=0.3), sltt.Delay([2, 0, 5])]
+    late += [nn.Conv2d(36, 40, 3, groups=4), sltt.LIF(v_threshold=0.2), sltt.Delay([0]), sltt.Delay([1, 4])]
+    late += [nn.AvgPool2d(2), sltt.Delay([0, 1]), nn.Flatten(), sltt.Delay([0, 2]), nn.Linear(1280, 33)]
+    late += [sltt.LIF(v_threshold=0.3), sltt.Delay([0, 1]), nn.Linear(66, 3)]
+    found["delays"] = nn.Sequential(*late), (12, 4, 2, 6, 7), None
     fine = [nn.AvgPool2d(2), nn.Identity(), sltt.LIF(tau=4.0, v_threshold=5.1), nn.BatchNorm2d(2)]
     fine += [nn.Conv2d(2, 8, 3), sltt.LIF(v_threshold=0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
     taken = ("NULL", "no", "exp_gain", "exp", "größe", "gr__e", "int8_t", "flat", "main")  # by C, gcc, each other
@@ -239,7 +244,7 @@ def test_what_the_recipes_take_in_memory(recipe, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "weights"),
-    [("events", "float32"), ("Residual", "int8"), ("recurrent MLP", "float32")],
+    [("events", "float32"), ("Residual", "int8"), ("recurrent MLP", "float32"), ("delays", "int8")],
 )
 def test_the_exported_test_passes_under_sanitizers_and_finds_a_wrong_weight(key, weights, compiled):
     """The folder is whole: Makefile, test and vectors."""

@@ -67,6 +67,23 @@ def test_a_network_read_back_gives_the_same_outputs(neuron, file, tmp_path):
     torch.testing.assert_close(sltt.unroll(back, x), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("taps", [[3, 0, 1], [2]], ids=str)
+def test_taps_are_nodes_and_so_are_the_weights_behind_them(taps):
+    k = len(taps)
+    layers = [sltt.Delay(taps), nn.Conv2d(2 * k, 4, 3), sltt.LIF(), sltt.Delay(taps), nn.Flatten()][
+        : 5 if k == 1 else 3
+    ]
+    layers += [nn.Flatten()] * (k > 1) + [sltt.Delay(taps), nn.Linear(64 * k, 5), nn.BatchNorm1d(5), sltt.IF()]
+    model, x = trained(nn.Sequential(*layers)).double(), torch.randn(9, 3, 2, 6, 6, dtype=torch.float64)
+    graph = to_nir(model, x[0], dt=DT)
+    expected = sltt.unroll(model, x)
+    assert 0 < expected.mean() < 1
+    torch.testing.assert_close(sltt.unroll(from_nir(graph, dt=DT).double(), x), expected, rtol=1e-9, atol=1e-9)
+    if k > 1:
+        with pytest.raises(ValueError, match=r"1 \(LIF\), which reads several taps, as only layers with weights"):
+            to_nir(nn.Sequential(sltt.Delay(taps), sltt.LIF()), x[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_networks_of_the_package_are_exported(dtype):
     model, x = trained(sltt.models.DigitsNet()).to(dtype), torch.rand(4, 2, 1, 8, 8)
@@ -254,8 +271,8 @@ def lif(**kwargs):
     ("graph", "message"),
     [
         (
-            lambda: graph_of(nir.Threshold(np.ones(3)), nir.Delay(np.ones(3))),
-            r"threshold \(Threshold\); delay \(Delay\)",
+            lambda: graph_of(nir.Threshold(np.ones(3)), nir.Delay(np.full(3, 1.5e-4))),
+            r"threshold \(Threshold\); delay \(Delay\), whose delay is no whole number of time steps: 1.5",
         ),
         (lambda: graph_of(lif(tau=np.array([3e-4, 3e-4, 4e-4]))), "tau is not the same for all neurons"),
         (lambda: graph_of(lif(tau=np.full(3, 1e-5))), "tau is not longer than a time step"),

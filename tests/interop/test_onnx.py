@@ -50,6 +50,12 @@ NETWORKS = {  # and the shape of an input
         ),
         (5, 2, 1, 8, 8),
     ),
+    "delays": (
+        lambda: nn.Sequential(
+            sltt.Delay([2, 0, 1]), nn.Conv2d(6, 4, 3), sltt.LIF(), sltt.Delay([0]), sltt.Delay([3]), nn.Conv2d(4, 3, 4)
+        ),
+        (7, 3, 2, 6, 6),
+    ),
     "a neuron alone": (sltt.LIF, (5, 4, 6)),
     "DigitsNet": (lambda: sltt.models.DigitsNet(width=4, neuron=lambda: sltt.LIF(v_threshold=0.1)), (3, 2, 1, 8, 8)),
 }

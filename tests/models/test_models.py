@@ -48,6 +48,20 @@ def test_networks_have_so_many_neurons_as_they_are_given(build, count):
     assert [m.tau for m in model.modules() if isinstance(m, Neuron)] == [1.5] * count
 
 
+@pytest.mark.parametrize("kind", [models.MLP, models.VGG])
+def test_delays_stand_before_the_layers_with_weights(kind):
+    """Also in front of what runs once for a static image."""
+    shape, given = ((6,), ([6, 5, 4, 3],)) if kind is models.MLP else ((2, 8, 8), ([[5], [4]], 2, 3))
+    model = kind(*given, delays=[[0, 3], None, [1, 2]])
+    assert [list(m.taps) for m in model.modules() if isinstance(m, sltt.Delay)] == [[0, 3], [1, 2]]
+    x, y = torch.rand(5, *shape), torch.randint(3, (5,))
+    whole = sltt.SLTT(fold=1)(model, x.expand(6, *x.shape), y, sltt.losses.CrossEntropyMSE()).logits
+    static = sltt.SLTT(hoist=True)(model, x, y, sltt.losses.CrossEntropyMSE(), steps=6).logits
+    torch.testing.assert_close(static, whole)
+    with pytest.raises(ValueError, match="delays must be taps of at most 3 layers with weights, got 4"):
+        kind(*given, delays=[None] * 4)
+
+
 @pytest.mark.parametrize("build", EACH_KIND, ids=lambda b: b.__name__)
 def test_every_neuron_fires_and_every_weight_gets_a_gradient(build):
     model = build(in_channels=2, classes=7, neuron=lambda: sltt.LIF(tau=1.5), dropout=0.2)

@@ -35,13 +35,13 @@ def called(rule, model, x, y=None, **kwargs):
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
-        (sltt.SLTT(), [25 * 64] * 4),
-        (sltt.BPTT(), [25 * 64] * 4),
+        (sltt.SLTT(), [32 * 64] * 3 + [4 * 64]),
+        (sltt.BPTT(), [32 * 64] * 3 + [4 * 64]),
         (sltt.TBPTT(10), [10 * 64] * 10),
-        (sltt.TBPTT(50), [25 * 64] * 4),
+        (sltt.TBPTT(50), [32 * 64, 18 * 64] * 2),
         (sltt.TBPTT(10, fold=4), [4 * 64, 4 * 64, 2 * 64] * 10),
-        (sltt.OTTT(), [64] + [25 * 64] * 3 + [24 * 64]),
-        (sltt.RateBased(), [50 * 64] * 2 + [64]),
+        (sltt.OTTT(), [64] + [32 * 64] * 3 + [3 * 64]),
+        (sltt.RateBased(), [64 * 64, 36 * 64, 64]),
         (sltt.SLTT(fold=1), [64] * 100),
         (sltt.SLTT(fold=40), [40 * 64] * 2 + [20 * 64]),
     ],
@@ -55,7 +55,7 @@ def test_large_layers_take_one():
     layers = nn.Conv2d(2, 4, 3, padding=1), sltt.LIF(), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(4, 3)
     model = Net(*layers)  # in the mean over weights
     assert called(sltt.SLTT(), model, torch.randn(6, 32, 2, 8, 8)) == [32] * 6
-    assert called(sltt.SLTT(), model, torch.randn(6, 8, 2, 8, 8)) == [24, 24]
+    assert called(sltt.SLTT(), model, torch.randn(6, 8, 2, 8, 8)) == [32, 16]
 
 
 def test_steps_without_a_graph_fold_further():
@@ -102,7 +102,7 @@ def test_the_memory_of_a_call_can_be_set():
     for size in (0, 10**5, None):
         with kernels.using(fold_memory=size):
             found.append(max(called(sltt.SLTT(), model, x)) // 64)
-    assert found[0] == 1 < found[1] < found[2] == 25
+    assert found[0] == 1 < found[1] < found[2] == 32
 
 
 @pytest.mark.parametrize(("room", "trained", "forward"), [(None, 25, 50), (10**5, 8, 15), (10**9, 100, 100)])
@@ -146,7 +146,7 @@ def test_the_number_of_steps_depends_on_shapes_alone():
 def test_another_thread_that_seeds_the_generator_changes_no_choice(monkeypatch):
     plain, seeds = torch.manual_seed, iter(range(10**6))
     monkeypatch.setattr(torch, "manual_seed", lambda seed: plain(next(seeds)))  # as if it came between two lines
-    assert called(sltt.SLTT(), Net(), torch.randn(100, 64, 6)) == [25 * 64] * 4
+    assert called(sltt.SLTT(), Net(), torch.randn(100, 64, 6)) == [32 * 64] * 3 + [4 * 64]
 
 
 @pytest.mark.parametrize(("every", "trials", "calls"), [(1, 4, 5), (3, 4, 1)], ids=["each batch", "each third"])

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from sltt._torch import transforms_active
 from sltt.kernels import native
@@ -63,8 +62,6 @@ def prepare_norm(norm: Any, x: Tensor, bias: Tensor | None = None, steps: int = 
             x.dtype == torch.bfloat16, x, x.numel() // steps, steps, channels, *running, norm.weight, bias,
             training, torch.tensor(momenta, dtype=torch.float64), norm.eps, factors, torch.get_num_threads(),
         )  # fmt: skip
-    if training:
-        increment_version([one for one in running if one is not None])  # they were changed in place
     return Normed(x, norm.weight, bias, factors, training)
 
 
