@@ -105,7 +105,7 @@ def test_the_memory_of_a_call_can_be_set():
     assert found[0] == 1 < found[1] < found[2] == 32
 
 
-@pytest.mark.parametrize(("room", "trained", "forward"), [(None, 25, 50), (10**5, 8, 15), (10**9, 100, 100)])
+@pytest.mark.parametrize(("room", "trained", "forward"), [(None, 32, 64), (10**5, 8, 15), (10**9, 100, 100)])
 def test_on_a_gpu_as_many_steps_share_a_call_as_fit_its_memory(room, trained, forward, monkeypatch):
     monkeypatch.setattr(folding, "call_memory", lambda device: room)
     model, x = Net(), torch.randn(100, 64, 6)
