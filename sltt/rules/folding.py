@@ -142,8 +142,8 @@ def _of_sizes(run: Run, sizes: tuple[float, float], weights: int) -> Fold:
     room = (on_device or max(ROOM, 2 * weights)) if asked is None else asked
     enough = ROWS / rows if on_device is None else math.inf
     most, further = min(enough, 1 + room / size), min(2 * enough, 1 + 2 * room / size)
-    # of longer sequences the same, and so is memory
-    return Fold(*(int(min(run.sequence.steps, max(1, n))) for n in (most, further)))
+    trained, forward = (int(min(run.sequence.steps, max(1, n))) for n in (most, further))
+    return Fold(trained, forward)  # of longer sequences the same, and so is memory
 
 
 def _problem(run: Run) -> str | None:
