@@ -10,7 +10,6 @@ import sltt
 from sltt.kernels import native
 from sltt.kernels.neuron import native_step, step
 from sltt.kernels.spikes import looks
-from sltt.sequence.layout import last_fold
 from tests.conftest import LOSS, gradient
 from tests.neurons.plain import plain
 from tests.references import by_hand, every
@@ -93,9 +92,7 @@ def test_fast_paths_have_the_gradient_of_the_plain_equations(rule, neuron, ran):
     seen = ran()
     assert all(seen[path] > 0 for path in ("looks", "sparse"))
     assert (seen["native"] > 0) == isinstance(model[2], sltt.LIF | sltt.PLIF | sltt.CubaLIF)
-    fold = last_fold(model)
-    in_folds = fold and not STEPS % fold.trained and fold.trained > 1  # a step alone is normalised by the neuron
-    assert (seen["normed"] > 0) == (isinstance(model[2], sltt.LIF) and not in_folds)
+    assert (seen["normed"] > 0) == isinstance(model[2], sltt.LIF)
     expected, _ = by_hand(reference, x, y, cut)
     found = gradient(model)
     assert found.shape == expected.shape
