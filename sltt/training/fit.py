@@ -265,6 +265,7 @@ def _check(here: Session, model: nn.Module, data: Data, settings: Settings, repo
         if stage.crop is not None:
             check_crop(samples[0][0], stage.crop)
         stage.rule.check(model, stage.steps)
+    safeguards.check_samples(model, splits, samples)
     safeguards.check_static(model, splits, samples, settings.loss, stages[0].steps)
     safeguards.check_last_batch(model, splits, samples, settings.batch_size, stages)
     x = splits.collate(samples)[0].to(next((p.device for p in model.parameters()), "cpu"))

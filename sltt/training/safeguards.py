@@ -114,6 +114,22 @@ def check_mean(loss: Any) -> None:
         )
 
 
+def check_samples(model: nn.Module, splits: Splits, samples: list[Any]) -> None:
+    """Raise ValueError where the network does not take what is tested, of another type or shape than what is trained."""
+    device, steps = next((p.device for p in model.parameters()), "cpu"), 1 if splits.static else None
+    trained = splits.collate(samples[:1])[0]
+    for name, tested in (("validation", splits.validation), ("test", splits.test)):
+        x = trained if tested is None else splits.collate([tested[0]])[0]
+        shape = [*x.shape[1 if splits.static else 2 :]]
+        if (x.dtype, shape) == (trained.dtype, [*trained.shape[-len(shape) :]]):
+            continue
+        try:
+            unroll(copy_model(model).eval(), x[:1].to(device), steps=steps)
+        except (RuntimeError, ValueError, TypeError) as error:
+            like = f"training samples are {[*trained.shape[-len(shape) :]]} of {trained.dtype}"
+            raise ValueError(f"the network takes no {name} samples {shape} of {x.dtype}; {like}: {error}") from error
+
+
 def check_static(model: nn.Module, splits: Splits, samples: list[Any], loss: Any, steps: int) -> None:
     """Raise ValueError for sequences [T, ...] that are taken for images, where the training could not take them so.
 

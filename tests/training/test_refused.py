@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import sltt
 from sltt.callbacks import EarlyStopping
@@ -76,3 +77,22 @@ def test_a_batch_of_one_sample_is_refused_with_a_size_that_trains(size, tmp_path
     with pytest.raises(ValueError, match=f"with batch_size={size}, and BatchNorm needs two: set batch_size=") as caught:
         train(tmp_path / "run", batch_size=size)
     train(tmp_path / "run", batch_size=int(str(caught.value).rpartition("=")[2]), epochs=1)
+
+
+SAMPLES = {
+    "shape": (
+        torch.rand(8, 1, 9, 9),
+        r"\[1, 9, 9\] of torch.float32; training samples are \[1, 8, 8\] of torch.float32",
+    ),
+    "double": (torch.rand(8, 1, 8, 8).double(), r"\[1, 8, 8\] of torch.float64; .*: mat1 and mat2 must have the same"),
+    "whole": (torch.randint(9, (8, 1, 8, 8)), r"\[1, 8, 8\] of torch.int64; "),
+}
+
+
+@pytest.mark.parametrize(("x", "message"), SAMPLES.values(), ids=SAMPLES)
+def test_samples_that_the_network_does_not_take_are_named_before_an_epoch(x, message):
+    plain, other = (TensorDataset(one, torch.arange(8) % 3) for one in (torch.rand(8, 1, 8, 8), x))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), sltt.LIF(), nn.Linear(4, 3))
+    data = sltt.data.from_datasets(plain, other, static=True)
+    with pytest.raises(ValueError, match="takes no validation samples " + message):
+        sltt.fit(model, data, sltt.SLTT(), nn.CrossEntropyLoss(), steps=2)
