@@ -115,7 +115,7 @@ def check_mean(loss: Any) -> None:
 
 
 def check_samples(model: nn.Module, splits: Splits, samples: list[Any]) -> None:
-    """Raise ValueError where the network does not take what is tested, of another type or shape than what is trained."""
+    """Raise ValueError where the network takes no samples to validate by or to test on, unlike those that train it."""
     device, steps = next((p.device for p in model.parameters()), "cpu"), 1 if splits.static else None
     trained = splits.collate(samples[:1])[0]
     for name, tested in (("validation", splits.validation), ("test", splits.test)):
