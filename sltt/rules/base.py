@@ -39,6 +39,8 @@ class Rule(Frozen, ABC):
 
     Attributes:
         hoist: with a static input, run layers marked by `sltt.once` on that input once per sequence, too.
+        repeats: the first layers, of a static input, run in each time step; else once, as far as a pooling or a linear
+            layer leaves less to keep.
         recompute: run convolutions and linear layers again in the backward.
         fold: time steps in one call of the network.
         online: the rule updates the weights itself, at every time step.
@@ -48,6 +50,7 @@ class Rule(Frozen, ABC):
     """
 
     hoist: bool = False
+    repeats: bool = True
     recompute: bool = False
     fold: int | Literal["auto"] = 1
     online: bool = False
@@ -107,7 +110,7 @@ class Rule(Frozen, ABC):
             self._check_padded(sequence, target, loss)
         if per_step:
             _check_targets(sequence, target_of(target))
-        network = Run(model, sequence, self.step(), hoist=self.hoist, keep=not self.online)
+        network = Run(model, sequence, self.step(), hoist=self.hoist, repeats=self.repeats, keep=not self.online)
         explained = explain_errors(backward or Tensor.backward, network)
         if x.device.type != "cpu":  # where a launch takes longer than the sum
             explained = add_together(explained, model)
@@ -229,7 +232,7 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int |
     instance("model", model, nn.Module)
     fold = fold_of(fold)
     sequence = time_steps(x, steps)
-    network = Run(model, sequence, hoist=True, grad=False)
+    network = Run(model, sequence, hoist=True, repeats=False, grad=False)
     layout = network.layout
     # a real batch shows whether calls change weights, so that the next ones share what is made of them
     looks = not layout.steady and not layout.looked and sequence.steps > 1 and x.device.type == "cpu"

@@ -52,6 +52,11 @@ class Truncated(Rule):
         if hoist and fold not in (1, "auto"):
             raise ValueError("hoist computes the first layers for one time step, and fold for several: choose one")
 
+    @property
+    def repeats(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Layers that run again for the backward do so in each time step."""
+        return self.recompute
+
     def trained_steps(self, batch: Batch) -> Collection[int]:
         """Return the steps with a graph and a backward; the others run forward only."""
         return range(batch.steps)
@@ -107,6 +112,10 @@ class BPTT(Truncated):
         super().__init__(**how)
         if segment is not None and (self.recompute or self.hoist):
             raise ValueError("segment runs all layers again, recompute and hoist some of them: choose one")
+
+    @property
+    def repeats(self) -> bool:
+        return self.recompute or self.segment is not None
 
     @property
     def reads_logits(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -60,6 +60,7 @@ class Results:
 
     Args:
         x: the sequence's input if it is the same at every time step, or None.
+        marked: keep what `sltt.once` marks on a fixed input; else that of plain layers alone.
         grad: build graphs for a backward, also in a step that has none itself.
         keep: keep results; else every call computes.
 
@@ -67,8 +68,8 @@ class Results:
         in_graph: the rule builds a graph in this time step; else it has switched gradients off, and not the network.
     """
 
-    def __init__(self, x: Tensor | None, grad: bool, keep: bool):
-        self._grad = grad
+    def __init__(self, x: Tensor | None, marked: bool, grad: bool, keep: bool):
+        self._marked, self._grad = marked, grad
         self.in_graph = True
         self._keep = keep
         self._fixed = [] if x is None else [x]  # what time does not change
@@ -78,7 +79,11 @@ class Results:
     def once(self, function: Callable[..., Tensor], owner: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         """Do as `once` of this module."""
         self._check(owner, "call it without sltt.once" if owner is function else "give it a module without neurons")
-        if not self._keep or not all(map(self.is_fixed, inputs)):
+        return self.keep(function, owner, inputs) if all(map(self.is_fixed, inputs)) else function(*inputs)
+
+    def keep(self, function: Callable[..., Tensor], owner: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Return what a function gives at its first call, with inputs that time does not change."""
+        if not self._keep:
             return function(*inputs)
         versions = tuple(map(_version, owner.parameters()))  # a rule may change weights in the middle
         grad = self._grad and (torch.is_grad_enabled() or not self.in_graph)
@@ -98,9 +103,9 @@ class Results:
             )
         return result.leaf
 
-    def is_fixed(self, x: Tensor) -> bool:
-        """Return whether time does not change x."""
-        return any(x is fixed for fixed in self._fixed)
+    def is_fixed(self, x: Tensor, marked: bool = True) -> bool:
+        """Return whether time does not change x, for a layer that is marked or a plain one."""
+        return (self._marked or not marked) and any(x is fixed for fixed in self._fixed)
 
     def _check(self, owner: nn.Module, remedy: str) -> None:
         """Raise ValueError for a module that time changes."""

@@ -48,6 +48,10 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor, hoisted: int = 0) -> Tens
     while hoisted and _is_fixed(x, modules[0]):
         x, hoisted = once(modules.pop(0), x), hoisted - 1
     modules = [*_flatten(modules)]
+    if run := run_of(modules[0]) if modules else None:
+        for _ in range(run.count_repeats(x, modules)):
+            first = modules.pop(0)
+            x = run.results.keep(first, first, (x,))
     while modules:
         y = _run_pair(*modules[:2], x) if is_pair(*modules[:2]) else None
         x, modules = (modules[0](x), modules[1:]) if y is None else (y, modules[2:])

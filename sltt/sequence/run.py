@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from sltt import kernels
 from sltt.sequence.claims import claim, release
-from sltt.sequence.hooks import Handler
+from sltt.sequence.hooks import Handler, runs_hooks
 from sltt.sequence.layout import Layer, Layout, layout_of
 from sltt.sequence.once import Results, is_sharded
+from sltt.sequence.proof import find_modes
 from sltt.sequence.state import detach_module, reset_module, state_tensors
 from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence
@@ -36,6 +37,7 @@ class Run:
         sequence: the input.
         step: what layers do in a time step.
         hoist: `sltt.once` keeps what it computes from a static input.
+        repeats: the first layers, of a static input, run in each time step; else once, see `count_repeats`.
         grad: a graph is built in some steps.
         keep: keep what is made of weights; not where these change between time steps.
 
@@ -50,6 +52,7 @@ class Run:
         step: Step | None = None,
         *,
         hoist: bool = False,
+        repeats: bool = True,
         grad: bool = True,
         keep: bool = True,
     ):
@@ -63,7 +66,7 @@ class Run:
         self.step = step or Step()
         self.step.run = self
         self.thread = threading.get_ident()
-        self._hoists, self._grad = hoist, grad
+        self._hoists, self._repeats, self._grad = hoist, repeats or find_modes() is not None, grad
         self.keep, self.weights = keep, kernels.Weights()
         self.seen: deque[Tensor] = deque(maxlen=2)  # with `recompute`, outputs that a sum may have
         self.fold = 1  # n, the time steps in the call in progress; 1 within a layer that takes them one after the other
@@ -84,8 +87,9 @@ class Run:
         self.layout.check(self.batch)
         self._before = claim(self, self.layout)
         self.layout.in_use = True
-        fixed = self.sequence.x if self.sequence.static and self._hoists else None
-        self.results = Results(fixed, self._grad, self.keep and not is_sharded(self.model))
+        x = self.sequence.x
+        fixed = x if self.sequence.static and (self._hoists or not x.requires_grad) else None
+        self.results = Results(fixed, self._hoists, self._grad, self.keep and not is_sharded(self.model))
         try:
             self.reset()
             self.handle()
@@ -125,6 +129,24 @@ class Run:
             layer.before, layer.plain = values.get("forward"), layer.module.forward
             self._handled.append(layer)
             values["forward"] = Handler(torch.compiler.disable(do) if layer.compiled else do, layer)
+
+    def count_repeats(self, x: Tensor, modules: list[nn.Module]) -> int:
+        """Count the first of some layers that give the same in every time step: plain ones, of a fixed input.
+
+        The last of them is a pooling or a linear layer, which leaves less to keep than it reads.
+        """
+        if self._repeats or not self.results.is_fixed(x, marked=False):
+            return 0
+        count = 0
+        for i, module in enumerate(modules, 1):
+            layer = self.layout.layers.get(module)
+            hooked = runs_hooks(module) or module._forward_hooks  # of those too who take several steps in a call
+            if layer is None or layer.compiled or "parametrizations" in module._modules or hooked:
+                break
+            if type(module) is not nn.Flatten and not (layer.is_known and layer.role.kind in ("weight", "pool")):
+                break
+            count = i if layer.role.kind == "pool" or isinstance(module, nn.Linear) else count
+        return count
 
     def enter(self, context: AbstractContextManager[Any]) -> None:
         """Enter a context until the end of the run."""

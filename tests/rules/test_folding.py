@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import sltt
@@ -312,9 +313,34 @@ def test_a_static_input_passes_its_first_linear_layer_once_a_call(rule, monkeypa
     rows = recorded(monkeypatch, F, "linear", lambda x, *given: len(x))
     for fold in (4, 1):
         found.append(gradients(model, rule(fold=fold), x, y, steps=8))
-    assert rows == [32, 128] * 2 + [32] * 16
+    assert rows == [32, 128] * 2 + [32] * 9
     assert_same(*found)
     assert_same([sltt.unroll(model, x, steps=8)], [sltt.unroll(model, x, steps=8, fold=1)])
+
+
+class Convolutions(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.convolution.default
+        return func(*args, **(kwargs or {}))
+
+
+ONCE = sltt.SLTT(fold=1), sltt.SLTT(k=3, fold=1), sltt.BPTT(fold=1), sltt.TBPTT(2, fold=1)
+EACH = sltt.SLTT(fold=1, recompute=True), sltt.BPTT(segment=2, fold=1), sltt.OTTT(fold=1), sltt.Mixed({"*": 2})
+
+
+@pytest.mark.parametrize("rule", [*ONCE, *EACH], ids=repr)
+@pytest.mark.parametrize("hook", [None, lambda *_: None, marked(lambda *_: None)], ids=["no hook", "hook", "marked"])
+def test_a_static_image_passes_its_first_layers_once_where_a_pooling_ends_them(rule, hook):
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.MaxPool2d(2), sltt.LIF(), nn.Flatten(), nn.Linear(72, 5)).double()
+    x, y = 2 * torch.randn(4, 2, 8, 8).double(), torch.randint(5, (4,))
+    if hook:
+        model[0].register_forward_hook(hook)
+    with Convolutions() as ran:
+        found = gradients(model, rule, x, y, steps=8, seed=0)[0]
+    assert (ran.count == 1) == (rule in ONCE and hook is None)
+    assert_same([found], [gradients(model, rule, x.expand(8, *x.shape), y, seed=0)[0]])  # a sequence of one image
 
 
 def test_a_static_input_that_the_network_changes_takes_no_fold():
@@ -385,6 +411,6 @@ def test_images_run_channels_last_where_a_network_takes_them_so(make, last, monk
 
 def test_a_static_image_is_convolved_once_in_an_evaluation(monkeypatch):
     seen, is_fixed = [], Results.is_fixed
-    monkeypatch.setattr(Results, "is_fixed", lambda self, x: (seen.append(is_fixed(self, x)), seen[-1])[1])
+    monkeypatch.setattr(Results, "is_fixed", lambda self, *a, **how: (seen.append(is_fixed(self, *a)), seen[-1])[1])
     sltt.unroll(sltt.models.DigitsNet(2, 5).eval(), torch.rand(4, 2, 8, 8), steps=6, fold=1)
     assert seen[0]
