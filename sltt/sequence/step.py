@@ -117,10 +117,9 @@ class Step:
         if not run.recompute and kernels.is_small(operation, x, weight):
             run.drop(layer)
             return plain(x)
-        same = run.fold > 1 and isinstance(module, nn.Linear) and run.sequence.same_at_each_step(x, run.fold)
-        if same and not kernels.others_save():  # a checkpoint runs the layer again on all of x
-            y = plain(x[: run.batch])
-            return y.repeat(run.fold, *[1] * (y.ndim - 1))
+        # a checkpoint runs the layer again on all of x
+        if run.fold > 1 and run.sequence.same_at_each_step(x, run.fold) and not kernels.others_save():
+            return torch.cat([plain(x[: run.batch])] * run.fold)  # which keeps the memory format
         y = kernels.run_layer(operation, x, weight, bias, run.weights, run.recompute)
         if run.recompute and kernels.tag_of(y):
             run.seen.append(y)
