@@ -12,7 +12,6 @@ table has the median and the quartiles. The time of one thread is processor time
 
 # pyright: reportMissingImports=false
 import argparse
-import json
 import statistics
 import time
 import warnings
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cells import write
 from torch import Tensor, nn
 from turns import hardware, in_turns, timed
 
@@ -186,7 +186,7 @@ def main() -> None:
             print(f"; {rule} {middle:.2f} ({low:.2f} to {high:.2f})", end="")
         print(flush=True)
         if options.json:
-            options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            write(options.json, rows)
 
 
 if __name__ == "__main__":

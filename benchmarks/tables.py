@@ -140,6 +140,29 @@ def sequences(results: Path, name: str = "sequences") -> str:
     return measured(found, markdown(["", "firing rates", "SLTT", "BPTT", *headings], lines), "processor time")
 
 
+def libraries(results: Path) -> str:
+    """Networks of other libraries, as libraries.py measured them beside the library's own BPTT."""
+    rows: Rows = load(results, "libraries")
+    lines = []
+    for row in rows:
+        own = row["own"]
+        ratios = (spread(quotient(row[rule], own)) for rule in ("SLTT", "BPTT"))
+        size = f"batch {row['batch']}, T = {row['steps']}"
+        lines.append([LIBRARIES[row["network"]], size, f"{1e3 * statistics.median(own):.0f} ms", *ratios])
+    table = markdown(["network", "", "its own BPTT", "SLTT ÷ its own BPTT", "BPTT ÷ its own"], lines)
+    return measured(rows[0], table, "processor time", f"{len(rows[0]['own'])} turns")
+
+
+LIBRARIES = {
+    "sew": "SpikingJelly's SEW-ResNet-18, 64×64 pixels",
+    "snntorch": "snnTorch's convolutional network, 28×28",
+    "norse": "Norse, two convolutions, 28×28",
+    "norse-linear": "Norse, 784-256-128-10",
+    "sinabs": "sinabs, two convolutions, 28×28",
+    "sinabs-linear": "sinabs, 784-256-128-10",
+}
+
+
 def over_fastest(times: dict[str, list[float]], case: str, other: str) -> str:
     """Divide a case's times by those of the fastest form of another, and name the form where there are several."""
     if not (form := fastest(times, other)):
@@ -325,6 +348,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "layers": layers,
     "other-networks": other_networks,
     "sequences": sequences,
+    "libraries": libraries,
     "gpu-steps": gpu_steps,
     "gpu-profile": gpu_profile,
     "gpu-kernels": gpu_kernels,

@@ -110,7 +110,9 @@ class Rule(Frozen, ABC):
             self._check_padded(sequence, target, loss)
         if per_step:
             _check_targets(sequence, target_of(target))
-        network = Run(model, sequence, self.step(), hoist=self.hoist, repeats=self.repeats, keep=not self.online)
+        # a backward of the user's own may ask for the gradients of all weights in each time step
+        repeats = self.repeats or not (backward is None or getattr(backward, "__module__", "").startswith("sltt."))
+        network = Run(model, sequence, self.step(), hoist=self.hoist, repeats=repeats, keep=not self.online)
         explained = explain_errors(backward or Tensor.backward, network)
         if x.device.type != "cpu":  # where a launch takes longer than the sum
             explained = add_together(explained, model)

@@ -89,8 +89,10 @@ def _freeze(value: Any, held: list[Any], device: str | None, depth: int = 0) -> 
         return value
     if isinstance(value, Tensor):
         held.append(value)
-        version = 0 if value.is_inference() else value._version
-        return id(value), value.data_ptr() if value.device.type == device else version
+        if value.device.type == device:
+            held.append(value.detach())  # its memory: another tensor may be put into it by `.data`
+            return id(value), value.data_ptr()
+        return id(value), 0 if value.is_inference() else value._version
     if depth < _DEPTH:
         inner = partial(_freeze, held=held, device=device, depth=depth + 1)
         if kind in _LISTS:

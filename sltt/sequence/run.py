@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sltt import kernels
 from sltt.sequence.claims import claim, release
-from sltt.sequence.hooks import Handler, runs_hooks
+from sltt.sequence.hooks import Handler, count_hooks, runs_hooks
 from sltt.sequence.layout import Layer, Layout, layout_of
 from sltt.sequence.once import Results, is_sharded
 from sltt.sequence.proof import find_modes
@@ -140,7 +140,8 @@ class Run:
         count = 0
         for i, module in enumerate(modules, 1):
             layer = self.layout.layers.get(module)
-            hooked = runs_hooks(module) or module._forward_hooks  # of those too who take several steps in a call
+            # also by those who take several steps in a call
+            hooked = runs_hooks(module) or module._forward_hooks or count_hooks(module)
             if layer is None or layer.compiled or "parametrizations" in module._modules or hooked:
                 break
             if type(module) is not nn.Flatten and not (layer.is_known and layer.role.kind in ("weight", "pool")):

@@ -343,6 +343,13 @@ def test_a_static_image_passes_its_first_layers_once_where_a_pooling_ends_them(r
     assert_same([found], [gradients(model, rule, x.expand(8, *x.shape), y, seed=0)[0]])  # a sequence of one image
 
 
+def test_a_hook_on_a_weight_of_the_first_layer_sees_each_time_step():
+    model, calls = nn.Sequential(nn.Linear(6, 4), sltt.LIF()), []
+    model[0].weight.register_hook(lambda g: calls.append(1))
+    sltt.SLTT(fold=1)(model, torch.randn(2, 6), torch.arange(2), steps=3, loss=nn.CrossEntropyLoss())
+    assert len(calls) == 3
+
+
 def test_a_static_input_that_the_network_changes_takes_no_fold():
     class Shift(nn.Module):
         def forward(self, x):
