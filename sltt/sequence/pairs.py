@@ -21,9 +21,9 @@ def normalise_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, *, hoist: 
 
         x = sltt.normalise_and_fire(self.norm, self.neuron, self.conv(x))
 
-    Under a rule, a BatchNorm of a large tensor on a CPU, or of several time steps, then writes no normalised tensor. Where
-    one of the modules has hooks, both run by themselves. An `nn.Sequential` does the same for a BatchNorm and the neurons
-    behind it.
+    Under a rule, a BatchNorm of a large tensor on a CPU, or of several time steps, then writes no normalised tensor.
+    Where one of the modules has hooks, both run by themselves. An `nn.Sequential` does the same for a BatchNorm and the
+    neurons behind it.
 
     Args:
         norm: a BatchNorm; another module runs by itself.
