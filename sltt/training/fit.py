@@ -176,7 +176,7 @@ def _config(model: nn.Module, data: Data, settings: Settings, resume: bool, unto
         if name not in OF_TRAINING and not (resume and value is None and name in RESUMABLE)
     }
     network = {} if resume else {"model": type(model).__name__}
-    return {runs.MADE_IN: "Python, by sltt.fit", **network, "neurons": runs.describe_neurons(model), **told}
+    return {runs.MADE_IN: "Python, by sltt.fit", **network, "layers": runs.describe_layers(model), **told}
 
 
 def train(

@@ -191,11 +191,17 @@ def list_changes(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
     return list(_differences(before, now)) if saved else []
 
 
-def describe_neurons(model: nn.Module) -> list[str]:
-    """Return the neurons of a network; those that learn nothing with their constants, which no weights tell."""
-    layers = spiking_layers(model).values()
-    texts = (type(one).__name__ if any(True for _ in one.parameters()) else repr(one) for one in layers)
-    return [re.sub(" at 0x[0-9a-f]+", "", text) for text in texts]
+def describe_layers(model: nn.Module) -> dict[str, str]:
+    """Return the layers of a network by name, with their constants, which no weights tell.
+
+    Of neurons that learn, the constants may be learned: there is their class alone.
+    """
+    neurons, found = {*spiking_layers(model).values()}, dict[str, str]()
+    for name, one in model.named_modules():
+        if one in neurons or not any(True for _ in one.children()):
+            learns = one in neurons and any(True for _ in one.parameters())
+            found[name] = type(one).__name__ if learns else re.sub(" at 0x[0-9a-f]+", "", repr(one))
+    return found
 
 
 def _differences(saved: Mapping[Any, Any], found: Mapping[Any, Any], path: str = "") -> Iterator[str]:

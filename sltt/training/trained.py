@@ -18,7 +18,7 @@ from sltt.sequence.steps import time_steps
 from sltt.training.average import select_weights
 from sltt.training.check import warn_of_leftovers
 from sltt.training.checkpoints import load_best, load_weights
-from sltt.training.runs import MADE_IN, describe_neurons, read_config
+from sltt.training.runs import MADE_IN, describe_layers, read_config
 
 log = logging.getLogger("sltt")
 
@@ -66,8 +66,9 @@ def load(
     path, content = load_best(run, checkpoint)
     config = read_config(run, content)
     network = _network(run, config) if model is None else instance("model", model, nn.Module)
-    if (neurons := describe_neurons(network)) != config.get("neurons", neurons):
-        log.warning("%s was trained with other neurons: %s, and now %s", run, config["neurons"], neurons)
+    layers, before = describe_layers(network), config.get("layers", {})
+    if other := [f"{name} was {was}, and is {now}" for name, was in before.items() if was != (now := layers.get(name))]:
+        log.warning("%s was trained with other layers: %s", run, "; ".join(other))
     load_weights(network, select_weights(content), path)
     network.trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
     return network.eval()

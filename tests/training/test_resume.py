@@ -227,10 +227,15 @@ def test_other_data_than_the_runs_is_refused(tmp_path, monkeypatch):
         train(tmp_path / "run", data=other, resume=True)
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    train(tmp_path / "run", epochs=1)
-    with pytest.raises(CheckpointError, match="do not fit the model"):
-        train(tmp_path / "run", nn.Sequential(nn.Linear(4, 5), sltt.LIF(), nn.Linear(5, 3)), resume=True)
+def test_another_model_is_refused(tmp_path):
+    """Also one with the same weights."""
+    model = nn.Sequential(nn.Linear(4, 5), sltt.LIF(), nn.Dropout(0.1), nn.Linear(5, 3))
+    train(tmp_path / "run", model, epochs=1)
+    for at, other, now in ((0, nn.Linear(4, 5, bias=False), "Linear"), (2, nn.Dropout(0.5), r"Dropout\(p=0.5")):
+        changed = copy.deepcopy(model)
+        changed[at] = other
+        with pytest.raises(ValueError, match=f"layers.{at} was .* and is '{now}"):
+            train(tmp_path / "run", changed, resume=True)
 
 
 class Drawing(sltt.SLTT):

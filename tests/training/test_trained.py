@@ -135,6 +135,6 @@ def test_a_run_of_other_neurons_is_noticed(tmp_path, caplog):
     sltt.fit(model, data, **settings | {"epochs": 2}, resume=True)  # of learned time constants
     assert not caplog.messages
     sltt.load(tmp_path / "run", network(sltt.IF()))
-    assert "was trained with other neurons: ['LIF(tau=2.0, v_threshold=1.0" in caplog.text
-    with pytest.raises(ValueError, match=r"neurons.0 was 'LIF\(tau=2.0, .* and is 'LIF\(tau=3.0, "):
+    assert "was trained with other layers: 1 was LIF(tau=2.0, v_threshold=1.0" in caplog.text
+    with pytest.raises(ValueError, match=r"layers.1 was 'LIF\(tau=2.0, .* and is 'LIF\(tau=3.0, "):
         sltt.fit(network(sltt.LIF(tau=3.0)), data, **settings | {"epochs": 3}, resume=True)
