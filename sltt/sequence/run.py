@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sltt import kernels
 from sltt.sequence.claims import claim, release
@@ -66,7 +67,9 @@ class Run:
         self.step = step or Step()
         self.step.run = self
         self.thread = threading.get_ident()
-        self._hoists, self._repeats, self._grad = hoist, repeats or find_modes() is not None, grad
+        # DistributedDataParallel waits for the gradients of all weights in the backward of each step
+        waits = any(isinstance(module, DistributedDataParallel) for module in self.layout.layers)
+        self._hoists, self._repeats, self._grad = hoist, repeats or waits or find_modes() is not None, grad
         self.keep, self.weights = keep, kernels.Weights()
         self.seen: deque[Tensor] = deque(maxlen=2)  # with `recompute`, outputs that a sum may have
         self.fold = 1  # n, the time steps in the call in progress; 1 within a layer that takes them one after the other
