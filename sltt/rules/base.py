@@ -111,7 +111,7 @@ class Rule(Frozen, ABC):
         if per_step:
             _check_targets(sequence, target_of(target))
         # a backward of the user's own may ask for the gradients of all weights in each time step
-        repeats = self.repeats or not (backward is None or getattr(backward, "__module__", "").startswith("sltt."))
+        repeats = self.repeats or not (backward is None or str(getattr(backward, "__module__", "")).startswith("sltt."))
         network = Run(model, sequence, self.step(), hoist=self.hoist, repeats=repeats, keep=not self.online)
         explained = explain_errors(backward or Tensor.backward, network)
         if x.device.type != "cpu":  # where a launch takes longer than the sum

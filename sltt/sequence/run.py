@@ -12,6 +12,7 @@ import math
 import threading
 from collections import deque
 from contextlib import AbstractContextManager, ExitStack
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
 
@@ -136,20 +137,20 @@ class Run:
     def count_repeats(self, x: Tensor, modules: list[nn.Module]) -> int:
         """Count the first of some layers that give the same in every time step: plain ones, of a fixed input.
 
-        The last of them is a pooling or a linear layer, which leaves less to keep than it reads.
+        The last of them is a pooling or a linear layer, which leaves less to keep than it reads. The layer behind it is
+        one that changes nothing in place.
         """
-        if self._repeats or not self.results.is_fixed(x, marked=False):
+        if self._repeats or kernels.others_save() or not self.results.is_fixed(x, marked=False):
             return 0
         count = 0
-        for i, module in enumerate(modules, 1):
-            layer = self.layout.layers.get(module)
-            # also by those who take several steps in a call
-            hooked = runs_hooks(module) or module._forward_hooks or count_hooks(module)
-            if layer is None or layer.compiled or "parametrizations" in module._modules or hooked:
+        for i, (module, behind) in enumerate(pairwise(modules), 1):
+            layer, following = (self.layout.layers.get(one) for one in (module, behind))
+            if layer is None or following is None or not (type(module) is nn.Flatten or _is_plain(layer)):
                 break
-            if type(module) is not nn.Flatten and not (layer.is_known and layer.role.kind in ("weight", "pool")):
-                break
-            count = i if layer.role.kind == "pool" or isinstance(module, nn.Linear) else count
+            if module._forward_hooks or count_hooks(module) or runs_hooks(module, behind):
+                break  # also those who take several steps in a call see each of them
+            reads = _is_plain(following) or (following.spikes and following.advance is not None)
+            count = i if reads and (layer.role.kind == "pool" or isinstance(module, nn.Linear)) else count
         return count
 
     def enter(self, context: AbstractContextManager[Any]) -> None:
@@ -287,6 +288,12 @@ class Run:
         finally:
             self.fold, self.call = n, call
         return _join_outputs(given)
+
+
+def _is_plain(layer: Layer) -> bool:
+    """Return whether a layer is a linear layer, a convolution or a pooling as PyTorch has it."""
+    known = layer.is_known and layer.role.kind in ("weight", "pool") and not layer.compiled
+    return known and "parametrizations" not in layer.module._modules
 
 
 def _copy_output(given: Any, parts: list[nn.Module]) -> Any:

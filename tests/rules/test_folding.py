@@ -343,6 +343,46 @@ def test_a_static_image_passes_its_first_layers_once_where_a_pooling_ends_them(r
     assert_same([found], [gradients(model, rule, x.expand(8, *x.shape), y, seed=0)[0]])  # a sequence of one image
 
 
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.rest = (
+            nn.Sequential(nn.Conv2d(2, 8, 3), nn.MaxPool2d(2)),
+            nn.Sequential(sltt.LIF(), nn.Flatten()),
+        )
+
+    def forward(self, x):
+        return self.rest(checkpoint(self.stem, x, use_reentrant=False).mul_(2))
+
+
+IN_PLACE = {
+    "behind a pooling": lambda: nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.MaxPool2d(2), nn.ReLU(True), sltt.LIF(), nn.Flatten()
+    ),
+    "behind a view": lambda: nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.MaxPool2d(2), nn.Flatten(), nn.ReLU(True), sltt.LIF()
+    ),
+    "in a checkpoint": Checkpointed,
+}
+
+
+@pytest.mark.parametrize("make", IN_PLACE.values(), ids=IN_PLACE)
+def test_what_the_first_layers_give_may_change_in_place(make):
+    model, x, y = make().double(), 2 * torch.randn(4, 2, 8, 8).double(), torch.randint(5, (4,))
+    for rule in (sltt.SLTT(fold=1), sltt.BPTT(fold=1)):
+        found = gradients(model, rule, x, y, steps=4)[0]
+        assert_same([found], [gradients(model, rule, x.expand(4, *x.shape), y)[0]])
+
+
+def test_a_backward_that_has_no_module_is_called_for_each_time_step():
+    values = []
+    sltt.SLTT(fold=1)(
+        nn.Sequential(nn.Linear(6, 4), sltt.LIF()), torch.randn(2, 6), torch.arange(2), nn.CrossEntropyLoss(), steps=3,
+        backward=values.append,
+    )  # fmt: skip
+    assert len(values) == 3
+
+
 def test_a_hook_on_a_weight_of_the_first_layer_sees_each_time_step():
     model, calls = nn.Sequential(nn.Linear(6, 4), sltt.LIF()), []
     model[0].weight.register_hook(lambda g: calls.append(1))
