@@ -143,11 +143,16 @@ def apart_from_user(device: torch.device) -> Iterator[None]:
         yield
 
 
-def copy_apart(model: nn.Module) -> nn.Module:
-    """Return a copy of a network, without what Fabric and DistributedDataParallel put around it."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network in what Fabric and DistributedDataParallel put around it."""
     while (inner := wrapped_module(model)) is not None:
         model = inner
-    twin = copy_model(model)
+    return model
+
+
+def copy_apart(model: nn.Module) -> nn.Module:
+    """Return a copy of a network, without what Fabric and DistributedDataParallel put around it."""
+    twin = copy_model(unwrapped(model))
     for module in twin.modules():
         if type(module).__module__ in _DROPOUTS:
             module.eval()

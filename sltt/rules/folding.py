@@ -23,7 +23,7 @@ from sltt import kernels
 from sltt.checks import whole_number
 from sltt.memory import call_memory
 from sltt.rules.batch import Fold
-from sltt.rules.fold_trial import PlainError, apart_from_user, copy_apart, find_difference, run_steps
+from sltt.rules.fold_trial import PlainError, apart_from_user, copy_apart, find_difference, run_steps, unwrapped
 from sltt.rules.operations import Sizes, takes_channels_last, watch_samples
 from sltt.sequence.hooks import put_forward, without_marked_hooks
 from sltt.sequence.layout import Layout
@@ -100,8 +100,8 @@ def _choose(run: Run, x: Tensor, fold: Any, kind: Any, rule: Any) -> Fold:
             return chosen
         twin = copy_apart(run.model)
         if (pairs := watch_samples(run, twin, n)) is not None:
-            named = {layer.name: layer for layer in layout.keepers}
-            layout.pairs[kind] = {norm: named[neuron] for norm, neuron in pairs.items()}
+            find = unwrapped(run.model).get_submodule
+            layout.pairs[kind] = {find(norm): layout.layers[find(neuron)] for norm, neuron in pairs.items()}
             layout.channels_last |= {kind} if takes_channels_last(run, twin) else set()
         else:
             if weights > TRIED and fold == "auto":

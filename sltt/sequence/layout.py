@@ -67,8 +67,8 @@ class Layout:
         self.looked = "hooks on" in (self.unproved or "")  # an evaluation looked for that
         self.has_images = any(isinstance(layer.module, nn.Conv2d) for layer in self.layers.values())
         self.channels_last: set[Any] = set()  # the batches whose images may have their channels last, by operations
-        # the layers of neurons that alone read a BatchNorm by its name, as operations have shown for such batches
-        self.pairs: dict[Any, dict[str, Layer]] = {}
+        # the layers of neurons that alone read a BatchNorm, as operations have shown for such batches
+        self.pairs: dict[Any, dict[nn.Module, Layer]] = {}
         self.folds: dict[Any, Any] = {}  # time steps in a call by the kind of a batch, as chosen so far
         self.chosen: Any = None  # the last of them
         self.tried: dict[Any, int] = {}  # most time steps that a trial showed to share a call, by the kind of a batch

@@ -78,7 +78,7 @@ class Run:
         self.cut = False  # no gradient flows from one of these steps to the step before
         self.shows = True  # what neurons give are spikes
         self.call = self._calls = self._outer = 0
-        self.pairs: dict[str, Layer] = {}
+        self.pairs: dict[nn.Module, Layer] = {}
         self.paired: tuple[Layer, Tensor] | None = None
         self._kept: set[Layer] = set()  # in the second call, the layers that have a state
         self._handled: list[Layer] = []

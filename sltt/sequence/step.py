@@ -130,7 +130,7 @@ class Step:
         steps = self.run.fold
         if not layer.role.stepwise:
             return layer.plain(*args, **kwargs)
-        neuron = self.run.pairs.get(layer.name)
+        neuron = self.run.pairs.get(layer.module)
         if neuron is not None and len(args) == 1 and (y := self.pair(layer, neuron, args[0])) is not None:
             self.run.paired = neuron, y
             return y

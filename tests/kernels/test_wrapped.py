@@ -1,6 +1,7 @@
 """Layers on spikes in a network that is pickled, wrapped, sharded or compiled: the gradients of dense layers."""
 
 import contextlib
+import copy
 import pickle
 
 import pytest
@@ -79,6 +80,33 @@ def test_gradients_are_those_of_the_dense_network(change, alone, forwards):
         found = trained(model, x, y, "on")
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert forwards == [(32, 32, 3, 3)] * 3 * 2
+
+
+class Normed(nn.Module):
+    """A BatchNorm and neurons that operations show to be neighbours."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.neuron, self.head = (
+            nn.Conv2d(2, 8, 3),
+            nn.BatchNorm2d(8),
+            sltt.LIF(),
+            nn.Linear(128, 5),
+        )
+
+    def forward(self, x):
+        return self.head(self.neuron(self.norm(self.conv(x))).flatten(1))
+
+
+def test_pairs_are_those_of_the_network_that_is_wrapped(alone):
+    x, y = batch()
+    torch.manual_seed(0)
+    model = Normed()
+    found = []
+    for one in (DistributedDataParallel(copy.deepcopy(model)), model):
+        sltt.SLTT()(one, x, y, nn.CrossEntropyLoss(), steps=3)
+        found.append([p.grad for p in one.parameters()])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own

@@ -99,7 +99,7 @@ def neuron_step(
 
 
 class _Call(NamedTuple):
-    """What a call has besides tensors, see `neuron_step`; `of_batch` is `Normed.training`."""
+    """Holds what a call of `neuron_step` has besides tensors; `of_batch` is `Normed.training`."""
 
     step: NeuronStep
     fast: NativeStep | TritonStep | None
