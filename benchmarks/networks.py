@@ -6,8 +6,8 @@
 Each is a class with a forward of its own, as one writes it. Weights, data, loss and neurons are the same in every case:
 τ = 2, threshold 1, reset to 0, detached, arctangent surrogate; SpikingJelly's layers in step mode "m" are those of
 PyTorch on time that is folded into the batch, and its neuron runs all steps in one call. Our rules are called with
-their defaults on the network as it is. SpikingJelly and ReLU run in the faster memory format, by a trial before the turns.
-ReLU runs T times, each with a backward. First, outputs of all time steps and gradients of BPTT are compared with
+their defaults on the network as it is. SpikingJelly and ReLU run in the faster memory format, by a trial before the
+turns. ReLU runs T times, each with a backward. First, outputs of all time steps and gradients of BPTT are compared with
 SpikingJelly's in float64, with fixed statistics in BatchNorm, since its layers take those over all time steps together.
 
 Turns alternate in one process: a ratio is of one turn. The time of one thread is processor time, that of several is
@@ -30,7 +30,7 @@ import torch
 from cells import recorded, write
 from peer_cases import reset
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from turns import hardware, in_turns, quotient, timed
 

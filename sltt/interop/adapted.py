@@ -67,52 +67,72 @@ class Adapter:
 
 
 class AfterReset(Adapter):
-    """A neuron that keeps its membrane potential in an attribute, after the reset as ours do."""
+    """A neuron that keeps its states in attributes, named in the order of ours, after the reset as ours do."""
 
-    def __init__(self, module: Any, state: str, translate: Translate, read: Read):
+    def __init__(self, module: Any, states: str, translate: Translate, read: Read):
         super().__init__(module, translate, read)
-        self.state = state
+        self.states = states.split()
 
     def advance_normalised(self, norm: Any, x: Tensor, bias: Tensor | None, steps: int, cut: bool) -> Tensor | None:
         """Run the time steps in x behind a BatchNorm as `Neuron.advance_normalised` does."""
         return self(x, steps, cut, lambda *_: self.ours.advance_normalised(norm, x, bias, steps, cut))
 
     def __call__(self, x: Tensor, steps: int, cut: bool, how: Any = None) -> Tensor | None:
-        spikes = self.run(x, steps, cut, [getattr(self.module, self.state)], how)
+        spikes = self.run(x, steps, cut, [getattr(self.module, name) for name in self.states], how)
         if spikes is not None:
-            setattr(self.module, self.state, self.ours.v)
-            self.ours.v = None
+            self.leave()
         return spikes
+
+    def leave(self, **others: Tensor) -> None:
+        """Give the module its states: those of ours, but for `others`."""
+        for name, own in zip(self.states, self.ours.states, strict=True):
+            setattr(self.module, name, others.get(name, getattr(self.ours, own)))
+            setattr(self.ours, own, None)
 
 
 class BeforeReset(AfterReset):
-    """A neuron that keeps u, from which the next time step subtracts r s: v = u − r s."""
+    """A neuron that keeps u, first of its states, which the next time step resets: v = u − r s, or v = (1 − s) u."""
 
     _left: Tensor | None = None  # the u that was left, and the v behind it
     _v: Tensor
 
     def __call__(self, x: Tensor, steps: int, cut: bool, how: Any = None) -> Tensor | None:
-        seen, u = self._seen, getattr(self.module, self.state)
-        if not self.find_ours() or (ours := self.ours).v_reset is not None:
+        seen, (name, *more) = self._seen, self.states
+        if not self.find_ours() or (how and self.ours.v_reset is not None):
             return None
         if seen is not self._seen:  # v is another with another threshold
             self._left = None
-        amount = ours.v_threshold if ours.subtract is None else ours.subtract
-        spikes = self.run(x, steps, cut, [self._after_reset(u, amount) if u.numel() else None], how)
-        if spikes is not None:
-            self._v = ours.v
-            self._left = torch.add(self._v, spikes.detach()[-len(self._v) :], alpha=amount)
-            setattr(self.module, self.state, self._left)
-        return spikes
+        u, others = getattr(self.module, name), [getattr(self.module, other) for other in more]
+        v = self._after_reset(u) if u.numel() else None
+        last, first, ours = x[-(len(x) // steps) :], [], self.ours
+        if ours.v_reset is not None and steps > 1:  # v is zero where the last step fires: its u is charged apart
+            if (spikes := self.run(x[: -len(last)], steps - 1, cut, [v])) is None:
+                return None
+            first, v, x, steps = [spikes], ours.v.detach() if cut else ours.v, last, 1
+        if (spikes := self.run(x, steps, cut, [v, *others], how)) is None:
+            return None
+        self._v = ours.v
+        if ours.v_reset is None:
+            left = torch.add(ours.v, spikes.detach()[-len(last) :], alpha=_amount(ours))
+        else:
+            left = ours.decay() * (0.0 if v is None else v) + last
+        self._left = left
+        self.leave(**{name: left})
+        return torch.cat([*first, spikes]) if first else spikes
 
-    def _after_reset(self, u: Tensor, amount: float) -> Tensor:
+    def _after_reset(self, u: Tensor) -> Tensor:
         left = self._left
         if left is not None and u.data_ptr() == left.data_ptr() and u._version == left._version:
             if u is left:
                 return self._v
             if not u.requires_grad:
                 return self._v.detach()
-        return u - amount * self.ours.surrogate.fires(u.detach() - self.ours.v_threshold).to(u.dtype)
+        fires = self.ours.surrogate.fires(u.detach() - self.ours.v_threshold).to(u.dtype)
+        return u - (_amount(self.ours) if self.ours.v_reset is None else u) * fires
+
+
+def _amount(ours: Any) -> float:
+    return ours.v_threshold if ours.subtract is None else ours.subtract
 
 
 def _value(constant: Tensor) -> Any:

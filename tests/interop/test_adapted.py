@@ -14,9 +14,15 @@ from tests.conftest import LOSS, batch
 from tests.interop.libraries import CASES, gradients_of, network_of
 
 RULES = [sltt.SLTT(), sltt.SLTT(fold=1), sltt.BPTT(fold=3), sltt.TBPTT(window=2), sltt.BPTT(segment=2)]
-ADAPTED = [name for name in CASES if name.split()[1].rstrip(",") in ("LIF", "IF", "PLIF", "Leaky", "LIFBox", "IAF")]
-OWN = "jelly LIF, soft", "snn Leaky, zero", "sinabs LIF with current"
-ADAPTED = [name for name in ADAPTED if name not in OWN]  # theirs store potentials, or have another equation
+KINDS = "LIF", "IF", "PLIF", "Leaky", "Lapicque", "Synaptic", "LIFBox", "IAF"
+OWN = (
+    "jelly LIF, soft",
+    "sinabs LIF with current",
+    "snn Leaky, learned threshold",
+    "snn Lapicque, zero",
+    "snn Synaptic, zero",
+)
+ADAPTED = [name for name in CASES if name.split()[1].rstrip(",") in KINDS and name not in OWN]
 
 
 @contextlib.contextmanager
@@ -76,11 +82,12 @@ def test_layers_of_spikingjelly_are_those_of_pytorch():
         sltt.SLTT()(jelly, x, y, LOSS)
 
 
+@pytest.mark.parametrize("resets", ["subtract", "zero", "none"])
 @pytest.mark.parametrize("name", ["beta", "threshold"])
-def test_a_constant_of_snntorch_that_is_changed_has_its_effect(name):
+def test_a_constant_of_snntorch_that_is_changed_has_its_effect(name, resets):
     """In the middle of a sequence, and where no counter of changes sees it."""
     library = CASES["snn Leaky"][0]
-    model, x, y = network_of(library("Leaky"))
+    model, x, y = network_of(library("Leaky", reset_mechanism=resets))
     found = []
 
     def shrink(module, args):
