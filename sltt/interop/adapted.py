@@ -6,17 +6,19 @@ own code would leave, up to rounding. What has no counterpart here, or has chang
 
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sltt._torch import transforms_active
-from sltt.interop.conversion import ConversionError
+from sltt.interop.conversion import ConversionError, describe
 from sltt.neurons import CubaLIF, IntegrateAndFire
 from sltt.sequence.hooks import count_hooks, own_forward
 
 Translate = Callable[[Any], Any]
 Read = Callable[[Any], Iterable[Any]]
+_reasons: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # why the own code of a neuron runs
 
 
 class Adapter:
@@ -41,8 +43,9 @@ class Adapter:
         if now != self._seen:
             try:
                 self.ours = self.translate(self.module)
-            except ConversionError:
-                self.ours = None
+                _reasons.pop(self.module, None)
+            except ConversionError as reason:
+                self.ours, _reasons[self.module] = None, str(reason)
             self._seen = now
             if self.ours is not None:
                 self.ours.half_state = True  # theirs have the type of the input
@@ -83,10 +86,10 @@ class AfterReset(Adapter):
             self.leave()
         return spikes
 
-    def leave(self, **others: Tensor) -> None:
-        """Give the module its states: those of ours, but for `others`."""
+    def leave(self) -> None:
+        """Give the module the states of ours."""
         for name, own in zip(self.states, self.ours.states, strict=True):
-            setattr(self.module, name, others.get(name, getattr(self.ours, own)))
+            setattr(self.module, name, getattr(self.ours, own))
             setattr(self.ours, own, None)
 
 
@@ -97,14 +100,17 @@ class BeforeReset(AfterReset):
     _v: Tensor
 
     def __call__(self, x: Tensor, steps: int, cut: bool, how: Any = None) -> Tensor | None:
+        if not getattr(self.module, "reset_delay", True):  # snnTorch's, in the time step of the spike
+            return super().__call__(x, steps, cut, how)
         seen, (name, *more) = self._seen, self.states
         if not self.find_ours() or (how and self.ours.v_reset is not None):
             return None
         if seen is not self._seen:  # v is another with another threshold
             self._left = None
         u, others = getattr(self.module, name), [getattr(self.module, other) for other in more]
-        v = self._after_reset(u) if u.numel() else None
         last, first, ours = x[-(len(x) // steps) :], [], self.ours
+        amount = ours.v_threshold if ours.subtract is None else ours.subtract
+        v = self._after_reset(u, amount) if u.numel() else None
         if ours.v_reset is not None and steps > 1:  # v is zero where the last step fires: its u is charged apart
             if (spikes := self.run(x[: -len(last)], steps - 1, cut, [v])) is None:
                 return None
@@ -113,14 +119,15 @@ class BeforeReset(AfterReset):
             return None
         self._v = ours.v
         if ours.v_reset is None:
-            left = torch.add(ours.v, spikes.detach()[-len(last) :], alpha=_amount(ours))
+            left = torch.add(ours.v, spikes.detach()[-len(last) :], alpha=amount)
         else:
             left = ours.decay() * (0.0 if v is None else v) + last
+        self.leave()
         self._left = left
-        self.leave(**{name: left})
+        setattr(self.module, name, left)
         return torch.cat([*first, spikes]) if first else spikes
 
-    def _after_reset(self, u: Tensor) -> Tensor:
+    def _after_reset(self, u: Tensor, amount: float) -> Tensor:
         left = self._left
         if left is not None and u.data_ptr() == left.data_ptr() and u._version == left._version:
             if u is left:
@@ -128,11 +135,12 @@ class BeforeReset(AfterReset):
             if not u.requires_grad:
                 return self._v.detach()
         fires = self.ours.surrogate.fires(u.detach() - self.ours.v_threshold).to(u.dtype)
-        return u - (_amount(self.ours) if self.ours.v_reset is None else u) * fires
+        return u - (amount if self.ours.v_reset is None else u) * fires
 
 
-def _amount(ours: Any) -> float:
-    return ours.v_threshold if ours.subtract is None else ours.subtract
+def find_own_code(model: nn.Module) -> list[str]:
+    """Name the neurons of other libraries that their own code has run, with the reason."""
+    return [f"{describe(name, m)} {_reasons[m]}" for name, m in model.named_modules() if m in _reasons]
 
 
 def _value(constant: Tensor) -> Any:
@@ -143,7 +151,7 @@ def _value(constant: Tensor) -> Any:
 
 def make_adapter(kind: type[Adapter], module: Any, *args: Any) -> Any:
     """Return an adapter of a module; None where its own code runs: it is changed, or of another equation."""
-    cls = type(module)
+    cls, _reasons[module] = type(module), "has hooks or code of its own"
     if own_forward(module, cls) or any(map(count_hooks, module.children())) or transforms_active():
         return None
     if any(callable(getattr(cls, name, None)) for name in vars(module) if name != "forward"):

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from snntorch import DeltaLeaky, Lapicque, Leaky, SpikingNeuron, Synaptic
-from torch import Tensor, nn
+from torch import nn
 
 from sltt import surrogates
-from sltt.interop.adapted import AfterReset, BeforeReset, make_adapter
+from sltt.interop.adapted import BeforeReset, make_adapter
 from sltt.interop.conversion import ConversionError, leaky, read_constant, require, synaptic
 from sltt.neurons import IntegrateAndFire
 from sltt.sequence.state import register, role_of, set_role
@@ -92,17 +92,9 @@ def _find_ours(module: Any) -> nn.Module:
     return _Beta(module) if own else _translate(module)
 
 
-class _Run(BeforeReset):
-    """Keeps u, or v of a neuron that resets in the time step of its spike."""
-
-    def __call__(self, x: Tensor, steps: int, cut: bool, how: Any = None) -> Tensor | None:
-        at_once = not getattr(self.module, "reset_delay", True)
-        return (AfterReset if at_once else BeforeReset).__call__(self, x, steps, cut, how)
-
-
 def _constants(module: Any) -> tuple[Any, ...]:
-    tensors = module.beta, module.threshold, module.graded_spikes_factor
-    tensors += tuple(getattr(module, name) for name in ("alpha", "R", "C", "time_step") if hasattr(module, name))
+    states = module._non_persistent_buffers_set
+    tensors = [t for name, t in (module._parameters | module._buffers).items() if name not in states]
     delayed = getattr(module, "reset_delay", True)
     flags = module.reset_mechanism, delayed, module.inhibition, module.state_quant, module.output
     return *tensors, *(t.requires_grad for t in tensors), module.spike_grad, *flags
@@ -133,7 +125,9 @@ _SURROGATES: dict[str, Callable[[float], surrogates.Surrogate]] = {
 }
 
 
+def _advance(module: Any) -> Any:
+    return make_adapter(BeforeReset, module, "mem syn" if type(module) is Synaptic else "mem", _find_ours, _constants)
+
+
 register(SpikingNeuron, _states, reset=_reset, spikes=True, check=_check, translate=_translate, decay=_decay)
-for _kind, _names in ((Leaky, "mem"), (Lapicque, "mem"), (Synaptic, "mem syn")):
-    _advance = lambda module, names=_names: make_adapter(_Run, module, names, _find_ours, _constants)  # noqa: E731
-    set_role(_kind, replace(role_of(SpikingNeuron), advance=_advance))
+set_role(SpikingNeuron, replace(role_of(SpikingNeuron), advance=_advance))

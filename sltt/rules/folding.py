@@ -103,9 +103,7 @@ def _choose(run: Run, x: Tensor, fold: Any, kind: Any, rule: Any) -> Fold:
             find = unwrapped(run.model).get_submodule
             layout.pairs[kind] = {find(norm): layout.layers[find(neuron)] for norm, neuron in pairs.items()}
             layout.channels_last |= {kind} if takes_channels_last(run, twin) else set()
-        elif n == 1:  # watched for the memory format and the pairs
-            return chosen
-        else:
+        elif n > 1:  # one step is watched for the memory format and the pairs only
             if weights > TRIED and fold == "auto":
                 size = f"{weights / 1e6:.0f} MB of weights"
                 return Fold(why=f"{layout.unproved}, and {size} are too many to try it on copies")
@@ -113,7 +111,7 @@ def _choose(run: Run, x: Tensor, fold: Any, kind: Any, rule: Any) -> Fold:
                 layout.refused = find_difference(run, n, *((rule.step, rule.run_trial) if rule else (Step, run_steps)))
             except PlainError:
                 return Fold()
-    layout.tried[kind], layout.steady = n, layout.refused is None
+    layout.tried[kind], layout.steady = n, layout.refused is None and (n > 1 or pairs is not None)
     return Fold(why=layout.refused) if layout.refused else chosen
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sltt
-from sltt.interop.adapted import Adapter
+from sltt.interop.adapted import Adapter, find_own_code
 from tests.conftest import LOSS, batch
 from tests.interop.libraries import CASES, gradients_of, network_of
 
@@ -60,6 +60,15 @@ def test_gradients_and_states_are_those_of_their_own_code(case):
             found[-1] += (torch.cat([state.flatten() for state in left[-1]]),)
             assert own or calls
         torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_neurons_that_their_own_code_runs_are_named_with_a_reason(case):
+    library, name, settings = CASES[case]
+    model, x, _ = network_of(library(name, **settings))
+    sltt.unroll(model, x, fold=1)
+    found = find_own_code(model)
+    assert [one.split()[0].removesuffix(".module") for one in found] == ([] if case in ADAPTED else ["1", "3"])
 
 
 def jelly_network(**settings):
