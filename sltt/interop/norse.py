@@ -71,7 +71,7 @@ def _check(module: Any, batch: int, kept: bool) -> str | None:
 
 
 def _spikes(module: Any) -> bool:
-    return isinstance(module, SNNCell | SNNRecurrentCell) and not isinstance(module, norse.LICell)
+    return isinstance(module, SNNCell | SNNRecurrentCell) and not isinstance(module, norse.LICell | norse.LIBoxCell)
 
 
 def _translate(keeper: KeepState) -> nn.Module:
@@ -84,12 +84,11 @@ def _translate(keeper: KeepState) -> nn.Module:
 
 def _translate_cell(module: Any) -> nn.Module:
     p = module.p
+    require(type(module) in _STATES, f"holds a {type(module).__name__}, of other dynamics than LIFBoxCell and LIFCell")
     reset: dict[str, Any] = {"v_threshold": read_constant("v_th", p.v_th), "surrogate": _surrogate(p)}
     if type(module) is norse.IAFCell:
         # IAFCell itself marks its v_reset, which is its first membrane potential, to require a gradient
         return leaky(1.0, v_reset=read_constant("v_reset", p.v_reset.detach()), **reset)
-    known = type(module) in (norse.LIFBoxCell, norse.LIFCell)
-    require(known, f"holds a {type(module).__name__}, of other dynamics than LIFBoxCell and LIFCell")
     rest = read_constant("v_leak", p.v_leak)
     if type(module) is norse.LIFCell or p.reset_method is reset_value:
         reset["v_reset"] = read_constant("v_reset", p.v_reset)

@@ -108,4 +108,5 @@ register(
 )
 _advance = lambda module: make_adapter(AfterReset, module, "v", _translate, _constants)  # noqa: E731
 _role = replace(role_of(base.MemoryModule), advance=_advance)
-set_role(neuron.BaseNode, _role)
+for _kind in (neuron.BaseNode, neuron.SimpleBaseNode):
+    set_role(_kind, _role)

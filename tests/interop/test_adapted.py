@@ -11,7 +11,7 @@ from torch import nn
 import sltt
 from sltt.interop.adapted import Adapter, find_own_code
 from tests.conftest import LOSS, batch
-from tests.interop.libraries import CASES, gradients_of, network_of
+from tests.interop.libraries import CASES, gradients_of, network_of, norse
 
 RULES = [sltt.SLTT(), sltt.SLTT(fold=1), sltt.BPTT(fold=3), sltt.TBPTT(window=2), sltt.BPTT(segment=2)]
 KINDS = "LIF", "IF", "PLIF", "Leaky", "Lapicque", "Synaptic", "LIFBox", "IAF"
@@ -62,9 +62,12 @@ def test_gradients_and_states_are_those_of_their_own_code(case):
         torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("case", CASES)
+OTHERS = {f"norse {name}": (norse, name, {}) for name in ("LIFRefracCell", "LIFExCell", "LSNNCell")}
+
+
+@pytest.mark.parametrize("case", [*CASES, *OTHERS])
 def test_neurons_that_their_own_code_runs_are_named_with_a_reason(case):
-    library, name, settings = CASES[case]
+    library, name, settings = (CASES | OTHERS)[case]
     model, x, _ = network_of(library(name, **settings))
     sltt.unroll(model, x, fold=1)
     found = find_own_code(model)
