@@ -169,7 +169,7 @@ def networks(results: Path) -> str:
         headings = "batch, T", "fire", "SpikingJelly's BPTT", "SLTT ÷ it", "BPTT ÷ it", "SLTT ÷ ReLU"
         table = markdown(["network", *headings, "memory: SLTT", "BPTT", "SpikingJelly"], lines)
         clock = "processor time" if where.startswith("1 thread ") else "wall-clock time"
-        tables.append(measured({"hardware": where}, table, clock, f"{len(times['SLTT'])} turns"))
+        tables.append(measured({"hardware": where}, table, clock, f"{len(rows[0]['times']['SLTT'])} turns"))
     return "\n".join(tables)
 
 
