@@ -21,7 +21,7 @@ from sltt.interop.c import Exported, to_c
 from sltt.losses import predict_from, prediction_of
 from sltt.rules import unroll
 from sltt.sequence.modes import evaluation_mode
-from sltt.sequence.padding import lengths_of
+from sltt.sequence.padding import lengths_of, target_of
 from sltt.training.console import Console
 
 MEASURED = 1000  # samples that an accuracy is measured on, at most
@@ -122,7 +122,7 @@ def _write_c(built: Any, splits: Splits, folder: Path, name: str, options: dict[
     samples, of = (
         (splits.unaugmented_train, "training") if splits.validation is None else (splits.validation, "validation")
     )
-    x, y = _batch(splits, samples, SEEN)
+    x, y = _batch(splits, samples, range(SEEN))
     steps = built.steps if splits.static else None
     made = to_c(built.model, x, folder, name=name, steps=steps, **options)
     report.line(f"written to {folder}: `make -C {quote(str(folder))}` tests it")
@@ -155,19 +155,20 @@ def _count_instructions(folder: Path, name: str) -> str:
     return f"{int(shown):,} a sample on a Cortex-M4, counted by QEMU"
 
 
-def _batch(splits: Splits, samples: Any, count: int) -> tuple[Tensor, Any]:
-    return splits.collate_of(samples)([samples[i] for i in range(min(count, len(samples)))])
+def _batch(splits: Splits, samples: Any, rows: range) -> tuple[Tensor, Any]:
+    return splits.collate_of(samples)([samples[i] for i in rows if i < len(samples)])
 
 
 def _accuracies(built: Any, splits: Splits, samples: Any, made: Exported) -> tuple[float, float, int]:
     """Return the accuracy in PyTorch and of the operations in C, on the first samples, and how many these are."""
-    x, y = _batch(splits, samples, MEASURED)
     steps = built.steps if splits.static else None
-    right = [0, 0]
-    for part, target in zip(x.split(50, 0 if splits.static else 1), y.split(50), strict=True):
-        whole = part.expand(built.steps, *part.shape) if splits.static else part
+    right, count = [0, 0], min(len(samples), MEASURED)
+    for first in range(0, count, 50):
+        x, y = _batch(splits, samples, range(first, first + 50))
+        whole = x.expand(built.steps, *x.shape) if splits.static else x
         with evaluation_mode(built.model):
-            logits = unroll(built.model, part, steps=steps), made.network.unroll(whole)
+            logits = unroll(built.model, x, steps=steps), made.network.unroll(whole)
         for i, one in enumerate(logits):
-            right[i] += int((predict_from(prediction_of(built.loss), one).argmax(1) == target).sum())
-    return right[0] / len(y), right[1] / len(y), len(y)
+            prediction = predict_from(prediction_of(built.loss), one, lengths_of(y))
+            right[i] += int((prediction.argmax(1) == target_of(y)).sum())
+    return right[0] / count, right[1] / count, count

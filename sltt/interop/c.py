@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from sltt import checks
 from sltt.interop.c_integers import in_integers
-from sltt.interop.c_network import Network
+from sltt.interop.c_network import Fire, Network, Operation
 from sltt.interop.c_reading import read
 from sltt.interop.c_writing import Program, lines_of
 from sltt.interop.conversion import check_finite
@@ -22,6 +23,7 @@ from sltt.sequence.steps import time_steps
 log = logging.getLogger("sltt")
 Arithmetic = Literal["float32", "int8"]
 VECTORS = 4  # samples in the test of the exported network
+ROUNDED = 0.2  # rounding may change this share of the spikes of a layer, given the same inputs
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def to_c(
     expected = unroll(model, x)
     network = read(model, x[0], sequence.steps)
     margin = torch.empty(x.shape[1])
-    network.unroll(x, margin=margin)
+    network.unroll(x, margin)
     if weights == "int8":
         network = _quantise(network, x)
         expected = network.unroll(x)
@@ -122,17 +124,31 @@ def to_c(
     return Exported(folder, network, program.flash, program.ram)
 
 
+@torch.no_grad()
 def _quantise(network: Network, x: Tensor) -> Network:
-    """Return the network in integers; warn of layers that fall silent or saturate on sequences x."""
-    before: dict[str, float] = {}
-    after: dict[str, float] = {}
-    network.unroll(x, before)
-    integers = in_integers(network, x)
-    integers.unroll(x, after)
-    for name, rate in before.items():
-        if after[name] < 0.1 * rate or (after[name] > 0.95 and after[name] > rate + 0.05):
-            state = "falls silent" if after[name] < rate else "saturates"
-            log.warning("%s %s in int8: it fires at a rate of %.2g, before %.2g", name, state, after[name], rate)
+    """Return the network in integers; warn of each layer whose output on sequences x is rounded too far."""
+    integers, spikes = in_integers(network, x), {op.name: op.output for op in network.neurons}
+    apart, most = Counter[str](), Counter[str]()
+
+    def compare(op: Operation, output: Tensor) -> Tensor:
+        if not isinstance(op, Fire):
+            return output
+        before = values[spikes[op.name]].double()
+        apart[op.name] += int((before != output).sum())
+        most[op.name] += int((before + output > 0).sum())
+        return before  # so that the rounding of each layer counts alone
+
+    rounded, error, spread = integers.run(x, compare), 0.0, 0.0
+    for values in network.run(x):
+        logits, after = values[network.output], next(rounded)[integers.output] * integers.logit_scale
+        error += (after - logits).square().sum().item()
+        spread += (logits - logits.mean((0, 1))).square().sum().item()
+    shares = {f"of the spikes of {name}": apart[name] / total for name, total in most.items() if total}
+    shares["of the spread of the logits"] = (error / max(spread, 1e-30)) ** 0.5
+    for what, share in shares.items():
+        if share > ROUNDED:
+            remedy = "train with quantised='int8', or use weights='float32'"
+            log.warning("rounding to int8 changes %.0f%% %s: %s", 100 * share, what, remedy)
     return integers
 
 

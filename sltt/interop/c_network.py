@@ -3,6 +3,7 @@
 Shapes: B samples, C channels, H×W pixels; what is no image has one pixel. C stores the channels last.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -245,31 +246,35 @@ class Network:
         return ((units.abs() + 0.5).floor() * units.sign()).clamp(-127, 127).double()
 
     @torch.no_grad()
-    def unroll(self, x: Tensor, rates: dict[str, float] | None = None, margin: Tensor | None = None) -> Tensor:
+    def unroll(self, x: Tensor, margin: Tensor | None = None) -> Tensor:
         """Run sequences [T, B, ...] by plain operations of PyTorch, and return the logits [T, B, classes].
 
-        Integers are computed in float64, which holds each of them exactly. `rates` takes the firing rate of each layer
-        of neurons, `margin` [B] how near any potential came to its threshold.
+        Integers are computed in float64, which holds each of them exactly. `margin` [B] takes how near any potential
+        came to its threshold.
         """
-        x = self.to_integers(x) if self.integers else x.float()
-        values: dict[Value, Tensor] = {}
         start = {} if margin is None else {"margin": torch.full_like(margin, torch.inf)}
         states: dict[Operation, dict[str, Tensor]] = {op: dict(start) for op in self.operations}
-        fired = {op.name: 0.0 for op in self.neurons}
-        logits = []
+        logits = torch.stack([values[self.output].flatten(1) for values in self.run(x, states=states)])
+        if margin is not None:
+            margin.copy_(torch.stack([states[op]["margin"] for op in self.operations]).amin(0))
+        return logits
+
+    def run(
+        self,
+        x: Tensor,
+        change: Callable[[Operation, Tensor], Tensor] = lambda op, output: output,
+        states: dict[Operation, dict[str, Tensor]] | None = None,
+    ) -> Iterator[dict[Value, Tensor]]:
+        """Yield the values of each time step; `change` returns what others read of an operation's output."""
+        x = self.to_integers(x) if self.integers else x.float()
+        values: dict[Value, Tensor] = {}
+        states = states or {op: {} for op in self.operations}
         for frame in x:
             values[self.input] = frame.reshape(-1, *self.input.shape)
             for op in self.operations:
                 before = [values.get(v, x.new_zeros(x.shape[1], *v.shape)) for v in op.inputs]
-                values[op.output] = op.run(states[op], *before)
-                if isinstance(op, Fire):
-                    fired[op.name] += values[op.output].mean().item() / len(x)
-            logits.append(values[self.output].flatten(1))
-        if rates is not None:
-            rates.update(fired)
-        if margin is not None:
-            margin.copy_(torch.stack([states[op]["margin"] for op in self.operations]).amin(0))
-        return torch.stack(logits)
+                values[op.output] = change(op, op.run(states[op], *before))
+            yield values
 
 
 def _channels(vector: Tensor) -> Tensor:

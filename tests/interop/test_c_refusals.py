@@ -97,13 +97,23 @@ def test_changes_in_place_that_a_trace_does_not_show_are_refused(tmp_path):
         to_c(InPlace(), torch.randn(2, 2, 6), tmp_path / "a")
 
 
-def test_integers_that_change_a_layer_are_named_in_a_warning(tmp_path, caplog):
+CHANGED = {None: "", 0: "of the spikes of 1 (LIF)", 2: "of the spikes of 3 (IF)", 4: "of the spread of the logits"}
+
+
+@pytest.mark.parametrize("place", CHANGED)
+def test_only_the_layer_that_integers_change_is_named_in_a_warning(place, tmp_path, caplog):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8, bias=False), sltt.LIF(), nn.Linear(8, 3))
-    with torch.no_grad():
-        model[0].weight[:, 0] = 100.0  # one large weight takes the scale of the channel: the others round to 0
-        model[0].weight[:, 1:] = 0.35
+    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(v_threshold=0.3), nn.Linear(8, 8), sltt.IF(), nn.Linear(8, 3))
     x = torch.rand(4, 20, 6) + 0.5
     x[..., 0] = 0
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.abs_()
+            layer.bias[0] = -100.0  # silent
+        if place is not None:
+            model[place].weight[:, 0] = 100.0  # of an input of zeros: takes the scale, and the others round to 0
     to_c(model, x, tmp_path / "a", weights="int8")
-    assert "1 (LIF) falls silent in int8: it fires at a rate of 0, before" in caplog.text
+    warnings = [record.getMessage() for record in caplog.records]
+    assert [f"% {CHANGED[place]}: train with quantised='int8'" in warning for warning in warnings] == [True][
+        : place is not None
+    ]
