@@ -45,11 +45,8 @@ int main(void)
     TIMER[0] = 5;
     for (int i = 0; i < SAMPLES * UPPER_STEPS; i++) {
         NAME_logit got[UPPER_CLASSES];
-        int t = i % UPPER_STEPS, frame = i / UPPER_STEPS * FRAMES + (t < FRAMES ? t : FRAMES - 1);
-        if (t == 0)
-            NAME_reset(&net);
         unsigned before = TIMER[2];
-        NAME_step(&net, inputs + frame * UPPER_INPUTS, got);
+        step(i / UPPER_STEPS, i % UPPER_STEPS, got);
         ticks += (before - TIMER[2]) & 0xFFFFFF;
     }
     printf("%lu\n", (unsigned long)(ticks * 40 / SAMPLES));

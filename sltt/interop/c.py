@@ -100,7 +100,9 @@ def to_c(
     if weights == "int8":
         network = _quantise(network, x)
         expected = network.unroll(x)
-    program = Program(network, name, events=not sequence.static)
+    program = Program(network.keep(True) if sequence.static else network, name, events=not sequence.static)
+    if sequence.static and program.ram > limits.get("RAM", program.ram):
+        program = Program(network.keep(False), name, events=False)
     or_int8 = ", or use weights='int8'" if weights == "float32" else ""
     for what, limit in limits.items():
         if (used := getattr(program, what.lower())) > limit:
@@ -110,7 +112,7 @@ def to_c(
     # floats are summed in another order than PyTorch's, which may change a spike where a potential meets its threshold
     tested = margin.argsort(descending=True, stable=True)[:VECTORS]
     given = x[:1, tested] if sequence.static else x[:, tested]
-    given = network.to_integers(given) if network.integers else given
+    given, network = network.to_integers(given) if network.integers else given, program.network
     files = {
         f"{name}.h": program.header(),
         f"{name}.c": program.source(),
@@ -162,7 +164,9 @@ def _test(program: Program, x: Tensor, expected: Tensor) -> str:
     """Return NAME_test.c: the inputs [T or 1, B, ...] and the logits [T, B, classes] that they must give."""
     network, name, N = program.network, program.name, program.name.upper()
     inputs, logits = pixels_first(network, x), expected.transpose(0, 1)
-    samples, frames = inputs.shape[:2]
+    samples = len(inputs)
+    at_reset, at_step = f", inputs + sample * {N}_INPUTS", f", inputs + (sample * {N}_STEPS + t) * {N}_INPUTS"
+    at_reset, at_step = (at_reset, "") if network.once else ("", at_step)
     tolerance = "0" if network.integers else "1e-4f * (1.0f + (expected[k] < 0 ? -expected[k] : expected[k]))"
     return f"""/* Runs {name} on {samples} samples, and compares the logits of each step with the trained network's. */
 
@@ -171,9 +175,8 @@ def _test(program: Program, x: Tensor, expected: Tensor) -> str:
 #include "{name}.h"
 
 #define SAMPLES {samples}
-#define FRAMES {frames} /* of a sample; the last is shown until its end */
 
-static const {name}_input inputs[SAMPLES * FRAMES * {N}_INPUTS] = {{
+static const {name}_input inputs[{inputs.numel()}] = {{
 {lines_of(inputs, program.types["input"])}
 }};
 
@@ -183,24 +186,28 @@ static const {name}_logit logits[SAMPLES * {N}_STEPS * {N}_CLASSES] = {{
 
 static {name}_net net;
 
+static void step(int sample, int t, {name}_logit *got)
+{{
+    if (t == 0)
+        {name}_reset(&net{at_reset});
+    {name}_step(&net{at_step}, got);
+}}
+
 int main(void)
 {{
     int wrong = 0;
 
-    for (int sample = 0; sample < SAMPLES; sample++) {{
-        {name}_reset(&net);
+    for (int sample = 0; sample < SAMPLES; sample++)
         for (int t = 0; t < {N}_STEPS; t++) {{
-            const int frame = sample * FRAMES + (t < FRAMES ? t : FRAMES - 1);
             const {name}_logit *expected = logits + (sample * {N}_STEPS + t) * {N}_CLASSES;
             {name}_logit got[{N}_CLASSES];
 
-            {name}_step(&net, inputs + frame * {N}_INPUTS, got);
+            step(sample, t, got);
             for (int k = 0; k < {N}_CLASSES; k++) {{
                 const {name}_logit apart = got[k] > expected[k] ? got[k] - expected[k] : expected[k] - got[k];
                 wrong += !(apart <= {tolerance});
             }}
         }}
-    }}
     printf("{name}: %d samples, %d of %d logits differ\\n", SAMPLES, wrong, SAMPLES * {N}_STEPS * {N}_CLASSES);
     return wrong != 0;
 }}
@@ -229,7 +236,10 @@ clean:
 
 def _readme(program: Program) -> str:
     name, N, network = program.name, program.name.upper(), program.network
-    frame = f"{name}_step(&net, frame, logits);   /* {N}_INPUTS values, channels last */"
+    reset, frame = f"{name}_reset(&net);", f"{name}_step(&net, frame, logits);   /* {N}_INPUTS values, channels last */"
+    if network.once:
+        reset = f"{name}_reset(&net, input);   /* {N}_INPUTS values, channels last, which all steps see */"
+        frame = f"{name}_step(&net, logits);"
     if program.events:
         where = "x, y, polarity" if network.input.shape[1:] != (1, 1) else "i"
         frame = (
@@ -257,7 +267,7 @@ A trained spiking network in C11. `{name}.c` needs `{name}.h`, `<stdint.h>` and 
 
 static {name}_net net;
 
-{name}_reset(&net);
+{reset}
 {name}_logit sum[{N}_CLASSES] = {{0}};
 for (int t = 0; t < {N}_STEPS; t++) {{
     {name}_logit logits[{N}_CLASSES];

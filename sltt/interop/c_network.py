@@ -3,8 +3,9 @@
 Shapes: B samples, C channels, H×W pixels; what is no image has one pixel. C stores the channels last.
 """
 
+import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -194,6 +195,16 @@ class Spread(Operation):
 
 
 @dataclass(eq=False)
+class Keep(Operation):
+    """A value that stays for all time steps of a sample; in integers, as neurons read it, over 2^shift."""
+
+    shift: int = 0
+
+    def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        return _shift_right(inputs[0], self.shift) if self.shift else inputs[0]
+
+
+@dataclass(eq=False)
 class Taps(Operation):
     """The inputs of some time steps ago, joined along the channels; they are kept in a ring of the last `depth`."""
 
@@ -220,6 +231,7 @@ class Network:
         logit_scale: the same of logits.
         integers: weights are int8, sums int32, and states int16.
         bounds: no integer of a value is larger.
+        once: how many operations at the begin run once for a sample, whose input is static; 0 for sequences.
     """
 
     operations: list[Operation]
@@ -230,6 +242,7 @@ class Network:
     logit_scale: float = 1.0
     integers: bool = False
     bounds: dict[Value, float] = field(default_factory=dict)
+    once: int = 0
 
     @property
     def neurons(self) -> list[Fire]:
@@ -239,6 +252,29 @@ class Network:
     def readers(self, value: Value) -> int:
         """Count the readers of a value, the caller of the network among them."""
         return sum(op.inputs.count(value) for op in self.operations) + (value is self.output)
+
+    def keep(self, compute: bool) -> "Network":
+        """Return the network of a static input, which it keeps; or, with `compute`, what it computes before states."""
+        operations, kept, known = [copy.copy(op) for op in self.operations], dict(self.bounds), {self.input}
+        first: list[Operation] = []
+        for op in operations if compute else ():
+            if known.issuperset(op.inputs) and not isinstance(op, Fire | Taps) and op.output is not self.output:
+                first.append(op)
+                known.add(op.output)
+        rest, begin = [op for op in operations if op not in first], [*first]
+        for value, maker in [(self.input, None), *((op.output, op) for op in first)]:
+            if not (readers := [op for op in rest if value in op.inputs]):
+                continue
+            shifts = {op.shift if isinstance(op, Fire) else 0 for op in readers}
+            name = f"the output of {maker.name}" if maker else "the input"
+            keep = Keep(name, [value], Value(value.shape), shifts.pop() if len(shifts) == 1 else 0)
+            kept[keep.output] = kept.get(value, 0.0) / 2**keep.shift
+            for op in readers:
+                op.inputs = [keep.output if one is value else one for one in op.inputs]
+                if isinstance(op, Fire):
+                    op.shift -= keep.shift
+            begin.insert(begin.index(maker) + 1 if maker else 0, keep)
+        return replace(self, operations=[*begin, *rest], bounds=kept, once=len(begin))
 
     def to_integers(self, x: Tensor) -> Tensor:
         """Return an input as integers in ±127, in units of `input_scale`, as NAME_quantise does."""

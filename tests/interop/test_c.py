@@ -120,6 +120,13 @@ def more_networks() -> dict[str, Any]:
     for layer in chain[::2]:
         layer.weight.data *= 3
     found["small neurons of each kind"] = nn.Sequential(*chain, nn.Linear(12, 3)), (8, 4, 12), None
+    found["kept sums"] = Sums(), (4, 2, 5, 5), 5
+    found["kept where there is room"] = sltt.models.MLP([16, 64, 10]), (4, 16), 5
+    found["kept for a delay"] = (
+        nn.Sequential(sltt.Delay([1, 0]), *dilated[2:], nn.Linear(8 * 12 * 9, 5)),
+        (4, 4, 12, 9),
+        5,
+    )
     late = [sltt.Delay([0, 3]), nn.Conv2d(4, 12, 3, padding=1), sltt.LIF(v_threshold=0.3), sltt.Delay([2, 0, 5])]
     late += [nn.Conv2d(36, 40, 3, groups=4), sltt.LIF(v_threshold=0.2), sltt.Delay([0]), sltt.Delay([1, 4])]
     late += [nn.AvgPool2d(2), sltt.Delay([0, 1]), nn.Flatten(), sltt.Delay([0, 2]), nn.Linear(1280, 33)]
@@ -170,8 +177,8 @@ def compiled(tmp_path_factory):
         settle(model, x, steps)
         whole = x if steps is None else x.expand(steps, *x.shape)
         for weights in ("float32", "int8"):
-            name = f"n{i}_{weights}"
-            exported = to_c(model, x, folder / name, name=name, steps=steps, weights=weights)
+            name, ram = f"n{i}_{weights}", {"float32": 650, "int8": 500}[weights] if "room" in key else None
+            exported = to_c(model, x, folder / name, name=name, steps=steps, weights=weights, ram=ram)
             cases[key, weights] = Case(model.eval(), whole, exported, name)
     names = [case.name for case in cases.values()]
     sizes = "".join(
@@ -195,10 +202,11 @@ def run(case: Case, library: Any) -> torch.Tensor:
     net = np.full(case.exported.ram // 4, 1 << 30, dtype=np.int32)
     logits = np.zeros((*case.x.shape[:2], network.output.size), np.int32 if network.integers else np.float32)
     for b in range(logits.shape[1]):
-        getattr(library, f"{name}_reset")(net.ctypes.data_as(ctypes.c_void_p))
         for t in range(len(logits)):
-            places = [a.ctypes.data_as(ctypes.c_void_p) for a in (net, inputs[b, t], logits[t, b])]
-            getattr(library, f"{name}_step")(*places)
+            at, given, out = (a.ctypes.data_as(ctypes.c_void_p) for a in (net, inputs[b, t], logits[t, b]))
+            if t == 0:
+                getattr(library, f"{name}_reset")(at, *[given] * bool(network.once))
+            getattr(library, f"{name}_step")(at, *[given] * (not network.once), out)
     return torch.from_numpy(logits)
 
 
@@ -221,6 +229,25 @@ def test_c_in_integers_is_the_reference_to_the_last_bit(key, compiled):
     expected = sltt.unroll(case.model, case.x).mean(0)
     apart = (got.mean(0, dtype=torch.float64) * case.exported.network.logit_scale - expected).std()
     assert apart < (0.1 if key == "finer units" else 0.5) * expected.std()
+
+
+ONCE = {
+    "DigitsNet": ["features.0 (Conv2d)", "the output of features.0 (Conv2d)"],
+    "kept sums": ["one (Conv2d)", "the output of one (Conv2d)"] * 2,
+    "kept where there is room": ["the input"],
+    "kept for a delay": ["the input"],
+    "events": [],
+}
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("key", ONCE)
+def test_layers_before_the_first_states_of_a_static_input_run_once(key, weights, compiled):
+    case = compiled[0][key, weights]
+    network, folder = case.exported.network, case.exported.folder
+    assert [op.name for op in network.operations[: network.once]] == ONCE[key]
+    step = (folder / f"{case.name}.c").read_text().partition(f"{case.name}_step(")[2].partition("}")[0]
+    assert ("input" in step) == (not ONCE[key])
 
 
 def test_no_sum_of_integers_leaves_32_bits(tmp_path):
@@ -371,9 +398,7 @@ int main(void)
 {
     for (int t = 0; t < SAMPLES * DIGITS_STEPS; t++) {
         digits_logit got[DIGITS_CLASSES];
-        if (t % DIGITS_STEPS == 0)
-            digits_reset(&net);
-        digits_step(&net, inputs + t / DIGITS_STEPS * DIGITS_INPUTS, got);
+        step(t / DIGITS_STEPS, t % DIGITS_STEPS, got);
         for (int k = 0; k < DIGITS_CLASSES; k++) {
             uint32_t bits;
             memcpy(&bits, got + k, 4);
