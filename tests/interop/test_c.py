@@ -17,7 +17,7 @@ from torch import nn
 import sltt
 from sltt.analysis import measure_energy
 from sltt.commands import main
-from sltt.commands.export import CORTEX, _count_instructions
+from sltt.commands.export import CORTEX, _measure
 from sltt.interop import to_c
 from sltt.interop.c import Exported, pixels_first
 from sltt.models.resnet import Block
@@ -349,7 +349,9 @@ def test_the_command_exports_a_run_and_says_what_it_costs(recipe, tmp_path, monk
     assert main(["export", str(folder), "--to", "c", "--out", "int8", "--name", "small", "--weights", "int8"]) == 0
     shown = capsys.readouterr().out
     for place, name in ((folder / "c", recipe.replace("-", "_")), (tmp_path / "int8", "small")):
-        assert re.search(rf"RAM +[\d,]+ bytes, sizeof\({name}_net\)\noperations .* sums and .*\ninstructions", shown)
+        assert re.search(
+            rf"RAM +[\d,]+ bytes, sizeof\({name}_net\), .*stack\noperations .* sums and .*\ninstructions", shown
+        )
         subprocess.run(["make", "-s"], cwd=place, check=True)
         assert ("_event(" in (place / f"{name}.h").read_text()) == (recipe != "digits")
     floats, integers = re.findall(r"accuracy +([\d.]+)% in C, ([\d.]+)% in PyTorch, on 143 validation samples", shown)
@@ -429,7 +431,8 @@ def test_the_digits_run_on_a_cortex_m4_with_the_same_bits(weights, tmp_path):
             pytest.skip(f"{program} is not installed")
     model, x = sltt.models.DigitsNet(width=16), torch.randn(8, 1, 8, 8)
     settle(model, x, 4)
-    folder = to_c(model, x, tmp_path / "digits", name="digits", steps=4, weights=weights).folder
+    exported = to_c(model, x, tmp_path / "digits", name="digits", steps=4, weights=weights)
+    folder = exported.folder
     (folder / "driver.c").write_text(DRIVER)
     (folder / "start.c").write_text(START)
     here, there = ["./here"], ["qemu-system-arm", "-M", "mps2-an386", "-nographic", "-semihosting", "-kernel", "there"]
@@ -444,6 +447,15 @@ def test_the_digits_run_on_a_cortex_m4_with_the_same_bits(weights, tmp_path):
     assert shown[0] == shown[1]
     assert "digits: 4 samples, 0 of 160 logits differ" in shown[0]
     assert len(set(shown[0].splitlines())) > 20
-    counted, energy = _count_instructions(folder, "digits"), measure_energy(model, x, steps=4)
+    energy, measured = measure_energy(model, x, steps=4), _measure(folder, "digits")
+    flash, stack, counted = (int(re.sub(r"\D", "", one.partition(" a sample")[0])) for one in measured)
     operations = energy.total("effective_acs") + energy.total("effective_macs")
-    assert 2 < int(counted.partition(" ")[0].replace(",", "")) / operations < 12
+    assert 2 < counted / operations < 12
+    assert 1500 < flash - exported.flash < 5000
+    frames = ["arm-none-eabi-gcc", *CORTEX, "-fstack-usage", "-c", "-o", "digits.o", "digits.c"]
+    subprocess.run(frames, cwd=folder, check=True)
+    frames = dict(re.findall(r":(\w+)[.\w]*\t(\d+)", (folder / "digits.su").read_text()))
+    of_step, of_conv, of_rows = (
+        int(frames[one]) for one in ("digits_step", f"conv{'_8' * (weights == 'int8')}", "add_rows")
+    )
+    assert of_step + of_rows <= stack <= of_step + of_conv + of_rows + 8
