@@ -76,8 +76,7 @@ def to_c(
 
     Raises:
         ValueError: naming every layer that C has not, or the largest of a network that does not fit; for weights that
-            are not finite, a folder that exists, a name that is none in C, or fewer than 2 classes. Nothing is written
-            then.
+            are not finite, a folder that exists, or a name that is none in C. Nothing is written then.
     """
     checks.instance("model", model, nn.Module)
     checks.choice("weights", weights, get_args(Arithmetic))
@@ -275,7 +274,7 @@ for (int t = 0; t < {N}_STEPS; t++) {{
     for (int k = 0; k < {N}_CLASSES; k++)
         sum[k] += logits[k];
 }}
-/* the class is the index of the largest sum */
+/* the {f"prediction is sum[0] / {N}_STEPS" if network.output.size == 1 else "class is the index of the largest sum"} */
 ```
 
 | | |

@@ -150,7 +150,7 @@ class Fire(Operation):
 
 @dataclass(eq=False)
 class Pool(Operation):
-    """Max pooling, or average pooling: the sum of each window times `factor`.
+    """Max pooling, whose last windows may with `ceil` reach over the border; or the sum of each window times `factor`.
 
     With `adaptive`, averages over windows of several sizes: only a linear layer behind it can take these in.
     """
@@ -160,12 +160,13 @@ class Pool(Operation):
     padding: tuple[int, int] = (0, 0)
     factor: float = 1.0
     largest: bool = False
+    ceil: bool = False
     adaptive: bool = False
 
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         x = inputs[0]
         if self.largest:
-            return F.max_pool2d(x, self.kernel, self.stride, self.padding)
+            return F.max_pool2d(x, self.kernel, self.stride, self.padding, ceil_mode=self.ceil)
         return F.avg_pool2d(x, self.kernel, self.stride, self.padding, divisor_override=1) * self.factor
 
 

@@ -92,6 +92,9 @@ class Program:
     def header(self) -> str:
         """Return NAME.h."""
         name, N = self.name, self.name.upper()
+        how = "The largest sum" if self.network.output.size > 1 else "The mean"
+        given = "" if self.network.once else f": {N}_INPUTS inputs"
+        fits = ": a sum fits in 32 bits" if self.network.integers else ""
         channels, height, width = self.network.input.shape
         scales = f"""#define {N}_INPUT_SCALE {_literal(self.network.input_scale)} /* an input of 1 stands for this */
 #define {N}_LOGIT_SCALE {_literal(self.network.logit_scale)} /* a logit of 1 stands for this */
@@ -125,9 +128,7 @@ typedef struct {{
 /* Begin a sample{", whose input of {N}_INPUTS values all time steps see" if self.network.once else ""}. */
 void {self.reset};
 
-/* Take one time step{"" if self.network.once else ": {N}_INPUTS inputs"} to {N}_CLASSES logits. The largest sum over {
-            N
-        }_STEPS steps is the prediction{": it fits in 32 bits" if self.network.integers else ""}. */
+/* Take one time step{given} to {N}_CLASSES logits. {how} over {N}_STEPS steps is the prediction{fits}. */
 void {self.step};
 {quantise if self.network.integers else ""}{self._events()[0] if self.events else ""}
 #ifdef __cplusplus

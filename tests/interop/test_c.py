@@ -68,6 +68,27 @@ class Sums(nn.Module):
         return self.head((y + self.third(self.one(x) + y)).flatten(1))
 
 
+class Written(nn.Module):
+    """What people write instead of layers, with one output."""
+
+    def __init__(self, image: bool):
+        super().__init__()
+        self.image, conv = image, nn.Conv2d if image else nn.Conv1d
+        self.conv, self.pool = conv(3, 8, 3), (nn.MaxPool2d if image else nn.MaxPool1d)(2, ceil_mode=True)
+        self.next, self.neuron, self.last = (
+            conv(8, 6, 3, bias=False),
+            sltt.LIF(v_threshold=0.3),
+            sltt.LIF(v_threshold=0.1),
+        )
+        self.one, self.two = nn.Linear(6, 1), nn.Linear(6 * (9 if image else 3), 1, bias=False)
+
+    def forward(self, x):
+        x = self.pool(self.neuron(self.conv(0.25 + (x - 0.5) + 0.25)))
+        x = self.last(self.next(x))
+        mean = torch.mean(x, dim=(-1, 2)) if self.image else x.mean(-1, keepdim=True).squeeze(-1)
+        return self.one(mean.view(mean.size(0), -1)) + self.two(x.reshape(x.shape[0], -1)) - 0.5
+
+
 def networks() -> dict[str, tuple[nn.Module, tuple[int, ...], int | None]]:
     """Networks by name, with the shape of an input and T of a static one."""
     torch.manual_seed(0)
@@ -120,6 +141,8 @@ def more_networks() -> dict[str, Any]:
     for layer in chain[::2]:
         layer.weight.data *= 3
     found["small neurons of each kind"] = nn.Sequential(*chain, nn.Linear(12, 3)), (8, 4, 12), None
+    found["one output"] = Written(True), (6, 4, 3, 11, 11), None
+    found["one output of a signal"] = Written(False), (6, 4, 3, 11), None
     found["kept sums"] = Sums(), (4, 2, 5, 5), 5
     found["kept where there is room"] = sltt.models.MLP([16, 64, 10]), (4, 16), 5
     found["kept for a delay"] = (

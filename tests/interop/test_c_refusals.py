@@ -36,14 +36,14 @@ def test_bad_options_of_layers_and_operations_are_named_all_at_once(tmp_path):
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.head = nn.Conv2d(1, 2, 3, padding_mode="reflect"), nn.Linear(72, 3)
+            self.conv, self.head = nn.Conv2d(1, 2, 3, padding_mode="reflect"), nn.Linear(36, 3)
             self.pool = nn.AdaptiveAvgPool2d(5)
             self.neuron = sltt.LIF()
 
         def forward(self, x):
-            return self.head((self.neuron(self.conv(x)) * x[:, :, 2:, 2:]).flatten(1))
+            return self.head((self.neuron(self.conv(x)) * x[:, :, 2:, 2:]).mean(1).flatten(1))
 
-    expected = r"conv \(Conv2d\), which pads by other than zeros; the operation getitem in the model \(Odd\)"
+    expected = r"conv \(Conv2d\), which pads by other than zeros; the operation getitem in the model \(Odd\);.* mean in"
     with pytest.raises(ValueError, match=expected):
         to_c(Odd(), torch.randn(2, 2, 1, 8, 8), tmp_path / "a")
     odd = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(4), sltt.LIF(), nn.Flatten(), nn.Linear(32, 3))
@@ -64,7 +64,11 @@ def test_bad_input_is_refused_with_the_remedy(tmp_path):
     refused("exists: choose another folder", model, x, folder=tmp_path)
     refused("steps must be at least 1, got 0", model, x[0], steps=0)
     refused("at least one time step", model, x[:0])
-    refused(r"of 2 classes or more, got \[2, 1\]: train it", nn.Sequential(nn.Linear(6, 1), sltt.LIF()), x)
+    refused(
+        r"expected .* \[B, classes\], got \[2, 2, 4\]: put a linear layer last",
+        nn.Sequential(nn.Conv1d(1, 2, 3), sltt.LIF()),
+        x[:, :, None],
+    )
     refused("weights must be one of 'float32', 'int8', got 'int4'", model, x, weights="int4")
     refused("ram must be at least 1, got 0", model, x, ram=0)
     taken = r"network takes 92 bytes of RAM in float32, more than 91; {} takes 36 of them: make it smaller, or use we"
