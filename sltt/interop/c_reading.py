@@ -49,7 +49,15 @@ def read(model: nn.Module, x: Tensor, steps: int) -> Network:
     return network
 
 
+_NEAREST = {"LayerNorm": "BatchNorm", "GroupNorm": "BatchNorm", "InstanceNorm": "BatchNorm", "ReLU": "neurons"} | {
+    "AdaptiveMaxPool": "MaxPool",
+    "Softmax": "no softmax: losses take logits",
+    "operation cat": "a sum of a layer for each",
+}
+
+
 def _refuse(problems: list[str]) -> None:
+    problems = [p + "".join(f" (use {near})" for word, near in _NEAREST.items() if word in p) for p in problems]
     if problems:
         remedy = "the layers that docs/to-a-microcontroller.md lists, or export one step by sltt.interop.to_onnx"
         raise ValueError(f"C has no counterpart for {'; '.join(problems)}. Train a network of {remedy}")

@@ -173,6 +173,7 @@ def trace(model: nn.Module, tracer: type[fx.Tracer] = Tracer, remedy: str = "") 
     except Exception as error:  # of any kind, since symbols run through the network's own code
         remedy = f"Write its forward without control flow that depends on values{remedy}"
         reason = " ".join(str(error).split())
+        remedy += "; x.shape[0] for len(x)" * ("'len'" in reason)
         raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx: {reason}. {remedy}") from error
 
 

@@ -17,10 +17,10 @@ class Own(sltt.LIF):
 
 
 REFUSED = {
-    "GroupNorm": (nn.GroupNorm(2, 6), r"0 \(GroupNorm\)"),
+    "GroupNorm": (nn.GroupNorm(2, 6), r"0 \(GroupNorm\) \(use BatchNorm\)"),
     "a neuron of one's own": (Own(), r"0 \(Own\)"),
     "RunningMax": (sltt.RunningMax(nn.MaxPool1d(1)), r"0 \(RunningMax\)"),
-    "an activation": (nn.ReLU(), r"0 \(ReLU\)"),
+    "an activation": (nn.ReLU(), r"0 \(ReLU\) \(use neurons\)"),
 }
 
 
@@ -51,6 +51,11 @@ def test_bad_options_of_layers_and_operations_are_named_all_at_once(tmp_path):
         to_c(odd, torch.randn(2, 2, 1, 8, 8), tmp_path / "a")
 
 
+class Len(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.reshape(len(x), -1))
+
+
 def test_bad_input_is_refused_with_the_remedy(tmp_path):
     model, x = nn.Sequential(nn.Linear(6, 8), sltt.LIF(), nn.Linear(8, 3)), torch.randn(4, 2, 6)
 
@@ -61,6 +66,7 @@ def test_bad_input_is_refused_with_the_remedy(tmp_path):
 
     for name in ("2d", 3, 'x"', "x\n", "layer1_x"):
         refused(f"name must be a name in C, .* got {re.escape(repr(name))}; such as my_network", model, x, name=name)
+    refused(r"traced by torch.fx: .* values; x.shape\[0\] for len\(x\)", Len(*model), x)
     refused("exists: choose another folder", model, x, folder=tmp_path)
     refused("steps must be at least 1, got 0", model, x[0], steps=0)
     refused("at least one time step", model, x[:0])
