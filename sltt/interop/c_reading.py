@@ -81,6 +81,10 @@ class _Reader:
         (x,), given = inputs, call.inputs[0].shape
         if kind == "output":
             return x
+        if kind == "image":
+            require(not self.operations, ", which is not the first")
+            x.shape = _image(call.shape)
+            return x
         if kind in ("factor", "shift"):
             gain, shift = (layer, 0.0) if kind == "factor" else (1.0, layer)
             return self._affine(name, x, torch.tensor([gain]), torch.tensor([shift]))

@@ -31,7 +31,8 @@ class Call:
     Attributes:
         path: of the layer in the network; of an operation, its name in the trace, which no layer has.
         place: how messages name the call.
-        kind: the class in LAYERS that the layer computes as, "sum", "factor", "shift", "input" or "output"; or None.
+        kind: the class in LAYERS that the layer computes as, "sum", "factor", "shift", "input", "image" (an input
+            without channels gets one), "output"; or None.
         layer: for a function, the layer that does the same; of a "factor" or a "shift", the number.
         inputs: the calls whose outputs it reads.
         shape: of the output [B, ...].
@@ -143,6 +144,8 @@ class _Reader(fx.Interpreter):
             and shape[0] == inputs[0].shape[0]
         ):
             return nn.Flatten, nn.Flatten()
+        if name == "unsqueeze" and inputs[0].kind == "input" and shape[1] == 1:
+            return "image", None
         if len(inputs) == 1 and name == "mean" and n.kwargs.keys() <= {"dim", "keepdim"}:
             dims: Any = n.kwargs.get("dim", (*n.args, None)[1])
             size = len(inputs[0].shape)

@@ -89,6 +89,11 @@ class Written(nn.Module):
         return self.one(mean.view(mean.size(0), -1)) + self.two(x.reshape(x.shape[0], -1)) - 0.5
 
 
+class Unsqueezed(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.unsqueeze(1))
+
+
 def networks() -> dict[str, tuple[nn.Module, tuple[int, ...], int | None]]:
     """Networks by name, with the shape of an input and T of a static one."""
     torch.manual_seed(0)
@@ -141,6 +146,8 @@ def more_networks() -> dict[str, Any]:
     for layer in chain[::2]:
         layer.weight.data *= 3
     found["small neurons of each kind"] = nn.Sequential(*chain, nn.Linear(12, 3)), (8, 4, 12), None
+    grey = [nn.Conv2d(1, 8, 3), sltt.LIF(v_threshold=0.3), nn.Flatten(), nn.Linear(8 * 12, 3)]
+    found["without channels"] = Unsqueezed(*grey), (6, 4, 8, 4), None
     found["one output"] = Written(True), (6, 4, 3, 11, 11), None
     found["one output of a signal"] = Written(False), (6, 4, 3, 11), None
     found["kept sums"] = Sums(), (4, 2, 5, 5), 5
