@@ -170,7 +170,7 @@ def more_networks() -> dict[str, Any]:
 
 
 SIZES = {
-    "digits": (sltt.models.DigitsNet, torch.randn(4, 1, 8, 8), 4, 17_000),
+    "digits": (sltt.models.DigitsNet, torch.randn(4, 1, 8, 8), 4, 21_000),
     "digits-events": (lambda: sltt.models.DigitsNet(2, width=16), torch.ones(2, 4, 2, 16, 16), None, 34_000),
     "nmnist": (lambda: sltt.models.VGG(((32,), (64,), (128,)), 2, 10), torch.ones(2, 4, 2, 34, 34), None, 150_000),
 }
