@@ -139,13 +139,14 @@ def _quantise(network: Network, x: Tensor) -> Network:
         most[op.name] += int((before + output > 0).sum())
         return before  # so that the rounding of each layer counts alone
 
-    rounded, error, spread = integers.run(x, compare), 0.0, 0.0
+    rounded, error, spread, power = integers.run(x, compare), 0.0, 0.0, 0.0
     for values in network.run(x):
         logits, after = values[network.output], next(rounded)[integers.output] * integers.logit_scale
         error += (after - logits).square().sum().item()
         spread += (logits - logits.mean((0, 1))).square().sum().item()
+        power += logits.square().sum().item()
     shares = {f"of the spikes of {name}": apart[name] / total for name, total in most.items() if total}
-    shares["of the spread of the logits"] = (error / max(spread, 1e-30)) ** 0.5
+    shares["of the spread of the logits"] = (error / max(spread, power / 100, 1e-30)) ** 0.5
     for what, share in shares.items():
         if share > ROUNDED:
             remedy = "train with quantised='int8', or use weights='float32'"
@@ -245,6 +246,7 @@ def _readme(program: Program) -> str:
             f"/* for each event of this step: */ {name}_event(&net, {where});\n"
             f"    {name}_tick(&net, logits);   /* or {name}_step(&net, frame, logits) with a whole frame */"
         )
+    once = f", the first {network.once} in `{name}_reset`, the others in each step" if network.once else " in each step"
     of_ram, of_flash = program.by_layer().values()
     layers = "\n".join(
         f"| `{op.name}` | {' × '.join(map(str, op.output.shape))} | {of_ram[op.name]:,} | {of_flash[op.name]:,} |"
@@ -283,7 +285,7 @@ for (int t = 0; t < {N}_STEPS; t++) {{
 | state, `sizeof({name}_net)` | {program.ram:,} bytes of RAM |
 | time steps of a sample | {network.steps} |
 
-{quantised if network.integers else ""}The code needs an `int` of 32 bits. One step computes, in this order:
+{quantised if network.integers else ""}The code needs an `int` of 32 bits. These layers run, in this order{once}:
 
 | layer | channels × height × width | RAM | flash |
 | --- | --- | --- | --- |

@@ -93,7 +93,9 @@ class Program:
         """Return NAME.h."""
         name, N = self.name, self.name.upper()
         how = "The largest sum" if self.network.output.size > 1 else "The mean"
-        given = "" if self.network.once else f": {N}_INPUTS inputs"
+        begin, given = "", f": {N}_INPUTS inputs"
+        if self.network.once:
+            begin, given = f", whose input of {N}_INPUTS values all time steps see", ""
         fits = ": a sum fits in 32 bits" if self.network.integers else ""
         channels, height, width = self.network.input.shape
         scales = f"""#define {N}_INPUT_SCALE {_literal(self.network.input_scale)} /* an input of 1 stands for this */
@@ -125,7 +127,7 @@ typedef struct {{
 {fields}
 }} {name}_net;
 
-/* Begin a sample{", whose input of {N}_INPUTS values all time steps see" if self.network.once else ""}. */
+/* Begin a sample{begin}. */
 void {self.reset};
 
 /* Take one time step{given} to {N}_CLASSES logits. {how} over {N}_STEPS steps is the prediction{fits}. */

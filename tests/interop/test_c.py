@@ -276,6 +276,7 @@ def test_layers_before_the_first_states_of_a_static_input_run_once(key, weights,
     case = compiled[0][key, weights]
     network, folder = case.exported.network, case.exported.folder
     assert [op.name for op in network.operations[: network.once]] == ONCE[key]
+    assert "{N}" not in (folder / f"{case.name}.h").read_text()
     step = (folder / f"{case.name}.c").read_text().partition(f"{case.name}_step(")[2].partition("}")[0]
     assert ("input" in step) == (not ONCE[key])
 

@@ -127,3 +127,10 @@ def test_only_the_layer_that_integers_change_is_named_in_a_warning(place, tmp_pa
     assert [f"% {CHANGED[place]}: train with quantised='int8'" in warning for warning in warnings] == [True][
         : place is not None
     ]
+
+
+def test_a_logit_that_is_the_same_for_all_samples_is_not_named(tmp_path, caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(v_threshold=100.0), nn.Linear(8, 1))
+    to_c(model, torch.rand(8, 6), tmp_path / "a", steps=5, weights="int8")
+    assert not caplog.records
