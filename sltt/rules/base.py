@@ -5,7 +5,7 @@ Shapes: T time steps, B samples, C classes.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from sltt.sequence.padding import Padded, check_lengths, target_of
 from sltt.sequence.run import Run
 from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence, time_steps
+
+if TYPE_CHECKING:
+    from sltt.rules.stream import Stream
 
 
 class Rule(Frozen, ABC):
@@ -70,6 +73,7 @@ class Rule(Frozen, ABC):
         update: Callable[[], Any] | None = None,
         seed: int | None = None,
         mean_logits: bool = False,
+        stream: "Stream | None" = None,
     ) -> Output:
         """Run one batch.
 
@@ -90,6 +94,8 @@ class Rule(Frozen, ABC):
                 global generator. Give the same seed in all processes of a data-parallel training.
             mean_logits: return the mean of the logits over time, [1, B, C], in place of those of all steps: for dense
                 outputs, these take memory that grows with T.
+            stream: the batch is the next chunk of this `sltt.Stream`, and goes on from the states, and traces of OTTT,
+                that the chunk before left. No gradient goes back to that. After an error, call `stream.reset()`.
 
         Raises:
             ValueError: gradients switched off, no time step, too few dimensions, NaN or infinite input, a target of
@@ -110,6 +116,10 @@ class Rule(Frozen, ABC):
             self._check_padded(sequence, target, loss)
         if per_step:
             _check_targets(sequence, target_of(target))
+        if stream is not None:
+            stream.check(sequence, model)
+            if not self.pads:
+                raise ValueError(f"{self} has mean rates of whole sequences, and a stream has no end: use SLTT or OTTT")
         # a backward of the user's own may ask for the gradients of all weights in each time step
         repeats = self.repeats or not (backward is None or str(getattr(backward, "__module__", "")).startswith("sltt."))
         network = Run(model, sequence, self.step(), hoist=self.hoist, repeats=repeats, keep=not self.online)
@@ -121,7 +131,11 @@ class Rule(Frozen, ABC):
             batch = Batch(network, target, loss, explained, update, seed, fold, mean)
             with network:
                 batch.loss = bind_loss(loss, network)
+                if stream is not None:
+                    stream.enter(network, self)
                 out = self.run(batch)
+                if stream is not None:
+                    stream.leave(network, self)
                 network.results.finish(explained)
                 total, logits = network.result(out.loss, out.logits)
                 logits = logits.mean(0, keepdim=True) if mean_logits and len(logits) > 1 else logits
@@ -219,7 +233,6 @@ class Rule(Frozen, ABC):
         return f"{type(self).__name__}({settings})"
 
 
-@torch.no_grad()
 def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int | Literal["auto"] = "auto") -> Tensor:
     """Run T time steps without a graph and return the logits [T, B, C]; the prediction is their mean over time.
 
@@ -232,8 +245,15 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int |
         fold: time steps in one call of the network, as of the rules.
     """
     instance("model", model, nn.Module)
-    fold = fold_of(fold)
-    sequence = time_steps(x, steps)
+    return run_steps(model, time_steps(x, steps), fold_of(fold))[0]
+
+
+@torch.no_grad()
+def run_steps(
+    model: nn.Module, sequence: Sequence, fold: int | Literal["auto"], states: dict[str, Any] | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """Run the time steps of a sequence from states on; return the logits [T, B, C] and the states behind them."""
+    x = sequence.x
     network = Run(model, sequence, hoist=True, repeats=False, grad=False)
     layout = network.layout
     # a real batch shows whether calls change weights, so that the next ones share what is made of them
@@ -242,10 +262,11 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int |
     try:
         n = choose_fold(network, fold).forward
         with network:
+            network.resume(states or {})
             calls = [range(t, min(t + n, sequence.steps)) for t in range(0, sequence.steps, n)]
             network.weights = kernels.Weights(len(calls))
             logits = [network(network.sequence.input(call), len(call)).clone() for call in calls]
-            (result,) = network.result(torch.cat(logits))
+            (result,), states = network.result(torch.cat(logits)), network.states()
         if looks:
             layout.looked, layout.steady = True, all(torch.equal(p, was) for p, was in before)
     except Exception as error:
@@ -253,7 +274,7 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int |
         raise
     finally:
         torch.clear_autocast_cache()  # casts of weights without a graph would cut them off in a training after it
-    return result
+    return result, states
 
 
 def _check_targets(sequence: Sequence, target: Any) -> None:

@@ -1,0 +1,133 @@
+"""Sequences without an end: a network keeps its state from one chunk of time steps to the next.
+
+Shapes: n time steps of a chunk, B samples, C classes.
+"""
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sltt.checks import instance
+from sltt.rules.base import run_steps
+from sltt.rules.folding import fold_of
+from sltt.sequence.layout import Layout
+from sltt.sequence.modes import evaluation_mode
+from sltt.sequence.run import Run
+from sltt.sequence.state import map_tensors, reset
+from sltt.sequence.steps import Sequence as Steps
+from sltt.sequence.steps import time_steps
+
+
+class Stream:
+    """A sequence that comes in chunks: each call goes on from the state that the one before left.
+
+        stream = sltt.Stream(model)
+        for chunk in microphone:        # [n, B, ...], n time steps, 1 or more
+            logits = stream(chunk)      # [n, B, C]
+
+    A call runs in evaluation mode and without a graph. The chunks may be of any lengths: their logits are those of
+    `sltt.unroll` on the whole; with fold=1 to the bit, as long as no layer runs sparse. A stream keeps its states
+    itself: between calls, the network may run other streams and batches. A rule goes on in chunks, too, with
+    `rule(model, chunk, target, loss, stream=stream)`.
+
+    Args:
+        model: maps the input of one time step [B, ...] to logits [B, C].
+        fold: time steps in one call of the network, as of the rules. Matrix products of several steps round otherwise.
+
+    Raises:
+        ValueError: when called, a chunk of another form than the one before, NaN or infinite values, or a network that
+            does not run step by step. The stream is then where it was before the call.
+    """
+
+    def __init__(self, model: nn.Module, *, fold: int | Literal["auto"] = "auto"):
+        self.model = instance("model", model, nn.Module)
+        self.fold: int | Literal["auto"] = fold_of(fold)
+        self.reset()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the time steps of a chunk x [n, B, ...]; return their logits [n, B, C]."""
+        sequence = time_steps(x, None)
+        self.check(sequence, self.model)
+        with evaluation_mode(self.model):
+            logits, self.states = run_steps(self.model, sequence, self.fold, self.states)
+        self.form = _form(sequence)
+        return logits
+
+    def check(self, sequence: Steps, model: nn.Module) -> None:
+        """Raise ValueError for a chunk of another network, or of other samples."""
+        if model is not self.model:
+            raise ValueError("expected the network of the stream, got another: make a sltt.Stream(model) for each")
+        if self.form not in (None, form := _form(sequence)):
+            raise ValueError(
+                f"expected time steps of shape {[*self.form]} as before, got {[*form]}: call stream.reset() before "
+                "other samples"
+            )
+
+    def enter(self, run: Run, rule: Any) -> None:
+        """Give a run of a rule the states and traces to go on from."""
+        run.resume(self.states)
+        if self._traces and self._traces[0] == rule:
+            vars(run.step)["traces"] = self._traces[1]
+
+    def leave(self, run: Run, rule: Any) -> None:
+        """Take the states and traces from a run of a rule."""
+        self.states, self.form = run.states(), _form(run.sequence)
+        self._traces = (rule, vars(run.step)["traces"]) if "traces" in vars(run.step) else None
+
+    def reset(self, samples: Sequence[int] | Tensor | None = None) -> None:
+        """Begin anew, with other samples; or begin some samples of the batch anew, whose recordings have ended.
+
+        Args:
+            samples: their indices or a mask [B]; None is all.
+
+        Raises:
+            ValueError: a layer whose state before the first step is not known, or a rule left traces.
+        """
+        if samples is None:
+            self.states: dict[str, Any] = {}
+            self.form: torch.Size | None = None  # of the input of a time step
+            self._traces: tuple[Any, Any] | None = None  # of OTTT
+            return
+        if self._traces is not None:
+            raise ValueError("traces of OTTT are those of all samples: call stream.reset() without samples")
+        reset(self.model)
+        states = copy.deepcopy(self.states)
+        for layer in Layout(self.model).keepers if states else ():
+            start = getattr(layer.module, "first_states", dict)()
+            for name, state in states[layer.name].items():
+                # after a reset: a number; a tensor of no size, for zeros; or None, in place of what the layer says
+                first = start.get(name, getattr(layer.module, name))
+                first = 0.0 if isinstance(first, Tensor) else first
+                if first is None and state is not None:
+                    raise ValueError(
+                        f"{layer} does not say what its {name} is before the first step: give it a method "
+                        f"first_states() -> {{{name!r}: number}}, or use sltt.interop.convert(model)"
+                    )
+                map_tensors(partial(_fill, torch.as_tensor(samples), first), state)
+        self.states = states
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the states; traces of a rule are no part of it."""
+        return {"states": copy.deepcopy(self.states), "form": self.form and [*self.form]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave; raise ValueError if it is of another network."""
+        layers = {layer.name for layer in Layout(self.model).keepers}
+        if state["states"] and state["states"].keys() != layers:
+            other = ", ".join(map(repr, sorted(layers ^ state["states"].keys())))
+            raise ValueError(f"the state is of another network: only one of both has a state in {other}")
+        self.reset()
+        self.states, self.form = copy.deepcopy(state["states"]), state["form"] and torch.Size(state["form"])
+
+
+def _form(sequence: Steps) -> torch.Size:
+    """Return the shape of the input of one time step, [B, ...]."""
+    return sequence.x.shape[not sequence.static :]
+
+
+def _fill(samples: Tensor, first: Any, state: Tensor) -> None:
+    state[samples] = first
