@@ -40,7 +40,7 @@ class Stream:
 
     Raises:
         ValueError: when called, a chunk of another form than the one before, NaN or infinite values, or a network that
-            does not run step by step. The stream is then where it was before the call.
+            does not run step by step.
     """
 
     def __init__(self, model: nn.Module, *, fold: int | Literal["auto"] = "auto"):
