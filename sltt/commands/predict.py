@@ -1,8 +1,7 @@
 """Predict files by a trained run: images, recordings of events, or .npy arrays of a sample each.
 
-They are read as the test samples of the run are. With --stream N, FILE is a sequence without an end, which the network
-reads as it was trained to: a line of numbers for each time step, or an array .npy; - is standard input. A decision is
-printed for N time steps. The network keeps its state from one to the next.
+They are read as the test samples of the run are. With --stream N, FILE is a sequence without an end, or - for standard
+input: a line of numbers for each time step, as the network reads them. N time steps give a line with a decision.
 """
 
 import sys
@@ -11,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,15 +37,15 @@ def run(words: Sequence[str]) -> None:
     known = options().parse_args(words)
     built, _, content = load_run("sltt predict", folder, known.code, known.checkpoint)
     trained = built.model.trained = Trained(**content["task"])
-    names = list(getattr(built.data, "classes", ()))
+    names = list(getattr(built.data, "classes", ())) or content.get("names", [])
     if known.stream:
         if trained.static or len(known.files) > 1:
             raise UsageError("--stream takes one file, for a run that was trained on sequences")
         stream, steps, step = Stream(built.model), _read_steps(known.files[0]), 0
         while chunk := [*islice(steps, known.stream)]:
             step += len(chunk)
-            logits = stream(torch.stack(chunk)[:, None])
-            one = {"step": step, **_describe(predict_from(trained.prediction, logits), trained, names)}
+            prediction = predict_from(trained.prediction, stream(torch.stack(chunk)[:, None]))
+            one = {"step": step, **_describe(prediction, trained, names)}
             shown = step, one.get("class", one["prediction"]), number(one.get("probability"), ".1%").text
             print(as_json(one) if known.json else "\t".join(map(str, shown)), flush=True)
         return
@@ -64,9 +62,6 @@ def run(words: Sequence[str]) -> None:
 
 def _read_steps(file: Path) -> Iterator[Tensor]:
     """Yield the inputs of time steps."""
-    if file.suffix == ".npy":
-        yield from torch.from_numpy(np.load(file)).float()
-        return
     with sys.stdin if str(file) == "-" else file.open(encoding="utf-8") as lines:
         for i, line in enumerate(lines, 1):
             try:

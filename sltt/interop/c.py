@@ -2,7 +2,7 @@
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -36,7 +36,7 @@ class Exported:
     """
 
     folder: Path
-    network: Network
+    network: Network = field(repr=False)
     flash: int
     ram: int
 

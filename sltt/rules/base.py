@@ -3,8 +3,10 @@
 Shapes: T time steps, B samples, C classes.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -116,26 +118,21 @@ class Rule(Frozen, ABC):
             self._check_padded(sequence, target, loss)
         if per_step:
             _check_targets(sequence, target_of(target))
-        if stream is not None:
-            stream.check(sequence, model)
-            if not self.pads:
-                raise ValueError(f"{self} has mean rates of whole sequences, and a stream has no end: use SLTT or OTTT")
         # a backward of the user's own may ask for the gradients of all weights in each time step
         repeats = self.repeats or not (backward is None or str(getattr(backward, "__module__", "")).startswith("sltt."))
         network = Run(model, sequence, self.step(), hoist=self.hoist, repeats=repeats, keep=not self.online)
         explained = explain_errors(backward or Tensor.backward, network)
         if x.device.type != "cpu":  # where a launch takes longer than the sum
             explained = add_together(explained, model)
+        norms = [layer for layer in network.layout.layers.values() if layer.role.stepwise]
+        if norms and not (model.training or any(layer.module.training for layer in norms)):
+            warnings.warn(f"{norms[0]} learns no statistics in evaluation mode: call model.train()", stacklevel=2)
         try:
             fold, mean = self.choose_fold(network, loss), mean_logits and not self.reads_logits
             batch = Batch(network, target, loss, explained, update, seed, fold, mean)
-            with network:
+            with network, nullcontext() if stream is None else stream.carry(network, self):
                 batch.loss = bind_loss(loss, network)
-                if stream is not None:
-                    stream.enter(network, self)
                 out = self.run(batch)
-                if stream is not None:
-                    stream.leave(network, self)
                 network.results.finish(explained)
                 total, logits = network.result(out.loss, out.logits)
                 logits = logits.mean(0, keepdim=True) if mean_logits and len(logits) > 1 else logits

@@ -1,11 +1,8 @@
-"""Sequences without an end: a network keeps its state from one chunk of time steps to the next.
-
-Shapes: n time steps of a chunk, B samples, C classes.
-"""
+"""Sequences in chunks [n, B, ...] of n time steps and B samples: the network keeps its state from one to the next."""
 
 import copy
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -39,8 +36,7 @@ class Stream:
         fold: time steps in one call of the network, as of the rules. Matrix products of several steps round otherwise.
 
     Raises:
-        ValueError: when called, a chunk of another form than the one before, NaN or infinite values, or a network that
-            does not run step by step.
+        ValueError: when called, a chunk of another form than before, or what `sltt.unroll` refuses.
     """
 
     def __init__(self, model: nn.Module, *, fold: int | Literal["auto"] = "auto"):
@@ -51,32 +47,29 @@ class Stream:
     def __call__(self, x: Tensor) -> Tensor:
         """Run the time steps of a chunk x [n, B, ...]; return their logits [n, B, C]."""
         sequence = time_steps(x, None)
-        self.check(sequence, self.model)
+        self._check(sequence)
         with evaluation_mode(self.model):
             logits, self.states = run_steps(self.model, sequence, self.fold, self.states)
-        self.form = _form(sequence)
         return logits
 
-    def check(self, sequence: Steps, model: nn.Module) -> None:
-        """Raise ValueError for a chunk of another network, or of other samples."""
-        if model is not self.model:
-            raise ValueError("expected the network of the stream, got another: make a sltt.Stream(model) for each")
-        if self.form not in (None, form := _form(sequence)):
-            raise ValueError(
-                f"expected time steps of shape {[*self.form]} as before, got {[*form]}: call stream.reset() before "
-                "other samples"
-            )
-
-    def enter(self, run: Run, rule: Any) -> None:
-        """Give a run of a rule the states and traces to go on from."""
+    @contextmanager
+    def carry(self, run: Run, rule: Any) -> Iterator[None]:
+        """Go on in a run of a rule, with the traces that the same rule left."""
+        self._check(run.sequence)
+        if not rule.pads:
+            raise ValueError(f"{rule} has mean rates of whole sequences, and a stream has no end: use SLTT or OTTT")
         run.resume(self.states)
+        kept = vars(run.step)
         if self._traces and self._traces[0] == rule:
-            vars(run.step)["traces"] = self._traces[1]
+            kept["traces"] = self._traces[1]
+        yield
+        self.states, self._traces = run.states(), (rule, kept["traces"]) if "traces" in kept else None
 
-    def leave(self, run: Run, rule: Any) -> None:
-        """Take the states and traces from a run of a rule."""
-        self.states, self.form = run.states(), _form(run.sequence)
-        self._traces = (rule, vars(run.step)["traces"]) if "traces" in vars(run.step) else None
+    def _check(self, sequence: Steps) -> None:
+        form = [*sequence.input(range(1)).shape]
+        if self.states and form != self.form:
+            raise ValueError(f"expected time steps of shape {self.form} as before, got {form}: call reset() first")
+        self.form = form
 
     def reset(self, samples: Sequence[int] | Tensor | None = None) -> None:
         """Begin anew, with other samples; or begin some samples of the batch anew, whose recordings have ended.
@@ -89,7 +82,7 @@ class Stream:
         """
         if samples is None:
             self.states: dict[str, Any] = {}
-            self.form: torch.Size | None = None  # of the input of a time step
+            self.form: list[int] | None = None  # of the input of a time step
             self._traces: tuple[Any, Any] | None = None  # of OTTT
             return
         if self._traces is not None:
@@ -100,34 +93,21 @@ class Stream:
             start = getattr(layer.module, "first_states", dict)()
             for name, state in states[layer.name].items():
                 # after a reset: a number; a tensor of no size, for zeros; or None, in place of what the layer says
-                first = start.get(name, getattr(layer.module, name))
-                first = 0.0 if isinstance(first, Tensor) else first
-                if first is None and state is not None:
+                first = start[name] if name in start else getattr(layer.module, name)
+                first = 0.0 if isinstance(first, Tensor) and not first.numel() else first
+                if not isinstance(first, float | int) and state is not None:
                     raise ValueError(
                         f"{layer} does not say what its {name} is before the first step: give it a method "
                         f"first_states() -> {{{name!r}: number}}, or use sltt.interop.convert(model)"
                     )
-                map_tensors(partial(_fill, torch.as_tensor(samples), first), state)
+                map_tensors(lambda s, first=first: s.__setitem__(torch.as_tensor(samples), first), state)  # pyright: ignore
         self.states = states
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the states; traces of a rule are no part of it."""
-        return {"states": copy.deepcopy(self.states), "form": self.form and [*self.form]}
+        return {"states": copy.deepcopy(self.states), "form": self.form}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave; raise ValueError if it is of another network."""
-        layers = {layer.name for layer in Layout(self.model).keepers}
-        if state["states"] and state["states"].keys() != layers:
-            other = ", ".join(map(repr, sorted(layers ^ state["states"].keys())))
-            raise ValueError(f"the state is of another network: only one of both has a state in {other}")
+        """Go on from what `state_dict` gave."""
         self.reset()
-        self.states, self.form = copy.deepcopy(state["states"]), state["form"] and torch.Size(state["form"])
-
-
-def _form(sequence: Steps) -> torch.Size:
-    """Return the shape of the input of one time step, [B, ...]."""
-    return sequence.x.shape[not sequence.static :]
-
-
-def _fill(samples: Tensor, first: Any, state: Tensor) -> None:
-    state[samples] = first
+        self.states, self.form = copy.deepcopy(state["states"]), state["form"]

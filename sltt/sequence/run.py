@@ -182,6 +182,8 @@ class Run:
 
     def resume(self, states: dict[str, Any]) -> None:
         """Go on from the states of another run."""
+        if states and states.keys() != {layer.name for layer in self.layout.keepers}:
+            raise ValueError(f"expected the network of the stream, with states in {', '.join(states)}")
         for layer in self.layout.keepers if states else ():
             for name, state in states[layer.name].items():
                 setattr(layer.module, name, state)

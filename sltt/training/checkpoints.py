@@ -167,10 +167,12 @@ def load_optimizer(optim: Any, state: dict[str, Any], path: Path) -> None:
 
 
 def load_best(run: Path, which: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """Load the checkpoint `best` or `last` of a run; None is the best, or the last if nothing was held out.
+    """Load the checkpoint `best` or `last` of a run; None is the best, or the last if nothing was held out; or a file.
 
     Raises FileNotFoundError where there is none yet, CheckpointError where the best is lost.
     """
+    if run.is_file():
+        return run, load_checkpoint(run)
     refuse_links(run)
     names = [BEST, LAST] if which is None else [f"{which}.ckpt"]
     path = next((run / name for name in names if (run / name).is_file()), None)

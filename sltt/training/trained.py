@@ -51,7 +51,7 @@ def load(
     Its attribute `trained` has T (`steps`), `static` and `classes`.
 
     Args:
-        run: folder of the run.
+        run: folder of the run; or a file of `sltt pack`, or a checkpoint of a run.
         model: the network to load the weights into, for a run that `sltt.fit` made; one of a recipe is made again.
         checkpoint: the best by validation, or the last; None is the best, or the last where nothing was held out.
 

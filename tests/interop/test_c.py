@@ -172,6 +172,7 @@ def compiled(tmp_path_factory):
         for weights in ("float32", "int8"):
             name = f"n{i}_{weights}"
             exported = to_c(model, x, folder / name, name=name, steps=steps, weights=weights)
+            assert len(repr(exported)) < 200 + len(str(folder))
             cases[key, weights] = Case(model.eval(), whole, exported, name)
     names = [case.name for case in cases.values()]
     sizes = "".join(
