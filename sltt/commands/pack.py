@@ -11,7 +11,6 @@ from sltt.training.console import Console
 
 def options() -> CommandOptions:
     parser = CommandOptions("sltt pack RUN", __doc__)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN.sltt")
     parser.add_checkpoint()
     parser.add_code()
     return parser
@@ -21,7 +20,7 @@ def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
     known = options().parse_args(words)
     built, _, content = load_run("sltt pack", folder, known.code, known.checkpoint)
-    out = known.out or Path(f"{folder.rstrip('/')}.sltt")
+    out = Path(f"{folder.rstrip('/')}.sltt")
     kept = {name: content[name] for name in ("task", "config", "progress")}
     names = [*getattr(built.data, "classes", ())]
     save_checkpoint(out, {**kept, "model": select_weights(content), "names": names})

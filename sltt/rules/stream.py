@@ -1,7 +1,7 @@
 """Sequences in chunks [n, B, ...] of n time steps and B samples: the network keeps its state from one to the next."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,8 +15,7 @@ from sltt.sequence.layout import Layout
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.run import Run
 from sltt.sequence.state import map_tensors, reset
-from sltt.sequence.steps import Sequence as Steps
-from sltt.sequence.steps import time_steps
+from sltt.sequence.steps import Sequence, time_steps
 
 
 class Stream:
@@ -27,16 +26,12 @@ class Stream:
             logits = stream(chunk)      # [n, B, C]
 
     A call runs in evaluation mode and without a graph. The chunks may be of any lengths: their logits are those of
-    `sltt.unroll` on the whole; with fold=1 to the bit, as long as no layer runs sparse. A stream keeps its states
-    itself: between calls, the network may run other streams and batches. A rule goes on in chunks, too, with
-    `rule(model, chunk, target, loss, stream=stream)`.
+    `sltt.unroll` on the whole; with fold=1 to the bit, as long as no layer runs sparse. Between calls, the network may
+    run other streams and batches. Rules train in chunks by `rule(model, chunk, target, loss, stream=stream)`.
 
     Args:
         model: maps the input of one time step [B, ...] to logits [B, C].
         fold: time steps in one call of the network, as of the rules. Matrix products of several steps round otherwise.
-
-    Raises:
-        ValueError: when called, a chunk of another form than before, or what `sltt.unroll` refuses.
     """
 
     def __init__(self, model: nn.Module, *, fold: int | Literal["auto"] = "auto"):
@@ -65,20 +60,16 @@ class Stream:
         yield
         self.states, self._traces = run.states(), (rule, kept["traces"]) if "traces" in kept else None
 
-    def _check(self, sequence: Steps) -> None:
+    def _check(self, sequence: Sequence) -> None:
         form = [*sequence.input(range(1)).shape]
         if self.states and form != self.form:
             raise ValueError(f"expected time steps of shape {self.form} as before, got {form}: call reset() first")
         self.form = form
 
-    def reset(self, samples: Sequence[int] | Tensor | None = None) -> None:
-        """Begin anew, with other samples; or begin some samples of the batch anew, whose recordings have ended.
+    def reset(self, samples: list[int] | Tensor | None = None) -> None:
+        """Begin anew; or begin some samples of the batch anew, by their indices or a mask [B].
 
-        Args:
-            samples: their indices or a mask [B]; None is all.
-
-        Raises:
-            ValueError: a layer whose state before the first step is not known, or a rule left traces.
+        Raises ValueError for these where OTTT left traces, or a layer does not say what its state is at the start.
         """
         if samples is None:
             self.states: dict[str, Any] = {}

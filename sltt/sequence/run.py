@@ -178,6 +178,9 @@ class Run:
         """Return the states, for a run that goes on with the sequence: by layer and attribute, without a graph."""
         keepers = [(layer.name, layer.module) for layer in self.layout.keepers]
         found = {key: {name: getattr(module, name) for name in state_names(module)} for key, module in keepers}
+        for states in found.values():
+            if isinstance(past := states.get("past"), tuple):  # of a delay, which keeps bits
+                states["past"] = tuple(x.dense() if isinstance(x, kernels.Spikes) else x for x in past)
         return map_tensors(Tensor.detach, found)
 
     def resume(self, states: dict[str, Any]) -> None:

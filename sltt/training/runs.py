@@ -63,8 +63,7 @@ def old_run(folder: str | Path | None) -> Path:
 def lock_run(run: Path, new: bool = False) -> Iterator[None]:
     """Keep other processes and threads from training the run inside this block; raise ValueError that names them.
 
-    The system releases what a killed process held. Parts of files that such a process left are removed, and so is a new
-    run that fails before it has a result.
+    The system releases what a killed process held. Parts of files that it left go, and so does a failed new run.
     """
     refuse_links(run)
     path = run / LOCK
