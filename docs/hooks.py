@@ -16,6 +16,7 @@ OPTIONS = {  # of an entry, beside those of mkdocs.yml
     "sltt.rules.Truncated": "{members: []}",
     "sltt.rules.batch.Batch": '{filters: ["!^_"], merge_init_into_class: false}',
     "sltt.Padded": "{members: []}",
+    "sltt.Stream": "{members: [__call__, reset, state_dict, load_state_dict], filters: []}",
 }
 FUNCTIONS = {  # whose module has their name
     name: f"{name}.{name.rpartition('.')[2]}" for name in ("sltt.analysis.agreement", "sltt.analysis.advice")

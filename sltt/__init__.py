@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the public names, imported when one is first used: `sltt --
     from sltt.pooling import RunningMax as RunningMax
     from sltt.rules import BPTT as BPTT, OTTT as OTTT, SLTT as SLTT, TBPTT as TBPTT, Mixed as Mixed, Output as Output
     from sltt.rules import RateBased as RateBased, Rule as Rule, unroll as unroll
+    from sltt.rules.stream import Stream as Stream
     from sltt.sequence.once import once as once
     from sltt.sequence.padding import Padded as Padded
     from sltt.sequence.pairs import normalise_and_fire as normalise_and_fire

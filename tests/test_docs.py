@@ -29,7 +29,7 @@ MEASURES = [
 
 
 PAGES = ["interop", "quickstart", "own-network", "own-neuron", "own-data", "own-task", "own-loop", "own-rule", "rules"]
-PAGES.append("to-a-microcontroller")
+PAGES += ["streams", "to-a-microcontroller"]
 
 
 @pytest.mark.slow

@@ -79,6 +79,9 @@ class FiringRates:
         self.settle()
         return {name: int(self._spikes[name]) / int(count) for name, count in self._count.items() if count}
 
+    def __repr__(self) -> str:
+        return f"FiringRates({', '.join(f'{name}: {rate:.1%}' for name, rate in self.by_layer().items())})"
+
     def mean(self) -> float:
         """Return the firing rate of all neurons together; 0 where there is none."""
         self.settle()

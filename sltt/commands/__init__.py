@@ -12,8 +12,8 @@ from sltt.commands.hints import suggest
 from sltt.parallel.signals import PREEMPTED, Preempted
 
 COMMANDS = (
-    "train", "eval", "predict", "agreement", "compare", "fscil", "profile", "lr", "report", "export", "recipes",
-    "doctor",
+    "train", "eval", "predict", "agreement", "compare", "fscil", "profile", "lr", "report", "export", "pack",
+    "recipes", "doctor",
 )  # fmt: skip
 USAGE = """usage: sltt COMMAND ...
 
@@ -27,6 +27,7 @@ USAGE = """usage: sltt COMMAND ...
   sltt lr [RECIPE]          find a learning rate, in a hundred batches
   sltt report FOLDER ...    one page with the results of all these commands
   sltt export RUN           write a trained network: --to nir, --to onnx, --to c
+  sltt pack RUN             write a trained network into one file
   sltt recipes [NAME]       list the recipes, or print one
   sltt doctor               what works on this machine, what would be faster
   sltt --version            the version

@@ -132,8 +132,8 @@ def take_code(folder: Path) -> None:
 
 
 def run_folder(name: str | Path) -> Path:
-    """Return the folder of a run; raise UsageError where it is none."""
-    if not is_run(Path(name)):
+    """Return the folder or the file of a run; raise UsageError where it is none."""
+    if not (is_run(Path(name)) or Path(name).is_file()):
         raise UsageError(f"{name} is not the folder of a run, as a training prints it: it has no {CONFIG}")
     return Path(name)
 

@@ -1,16 +1,23 @@
 """Predict files by a trained run: images, recordings of events, or .npy arrays of a sample each.
 
-They are read as the test samples of the run are.
+They are read as the test samples of the run are. With --stream N, FILE is a sequence without an end, or - for standard
+input: a line of numbers for each time step, as the network reads them. N time steps give a line with a decision.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sltt.commands.parsing import CommandOptions, begin, load_run
+from sltt.commands.failures import UsageError
+from sltt.commands.parsing import CommandOptions, begin, count, load_run
 from sltt.commands.tables import Row, Table, number
+from sltt.losses import predict_from
+from sltt.rules.stream import Stream
 from sltt.training.console import Console, as_json
 from sltt.training.trained import Trained, predict
 
@@ -20,6 +27,7 @@ def options() -> CommandOptions:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_checkpoint()
     parser.add_code()
+    parser.add_argument("--stream", type=count, metavar="N", help="predict a sequence, from N time steps in each line")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -29,7 +37,18 @@ def run(words: Sequence[str]) -> None:
     known = options().parse_args(words)
     built, _, content = load_run("sltt predict", folder, known.code, known.checkpoint)
     trained = built.model.trained = Trained(**content["task"])
-    names = list(getattr(built.data, "classes", ()))
+    names = list(getattr(built.data, "classes", ())) or content.get("names", [])
+    if known.stream:
+        if trained.static or len(known.files) > 1:
+            raise UsageError("--stream takes one file, for a run that was trained on sequences")
+        stream, steps, step = Stream(built.model), _read_steps(known.files[0]), 0
+        while chunk := [*islice(steps, known.stream)]:
+            step += len(chunk)
+            prediction = predict_from(trained.prediction, stream(torch.stack(chunk)[:, None]))
+            one = {"step": step, **_describe(prediction, trained, names)}
+            shown = step, one.get("class", one["prediction"]), number(one.get("probability"), ".1%").text
+            print(as_json(one) if known.json else "\t".join(map(str, shown)), flush=True)
+        return
     found = []
     for file in known.files:
         sample = built.data.read(file, built.steps)
@@ -39,6 +58,16 @@ def run(words: Sequence[str]) -> None:
         print(as_json(found))
     else:
         Table([_row(one) for one in found]).show(Console())
+
+
+def _read_steps(file: Path) -> Iterator[Tensor]:
+    """Yield the inputs of time steps."""
+    with sys.stdin if str(file) == "-" else file.open(encoding="utf-8") as lines:
+        for i, line in enumerate(lines, 1):
+            try:
+                yield torch.tensor([float(word) for word in line.replace(",", " ").split()])
+            except ValueError:
+                raise ValueError(f"{file}: expected numbers of one time step in line {i}, got {line!r:.60}") from None
 
 
 def _describe(prediction: Tensor, trained: Trained, names: Sequence[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -38,7 +38,7 @@ class Exported:
     """
 
     folder: Path
-    network: Network
+    network: Network = field(repr=False)
     flash: int
     ram: int
 

@@ -3,9 +3,11 @@
 Shapes: T time steps, B samples, C classes.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
-from typing import Any, Literal
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,9 @@ from sltt.sequence.padding import Padded, check_lengths, target_of
 from sltt.sequence.run import Run
 from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence, time_steps
+
+if TYPE_CHECKING:
+    from sltt.rules.stream import Stream
 
 
 class Rule(Frozen, ABC):
@@ -70,6 +75,7 @@ class Rule(Frozen, ABC):
         update: Callable[[], Any] | None = None,
         seed: int | None = None,
         mean_logits: bool = False,
+        stream: "Stream | None" = None,
     ) -> Output:
         """Run one batch.
 
@@ -90,6 +96,8 @@ class Rule(Frozen, ABC):
                 global generator. Give the same seed in all processes of a data-parallel training.
             mean_logits: return the mean of the logits over time, [1, B, C], in place of those of all steps: for dense
                 outputs, these take memory that grows with T.
+            stream: the batch is the next chunk of this `sltt.Stream`, and goes on from the states, and traces of OTTT,
+                that the chunk before left. No gradient goes back to that. After an error, call `stream.reset()`.
 
         Raises:
             ValueError: gradients switched off, no time step, too few dimensions, NaN or infinite input, a target of
@@ -116,10 +124,13 @@ class Rule(Frozen, ABC):
         explained = explain_errors(backward or Tensor.backward, network)
         if x.device.type != "cpu":  # where a launch takes longer than the sum
             explained = add_together(explained, model)
+        norms = [layer for layer in network.layout.layers.values() if layer.role.stepwise]
+        if norms and not (model.training or any(layer.module.training for layer in norms)):
+            warnings.warn(f"{norms[0]} learns no statistics in evaluation mode: call model.train()", stacklevel=2)
         try:
             fold, mean = self.choose_fold(network, loss), mean_logits and not self.reads_logits
             batch = Batch(network, target, loss, explained, update, seed, fold, mean)
-            with network:
+            with network, nullcontext() if stream is None else stream.carry(network, self):
                 batch.loss = bind_loss(loss, network)
                 out = self.run(batch)
                 network.results.finish(explained)
@@ -219,7 +230,6 @@ class Rule(Frozen, ABC):
         return f"{type(self).__name__}({settings})"
 
 
-@torch.no_grad()
 def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int | Literal["auto"] = "auto") -> Tensor:
     """Run T time steps without a graph and return the logits [T, B, C]; the prediction is their mean over time.
 
@@ -232,8 +242,15 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int |
         fold: time steps in one call of the network, as of the rules.
     """
     instance("model", model, nn.Module)
-    fold = fold_of(fold)
-    sequence = time_steps(x, steps)
+    return run_steps(model, time_steps(x, steps), fold_of(fold))[0]
+
+
+@torch.no_grad()
+def run_steps(
+    model: nn.Module, sequence: Sequence, fold: int | Literal["auto"], states: dict[str, Any] | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """Run the time steps of a sequence from states on; return the logits [T, B, C] and the states behind them."""
+    x = sequence.x
     network = Run(model, sequence, hoist=True, repeats=False, grad=False)
     layout = network.layout
     # a real batch shows whether calls change weights, so that the next ones share what is made of them
@@ -242,10 +259,11 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int |
     try:
         n = choose_fold(network, fold).forward
         with network:
+            network.resume(states or {})
             calls = [range(t, min(t + n, sequence.steps)) for t in range(0, sequence.steps, n)]
             network.weights = kernels.Weights(len(calls))
             logits = [network(network.sequence.input(call), len(call)).clone() for call in calls]
-            (result,) = network.result(torch.cat(logits))
+            (result,), states = network.result(torch.cat(logits)), network.states()
         if looks:
             layout.looked, layout.steady = True, all(torch.equal(p, was) for p, was in before)
     except Exception as error:
@@ -253,7 +271,7 @@ def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int |
         raise
     finally:
         torch.clear_autocast_cache()  # casts of weights without a graph would cut them off in a training after it
-    return result
+    return result, states
 
 
 def _check_targets(sequence: Sequence, target: Any) -> None:

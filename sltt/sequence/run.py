@@ -26,7 +26,7 @@ from sltt.sequence.hooks import Handler, count_hooks, runs_hooks
 from sltt.sequence.layout import Layer, Layout, layout_of
 from sltt.sequence.once import Results, is_sharded
 from sltt.sequence.proof import find_modes
-from sltt.sequence.state import detach_module, reset_module, state_tensors
+from sltt.sequence.state import detach_module, map_tensors, reset_module, state_names, state_tensors
 from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence
 
@@ -173,6 +173,23 @@ class Run:
         """Cut the graph behind the states: v[t] becomes a constant of step t + 1."""
         for layer in self.layout.keepers:
             layer.detach()
+
+    def states(self) -> dict[str, Any]:
+        """Return the states, for a run that goes on with the sequence: by layer and attribute, without a graph."""
+        keepers = [(layer.name, layer.module) for layer in self.layout.keepers]
+        found = {key: {name: getattr(module, name) for name in state_names(module)} for key, module in keepers}
+        for states in found.values():
+            if isinstance(past := states.get("past"), tuple):  # of a delay, which keeps bits
+                states["past"] = tuple(x.dense() if isinstance(x, kernels.Spikes) else x for x in past)
+        return map_tensors(Tensor.detach, found)
+
+    def resume(self, states: dict[str, Any]) -> None:
+        """Go on from the states of another run."""
+        if states and states.keys() != {layer.name for layer in self.layout.keepers}:
+            raise ValueError(f"expected the network of the stream, with states in {', '.join(states)}")
+        for layer in self.layout.keepers if states else ():
+            for name, state in states[layer.name].items():
+                setattr(layer.module, name, state)
 
     def __call__(self, x: Tensor, steps: int = 1, cut: bool = False, recompute: bool = False) -> Tensor:
         """Run time steps in one call of the network: [n·B, ...] to logits [n, B, C].

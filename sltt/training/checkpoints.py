@@ -1,5 +1,6 @@
 """Checkpoints: files of `torch.save`, written whole or not at all, read without running code from them."""
 
+import logging
 import time
 import zipfile
 from io import BufferedRandom
@@ -24,6 +25,7 @@ from sltt.training.safeguards import check_weights
 if TYPE_CHECKING:
     from sltt.training.loop import Loop
 
+log = logging.getLogger("sltt")
 FORMAT = "sltt-checkpoint-1"
 
 
@@ -131,9 +133,14 @@ REMEDY = (
 )
 
 
-def load_weights(model: nn.Module, weights: dict[str, Any], path: Path) -> None:
-    """Load the weights of a checkpoint into a model; raises CheckpointError where they do not fit it."""
+def load_weights(model: nn.Module, weights: dict[str, Any], path: Path, strict: bool = True) -> None:
+    """Load the weights of a checkpoint into a model, or those that fit; raises CheckpointError where one does not."""
     held = model.state_dict(keep_vars=True)
+    if not strict:
+        fits = {k: v for k, v in weights.items() if k in held and held[k].shape == v.shape}
+        if left := sorted({*held, *weights} - {*fits}):
+            log.warning("%s: no weights of the same name and shape for %s", path, ", ".join(left))
+        weights = {**held, **fits}
     try:
         model.load_state_dict({k: shard_like(v, held[k]) if k in held else v for k, v in weights.items()})
     except (KeyError, RuntimeError) as error:
@@ -167,10 +174,12 @@ def load_optimizer(optim: Any, state: dict[str, Any], path: Path) -> None:
 
 
 def load_best(run: Path, which: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """Load the checkpoint `best` or `last` of a run; None is the best, or the last if nothing was held out.
+    """Load the checkpoint `best` or `last` of a run; None is the best, or the last if nothing was held out; or a file.
 
     Raises FileNotFoundError where there is none yet, CheckpointError where the best is lost.
     """
+    if run.is_file():
+        return run, load_checkpoint(run)
     refuse_links(run)
     names = [BEST, LAST] if which is None else [f"{which}.ckpt"]
     path = next((run / name for name in names if (run / name).is_file()), None)

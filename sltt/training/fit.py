@@ -199,7 +199,7 @@ def train(
         start_from(model, settings.weights)
     made = first(lambda: runs.old_run(run) if resume else runs.new_run(run, name, config))
     report.line(f"continuing {made}" if resume else f"run {made}")
-    with runs.lock_run(made) if here.processes.rank == 0 else nullcontext():
+    with runs.lock_run(made, not resume) if here.processes.rank == 0 else nullcontext():
         checkpoint = None
         if resume:
             checkpoint, config = first(lambda: _read_run(made, config))

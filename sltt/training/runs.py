@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import re
+import shutil
 import socket
 import sys
 import time
@@ -59,10 +60,10 @@ def old_run(folder: str | Path | None) -> Path:
 
 
 @contextmanager
-def lock_run(run: Path) -> Iterator[None]:
+def lock_run(run: Path, new: bool = False) -> Iterator[None]:
     """Keep other processes and threads from training the run inside this block; raise ValueError that names them.
 
-    The system releases what a killed process held. Parts of files that such a process left are removed.
+    The system releases what a killed process held. Parts of files that it left go, and so does a failed new run.
     """
     refuse_links(run)
     path = run / LOCK
@@ -80,7 +81,12 @@ def lock_run(run: Path) -> Iterator[None]:
             file.flush()
             for part in run.glob(".*.part"):
                 part.unlink()
-            yield
+            try:
+                yield
+            except Exception:
+                if new and {path.name for path in run.iterdir()} <= {CONFIG, LOCK, "tensorboard"}:
+                    shutil.rmtree(run)
+                raise
     finally:
         _held.remove(here)
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ class Trained:
 
 
 def load(
-    run: str | Path, model: nn.Module | None = None, *, checkpoint: Literal["best", "last"] | None = None
+    run: str | Path, model: nn.Module | None = None, *, checkpoint: str | None = None, strict: bool = True
 ) -> nn.Module:
     """Return a trained network in evaluation mode: on the CPU, or `model` on the device that it is on.
 
@@ -51,9 +51,10 @@ def load(
     Its attribute `trained` has T (`steps`), `static` and `classes`.
 
     Args:
-        run: folder of the run.
+        run: folder of the run; or a file of `sltt pack`, or a checkpoint of a run.
         model: the network to load the weights into, for a run that `sltt.fit` made; one of a recipe is made again.
         checkpoint: the best by validation, or the last; None is the best, or the last where nothing was held out.
+        strict: False loads the weights of the same name and shape, and lists the others in a warning.
 
     Raises:
         FileNotFoundError: no run, or no finished epoch.
@@ -69,7 +70,7 @@ def load(
     layers, before = describe_layers(network), config.get("layers", {})
     if other := [f"{name} was {was}, and is {now}" for name, was in before.items() if was != (now := layers.get(name))]:
         log.warning("%s was trained with other layers: %s", run, "; ".join(other))
-    load_weights(network, select_weights(content), path)
+    load_weights(network, select_weights(content), path, strict)
     network.trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
     return network.eval()
 

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -38,6 +40,17 @@ def test_an_array_is_a_sample(here, capsys):
     assert main(["predict", "run", "sample.npy", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert found["class"] in range(10)
+    np.savetxt("steps.txt", np.load("sample.npy"), delimiter=",")
+    assert main(["predict", "run", "steps.txt", "--stream", "4", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["step"] for line in lines] == [4, 8]
+    assert np.mean([line["prediction"] for line in lines], 0) == pytest.approx(found["prediction"], abs=1e-5)
+    assert main(["pack", "run"]) == 0
+    shutil.rmtree("run")
+    capsys.readouterr()
+    assert main(["predict", "run.sltt", "sample.npy", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [found]
+    os.rename("run.sltt", "run")
     np.save("bytes.npy", np.full((8, 8), 255, np.uint8))
     assert main(["predict", "run", "bytes.npy"]) == 1
     assert "bytes.npy has whole numbers up to 255: save it as the data has it, in [0, 1] say" in capsys.readouterr().err

@@ -209,6 +209,7 @@ def compiled(tmp_path_factory):
         for weights in ("float32", "int8"):
             name, ram = f"n{i}_{weights}", {"float32": 650, "int8": 500}[weights] if "room" in key else None
             exported = to_c(model, x, folder / name, name=name, steps=steps, weights=weights, ram=ram)
+            assert len(repr(exported)) < 200 + len(str(folder))
             cases[key, weights] = Case(model.eval(), whole, exported, name)
     names = [case.name for case in cases.values()]
     sizes = "".join(

@@ -74,6 +74,7 @@ def test_firing_rates_count_the_library_s_neurons(library):
         hook.remove()
     found = rates.by_layer()
     assert len(found) == 2
+    assert repr(rates) == f"FiringRates({', '.join(f'{name}: {rate:.1%}' for name, rate in found.items())})"
     assert all(0.01 < rate < 0.99 for rate in found.values())  # the networks of the tests spike
     assert next(iter(found.values())) == pytest.approx(sum(spikes).item() / (5 * 5 * 8))
     assert rates.mean() > 0

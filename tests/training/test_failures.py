@@ -65,6 +65,7 @@ def test_bad_data_is_named_with_its_batch(spoil, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         train(tmp_path / "run", data=Blobs(spoil=spoil))
     assert "at epoch 1, batch" in caught.value.__notes__[0]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -136,5 +136,12 @@ def test_a_run_of_other_neurons_is_noticed(tmp_path, caplog):
     assert not caplog.messages
     sltt.load(tmp_path / "run", network(sltt.IF()))
     assert "was trained with other layers: 1 was LIF(tau=2.0, v_threshold=1.0" in caplog.text
+    other = nn.Sequential(*network(sltt.LIF(tau=2.0))[:3], nn.Linear(16, 5))
+    with pytest.raises(ValueError, match=r"size mismatch for 3.weight"):
+        sltt.load(tmp_path / "run", other)
+    nn.init.zeros_(other[0].weight)
+    sltt.load(tmp_path / "run", other, strict=False)
+    assert torch.equal(other[0].weight, model[0].weight)
+    assert "no weights of the same name and shape for 3.bias, 3.weight" in caplog.text
     with pytest.raises(ValueError, match=r"layers.1 was 'LIF\(tau=2.0, .* and is 'LIF\(tau=3.0, "):
         sltt.fit(network(sltt.LIF(tau=3.0)), data, **settings | {"epochs": 3}, resume=True)
