@@ -28,11 +28,11 @@ def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
     known = options().parse_args(words)
     built, _, content = load_run("sltt predict", folder, known.code, known.checkpoint)
-    trained = built.model.trained = Trained(**content["task"])
+    built.model.trained = trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
     names = list(getattr(built.data, "classes", ()))
     found = []
     for file in known.files:
-        sample = built.data.read(file, built.steps)
+        sample = built.dataset.read(file, built.steps)
         prediction = predict(built.model, sample[None] if trained.static else sample[:, None])
         found.append({"file": str(file), **_describe(prediction, trained, names)})
     if known.json:
