@@ -75,15 +75,9 @@ class CudaGraph:
 
 
 class Replay:
-    """An iteration as a graph.
+    """An iteration as a graph that has run it before. It reads copies of x and y, and leaves gradients in `.grad`.
 
-    Args:
-        graph: has run the iteration before.
-        iteration: computes a result from x and y, and leaves gradients in `.grad`.
-        parameters: that get gradients.
-        x: inputs; a copy is the memory that the graph reads.
-        y: targets, likewise.
-        beside: another one of the same shapes, whose inputs and gradients it shares.
+    One `beside` another, of the same shapes, shares inputs and gradients with it.
     """
 
     def __init__(
