@@ -229,7 +229,7 @@ def test_spikes_changed_in_place_are_named(width):
     if width * 8 >= 4096:  # saved as bits, before they were changed
         sltt.SLTT()(model, x, y, LOSS)
     else:
-        with pytest.raises(ValueError, match=r"the spikes of 1 \(LIF\) are changed in place.*inplace=False"):
+        with pytest.raises(ValueError, match=r"the outputs of 1 \(LIF\) are changed in place.*inplace=False"):
             sltt.SLTT()(model, x, y, LOSS)
 
 

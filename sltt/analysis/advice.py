@@ -19,8 +19,9 @@ LESS = 1.05  # BPTT's memory over that of a rule that saves some
 # Said where BPTT is advised: the steps of small layers that share a call take a few MB, whatever the rule.
 SHARED = " Time steps share a call, so most rules save no memory: try --rule.fold 1."
 DELAYS = (
-    " Before BPTT, where the input changes over time, try SLTT with delays: on the input, at SLTT's memory and time, "
-    "then between layers, at memory that does not grow with T and up to 1.4 times the time (sltt.Delay)."
+    " Before BPTT, where the input changes over time, try SLTT with delays as long as the task needs: on the input, at "
+    "SLTT's memory and time, then between layers, at memory that does not grow with T and up to 1.4 times the time "
+    "(sltt.Delay)."
 )
 # Where BPTT takes off less than this share of the loss, the training was too short to tell rules apart.
 BEGINS = 0.01

@@ -56,7 +56,7 @@ _FUNCTIONS = {
     "sltt_neuron": (None, [_A, _A, _N, _I, _A, _A, _A, _A, _N, _A, _A, _N, _N, _I]),
     "sltt_neuron_gradient": (_I, [_A, _A, _N, _I, _I, _I, _A, _A, _A, _A, _A, _A, _A, _A, _A, _N, _N, _I, _I]),
     "sltt_recurrent": (_I, [_P, _P, _P, _N, _P, _P, _P, _P, _P, _N, _P, _N, _N, _N, _I]),
-    "sltt_steady": (None, [_P, _I, _P, _F, _I, _P, _P, _N, _I]),
+    "sltt_steady": (None, [_P, _I, _P, _F, _I, _P, _P, _P, _N, _I]),
     "sltt_max_pool": (None, [_P, _I, _P, _P, _P, _I]),
     "sltt_max_pool_gradient": (None, [_P, _I, _P, _P, _P, _I]),
     "sltt_running_max": (None, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _I]),

@@ -126,17 +126,12 @@ def plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tenso
 
 
 def _changed_in_place(run: Run) -> str | None:
-    """Return the first spikes, or other outputs that their layer's backward needs, that are changed in place after it.
-
-    Found by running a time step.
-    """
+    """Return the layer whose outputs, which a backward needs, are changed in place, by running a time step."""
     seen: list[tuple[str, Tensor, int]] = []
 
     def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        spikes = emits_spikes(module)
-        if isinstance(output, Tensor) and (spikes or hasattr(output.grad_fn, "_saved_result")):
-            what = f"the {'spikes' if spikes else 'outputs'} of {name or 'the model'} ({type(module).__name__})"
-            seen.append((what, output, output._version))
+        if isinstance(output, Tensor) and (emits_spikes(module) or hasattr(output.grad_fn, "_saved_result")):
+            seen.append((f"the outputs of {name or 'the model'} ({type(module).__name__})", output, output._version))
 
     hooks = [m.register_forward_hook(partial(look, name)) for name, m in run.model.named_modules()]
     try:

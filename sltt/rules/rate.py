@@ -1,6 +1,6 @@
 """Rate-based backpropagation: one pass over firing rates, recorded in T steps without a graph or made on the way."""
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -203,31 +203,34 @@ class _NeuronLayer(_Layer):
         n, (_, parameters) = self.count(), self.module.as_function(x)
         self.module.reset()  # what the T steps left goes, layer by layer
         by_input, *by_parameters = (sensitivity.total.div_(n) for sensitivity in self.by)
-        found = kernels.Steady(self.spikes.div_(n).to(x.dtype), by_input.to(x.dtype), tuple(by_parameters))
+        rate = self.spikes.div_(n).to(x.dtype)
         self.calls, self.spikes, self.by = 0, None, []
-        return _Rate.apply(x, found, *(p for p in parameters if p.requires_grad))  # type: ignore[return-value]
+        learned = (p for p in parameters if p.requires_grad)
+        return _Rate.apply(x, rate, by_input.to(x.dtype), by_parameters, *learned)  # type: ignore[return-value]
 
     def steady(self, x: Tensor) -> Tensor:
-        neuron = self.module
-        step, decay = neuron.kernel_step() if isinstance(neuron, IntegrateAndFire) else (None, None)
-        if step is not None:
-            return self._steady_by_kernel(x, step, decay)
+        if (found := self._steady_by_kernel(x)) is not None:
+            return found
         with torch.no_grad():
             for _ in range(self.steps):
-                show(neuron, self.step(x))
+                show(self.module, self.step(x))
         return self.rate(x)
 
-    def _steady_by_kernel(self, x: Tensor, step: kernels.NeuronStep, decay: Tensor | None) -> Tensor:
+    def _steady_by_kernel(self, x: Tensor) -> Any:
+        """Return the rate from one native pass over all time steps; None where there is none."""
         module, steps, seen = self.module, self.steps, watches(self.module)
+        step, decay = module.kernel_step() if isinstance(module, IntegrateAndFire) else (None, None)
         # of a rate in 16 bits, a short sequence leaves the number of spikes to be told
-        counts = steps * torch.finfo(x.dtype).eps <= 0.5 and all(watch.counts for watch in seen)
-        see = None if counts else partial(show, module)
+        counts = all(watch.counts for watch in seen) and (not seen or steps * torch.finfo(x.dtype).eps <= 0.5)
+        if step is None or not counts:
+            return None
         with torch.no_grad():
-            given = None if decay is None else decay.detach()
-            found = kernels.steady_steps(step, x, steps, module.state_type(x), module.start, given, see)
-            for watch in seen if counts else ():
-                watch.see(watch.name, _spikes(found.rate, steps), x.numel() * steps)
-        return _Rate.apply(x, found, *(() if decay is None else (decay,)))  # type: ignore[return-value]
+            found = kernels.steady_means(step, x, steps, module.state_type(x), module.start, decay)
+            if found is None:
+                return None
+            for watch in seen:
+                watch.see(watch.name, _spikes(found[0], steps), x.numel() * steps)
+        return _Rate.apply(x, *found[:2], found[2:], *(() if decay is None else (decay,)))
 
 
 def _spikes(rate: Tensor, steps: int) -> Tensor:
@@ -240,17 +243,19 @@ class _Rate(torch.autograd.Function):
     """The rate, with the derivatives that were gathered."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, found: kernels.Steady, *parameters: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(found.by_input, *found.by_parameters)
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, rate: Tensor, by_input: Tensor, by_parameters: Sequence[Tensor], *parameters: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(by_input, *by_parameters)
         ctx.shapes = [p.shape for p in parameters]
-        return found.rate
+        return rate
 
     @staticmethod
     @kernels.differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         by_input, *by_parameters = ctx.saved_tensors
         of_parameters = ((grad * by).sum_to_size(shape) for by, shape in zip(by_parameters, ctx.shapes, strict=True))
-        return grad * by_input, None, *of_parameters
+        return grad * by_input, None, None, None, *of_parameters
 
 
 class _RecurrentLayer(_Layer):

@@ -1,7 +1,6 @@
 """Checks of a training: samples, labels, losses, gradients and weights, and layers that pass nothing on."""
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,13 +30,13 @@ def extreme_layers(rates: dict[str, float]) -> list[str]:
 
 
 def rising_loss(losses: Sequence[float], rule: Rule) -> list[str]:
-    """Return a warning where the training loss under SLTT has risen in three epochs in a row, by 5% together."""
-    last = losses[-4:]
-    rises = len(last) == 4 and all(map(operator.lt, last, last[1:])) and last[3] - last[0] > 0.05 * abs(last[0])
-    if not rises or not isinstance(rule, SLTT):
+    """Return a warning where the last three training losses under SLTT are above the best before, by 5% at the end."""
+    best, last = min(losses[:-3], default=math.inf), losses[-3:]
+    least = max(0.05 * abs(best), 0.01 * abs(losses[0]))  # a loss near 0 moves by chance
+    if min(last) <= best or not last[-1] - best > least or not isinstance(rule, SLTT):
         return []
     return [
-        f"the training loss has risen in three epochs, from {last[0]:.4g} to {last[3]:.4g}. SLTT drops the gradient "
+        f"the training loss has risen in three epochs, from {best:.4g} to {last[-1]:.4g}. SLTT drops the gradient "
         "through time, which this network may need: use BPTT, or OTTT in less memory; else a smaller learning rate"
     ]
 

@@ -11,6 +11,7 @@ from sltt import kernels, surrogates
 from sltt.kernels import native
 from sltt.kernels.neuron import native_step
 from sltt.kernels.spikes.looks import BITS, PACK_FROM
+from sltt.neurons import lif_step
 from tests.conftest import SURROGATES
 from tests.kernels.steps import Steep, threads
 
@@ -24,7 +25,7 @@ DIFFERENTIATED = tuple({*native_step.SURROGATES} - {surrogates.Sigmoid, surrogat
 def calls(monkeypatch):
     """Names of the native functions that were called."""
     seen = []
-    for name in ("forward", "gradient", "steady"):
+    for name in ("forward", "gradient"):
         function = getattr(native_step.NativeStep, name)
         monkeypatch.setattr(native_step.NativeStep, name, lambda *a, n=name, f=function: (seen.append(n), f(*a))[1])
     return seen
@@ -74,19 +75,28 @@ def test_every_surrogate(surrogate, calls):
     + [(CONSTANTS[-1], s) for s in SURROGATES[1:] if isinstance(s, DIFFERENTIATED)],
     ids=str,
 )
-def test_a_steady_current(constants, surrogate, calls):
-    """Means over a few time steps, of neurons that fire below the threshold and at it."""
-    sizes = 0, 1, 63, 64, 513, 3 * 2**14 + 24
-    for n, dtype, s in itertools.product(sizes, DTYPES, (surrogate, sltt.surrogates.Above(surrogate))):
-        step, results = kernels.NeuronStep(0.5, 1.0, *constants, s), []
-        x = (1.5 * torch.randn(n)).to(dtype)
-        x[::7] = 1.0
-        for mode in ("off", "on"):
-            with kernels.using(compile=mode):
-                results.append(kernels.steady_steps(step, x, 5, torch.float32, constants[0] or 0.0))
-        assert torch.equal(results[0].rate, results[1].rate)
-        assert torch.equal(results[0].by_input, results[1].by_input)
-    assert set(calls) == {"steady"}
+def test_a_steady_current(constants, surrogate):
+    """The derivative of the rate is the gradient, through time, of the mean of the spikes."""
+    shapes = (0,), (1,), (63,), (64,), (513,), (3 * 2**14 + 24,), (4, 3, 8, 9)
+    v_reset, *flags = constants
+    for shape, dtype, s in itertools.product(shapes, DTYPES, (surrogate, sltt.surrogates.Above(surrogate))):
+        given = (1.5 * torch.randn(shape)).to(dtype)
+        given.view(-1)[::7] = 1.0
+        given = given.transpose(0, -1)  # not in the order of its dimensions
+        x, rate, decay = given.float().requires_grad_(), torch.tensor(0.5), torch.full_like(given, 0.5).float()
+        v, total = torch.full_like(x, v_reset or 0.0), 0.0
+        fixed = {"v_reset": v_reset, "decay_input": flags[0], "detach_reset": flags[1], "surrogate": s}
+        for _ in range(5):
+            fired, v = lif_step(v, x, decay=decay.requires_grad_(), **fixed)
+            total = total + fired
+        slopes = torch.autograd.grad((total / 5).sum(), (x, decay))
+        for learned in (None, rate):
+            step = kernels.NeuronStep(None if learned is rate else 0.5, 1.0, **fixed)
+            with kernels.using(compile="on"):
+                mean, *found = kernels.steady_means(step, given, 5, torch.float32, v_reset or 0.0, learned)
+            assert torch.equal(mean, (total / 5).to(dtype))
+            torch.testing.assert_close(found, [slopes[0].to(dtype), slopes[1]][: len(found)])
+            assert len(found) == 1 + (learned is rate)
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 511, 4096, 5001, 3 * 2**14 + 24])

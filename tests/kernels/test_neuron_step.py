@@ -3,8 +3,6 @@ import torch
 
 import sltt
 from sltt import kernels
-from sltt.kernels.neuron import steady
-from sltt.neurons import lif_step
 from tests.conftest import SURROGATES
 from tests.kernels.steps import CONSTANTS, SIZES, both, compiling, layouts
 
@@ -57,18 +55,14 @@ def test_types(dtype, compile_mode):
 @pytest.mark.parametrize("layout", layouts())
 def test_any_memory_format(layout, compile_mode):
     x = layouts()[layout]
-    results, means, seen = [], [], []
+    results = []
     for data in (x, x.contiguous()):
         leaf = data.detach().requires_grad_()
         neuron = sltt.LIF(tau=2.0)
         s = torch.stack([neuron(leaf) for _ in range(3)])
         (grad,) = torch.autograd.grad((s * torch.linspace(0, 1, x.numel()).view(x.shape)).sum(), leaf)
         results.append((s, grad))
-        step = kernels.NeuronStep(decay=0.5, v_threshold=1.0, surrogate=SURROGATES[0], **CONSTANTS[0])
-        means.append(kernels.steady_steps(step, data, 3, torch.float32, 0.0, see=seen.append))
     assert all(map(torch.equal, *results))
-    torch.testing.assert_close((means[0].rate, means[0].by_input), (means[1].rate, means[1].by_input))
-    assert torch.equal(*seen)
     if layout in ("channels-last", "permuted"):
         neuron = sltt.LIF()
         assert neuron(x).stride() == x.stride() == neuron.v.stride()
@@ -101,41 +95,6 @@ def test_several_steps_in_a_call_equal_single_ones(size, learnable, constants, c
         results.append([s, last, x.grad, v.grad, rate.grad])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("learnable", [False, True], ids=["constant", "learnable"])
-@pytest.mark.parametrize("constants", CONSTANTS, ids=str)
-def test_steps_under_a_steady_current_equal_the_plain_ones(constants, learnable):
-    with kernels.using(compile="off"):
-        for steps, n in ((8, 9), (19, 1023), (8, 0)):
-            check_steady(constants, learnable, steps, n)
-
-
-def test_compiled_steps_under_a_steady_current_equal_the_plain_ones(monkeypatch):
-    monkeypatch.setattr(steady, "UNROLLED", 2)  # compiles in a third of the time of four
-    with compiling("on"):
-        for n in (0, 1, 9, 5000):
-            check_steady(CONSTANTS[7], True, 4, n)
-
-
-def check_steady(constants, learnable, steps, n):
-    """Each neuron's derivative of its rate is the gradient, through time, of the mean of its spikes."""
-    constants = {"v_threshold": 0.8, "surrogate": SURROGATES[0], **constants}
-    x = (1.5 * torch.randn(n, dtype=torch.float64)).requires_grad_()
-    decay = torch.full_like(x, 0.6).requires_grad_()
-    v, spikes = torch.full_like(x, 0.3), []
-    for _ in range(steps):
-        s, v = lif_step(v, x, decay=decay, **constants)
-        spikes.append(s)
-    rate = sum(spikes) / steps
-    by_input, by_decay = torch.autograd.grad(rate.sum(), (x, decay))
-    step, seen = kernels.NeuronStep(decay=None if learnable else 0.6, **constants), []
-    given = torch.tensor(0.6, dtype=torch.float64) if learnable else None
-    found = kernels.steady_steps(step, x.detach(), steps, torch.float64, 0.3, given, seen.append)
-    assert torch.equal(found.rate, rate)
-    assert torch.equal(torch.cat(seen), torch.cat(spikes))
-    derivatives = [by_input, by_decay] if learnable else [by_input]
-    torch.testing.assert_close([found.by_input, *found.by_parameters], derivatives, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("neuron", [sltt.LIF, sltt.PLIF, sltt.ALIF])

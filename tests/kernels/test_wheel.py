@@ -142,6 +142,7 @@ def kernel_calls():
             "of_first": np.zeros(cells, np.float32),
             "rate": np.zeros(cells, number),
             "slope": np.zeros(cells, number),
+            "by_decay": np.zeros(cells, np.float32),
             "frames": cast(frames),
             "most": np.zeros((2, 3, 4, 5), number),
             "positions": np.zeros((2, 3, 4, 5), np.uint8),
@@ -172,13 +173,13 @@ def kernel_calls():
         for surrogate in range(4):
             for soft in range(2):
                 place = f"neuron_{surrogate}_{soft}"
-                constants = np.array([0.5, 1.0, 0.7, 0.0, 0, 0, 0, 0, 1.0, 1.0, 1.0], np.float32)
-                constants.view(np.int32)[4:8] = soft, 0, surrogate % 2, surrogate
+                constants = np.array([0.5, 1.0, 0.7, 0.0, 0.7, 1.0, *4 * [0], 1.0, 1.0, 1.0], np.float32)
+                constants.view(np.int32)[6:10] = soft, 0, surrogate % 2, surrogate
                 arrays[place] = constants
                 call("sltt_neuron", place, None, 0, is_half, "current", "v", "s", "v_out", 0, "u", "fired", cells, 3, 1)
                 given = ["of_s", "of_v", "u", "s", None, "current", "of_current", "of_first", None]
                 call("sltt_neuron_gradient", place, None, 0, 0, is_half, is_half, *given, cells, 3, 0, 1)
-        call("sltt_steady", place, is_half, "current", 0.0, 4, "rate", "slope", cells, 1)
+        call("sltt_steady", place, is_half, "current", 0.0, 4, "rate", "slope", "by_decay", cells, 1)
         affine = ["mean", "var", "norm_weight", "norm_bias"]
         call("sltt_norm", is_half, "current", 3 * cells, 32, *affine, 1, 0.1, 1e-5, "factors", 1)
         call("sltt_max_pool", "windows", is_half, "frames", "most", "positions", 1)

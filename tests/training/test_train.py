@@ -176,6 +176,9 @@ def test_the_trial_of_the_first_batch_does_not_count_and_the_figure_is_that_of_t
         ([1.0, 0.5, 0.51, 0.52, 0.53], sltt.SLTT(), True),
         ([1.0, 0.5, 0.51, 0.52, 0.52], sltt.SLTT(), False),
         ([1.0, 0.5, 0.501, 0.502, 0.503], sltt.SLTT(), False),  # little
+        ([1.0, 0.5, 0.56, 0.52, 0.55], sltt.SLTT(), True),  # not in each of the epochs
+        ([1.0, 0.5, 0.56, 0.49, 0.55], sltt.SLTT(), False),
+        ([1.0, 0.001, 0.002, 0.003, 0.004], sltt.SLTT(), False),
         ([0.5, 0.6, 0.7], sltt.SLTT(), False),
         ([-1.0, -0.9, -0.8, -0.7], sltt.SLTT(k=1), True),
         ([1.0, 0.5, 0.51, 0.52, 0.53], sltt.BPTT(), False),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sltt.kernels.native import library_for
+from sltt.kernels.options import dense
 from sltt.surrogates import Above, ArcTan, Exponential, FastSigmoid, Gaussian, Rectangle, Sigmoid, Surrogate, Triangle
 
 if TYPE_CHECKING:
@@ -75,13 +76,6 @@ class NativeStep:
             None if bits is None else bits.data_ptr(), n, x.numel() // max(1, n), torch.get_num_threads(),
         )  # fmt: skip
 
-    def steady(self, rate: Tensor, by_input: Tensor, x: Tensor, steps: int, start: float) -> None:
-        """Write means over time steps under the current x, from the potential `start`: of spikes, of ∂s/∂x."""
-        self.library.sltt_steady(
-            self.constants, x.dtype == torch.bfloat16, x, start, steps, rate, by_input,
-            x.numel(), torch.get_num_threads(),
-        )  # fmt: skip
-
     def gradient(
         self, out: Tensor, out_v: Tensor | None, grad_s: Tensor | None, grad_v: Tensor | None, kept: Tensor, s: Tensor,
         x_dtype: torch.dtype, factors: Tensor | None, of_batch: bool, x: Tensor, steps: int, cut: bool,
@@ -122,6 +116,24 @@ def native_step(
     else:
         native = NativeStep(library, step, decay.item())
     return None if gradient and not native.differentiates else native
+
+
+def steady_means(
+    step: "NeuronStep", x: Tensor, steps: int, dtype: torch.dtype, start: float, decay: Tensor | None
+) -> tuple[Tensor, ...] | None:
+    """Return means over T time steps under the current x, from the potential `start`: of s, of ∂s/∂x in x's type.
+
+    Where λ is a tensor, of ∂s/∂λ in float32 too. None where no native code runs.
+    """
+    if (native := native_step(step, x, x.dtype, dtype, decay, gradient=True)) is None:
+        return None
+    x = x if dense(x) else x.contiguous()
+    by_decay = None if decay is None else torch.empty_like(x, dtype=dtype)
+    means = torch.empty_like(x), torch.empty_like(x), by_decay
+    native.library.sltt_steady(
+        native.constants, x.dtype == torch.bfloat16, x, start, steps, *means, x.numel(), torch.get_num_threads()
+    )
+    return tuple(one for one in means if one is not None)
 
 
 _constant_step = functools.lru_cache(maxsize=1024)(NativeStep)

@@ -67,52 +67,58 @@ INLINE void with_surrogate(Surrogate surrogate, const F& function) {
 }
 
 // Means over time steps under the currents x of some vectors of neurons: of the spikes, in place of x, and of their
-// derivatives with respect to x.
-template <Surrogate S, bool SOFT, bool ABOVE>
-void steady_vectors(const Neuron& z, float start, int steps, V* __restrict x, V* __restrict slopes_out) {
+// derivatives with respect to x; where it is LEARNED, with respect to the decay too.
+template <Surrogate S, bool SOFT, bool ABOVE, bool LEARNED>
+void steady_vectors(const Neuron& z, float start, int steps, V* __restrict x, V* __restrict by_x,
+                    V* __restrict by_decay) {
   const V zero = {}, one = zero + 1.0f;
-  V current[VECTORS], v[VECTORS], by_x[VECTORS], spikes[VECTORS], slopes[VECTORS];
+  V current[VECTORS], v[VECTORS], of_x[VECTORS], of_decay[VECTORS], spikes[VECTORS];
   for (int k = 0; k < VECTORS; k++) {
-    current[k] = x[k];
+    current[k] = z.gain * x[k];
     v[k] = zero + start;
-    by_x[k] = spikes[k] = slopes[k] = zero;
+    of_x[k] = of_decay[k] = spikes[k] = by_x[k] = by_decay[k] = zero;
   }
   for (int t = 0; t < steps; t++)
     for (int k = 0; k < VECTORS; k++) {
       const V left = SOFT || z.rest == 0 ? z.decay * v[k] : z.rest + z.decay * (v[k] - z.rest), u = left + current[k];
       const V above = u - z.threshold, s = (ABOVE ? above > 0.0f : above >= 0.0f) ? one : zero;
+      if (LEARNED) of_decay[k] = z.decay * of_decay[k] + (v[k] - z.rest - (z.gain != 1 ? x[k] : zero));  // ∂u/∂λ
       v[k] = SOFT ? u - z.amount * s : u - (u - z.rest) * s;
       const V fires = slope<S>(z, above);
       V stays = SOFT ? one : one - s;
       if (!z.detached) stays -= SOFT ? fires * z.amount : fires * (u - z.rest);
-      by_x[k] = z.decay * by_x[k] + z.gain;  // ∂u/∂x, from ∂v/∂x of the step before
+      of_x[k] = z.decay * of_x[k] + z.gain;  // ∂u/∂x, from ∂v/∂x of the step before
       spikes[k] += s;
-      slopes[k] += by_x[k] * fires;
-      by_x[k] *= stays;
+      by_x[k] += of_x[k] * fires;
+      of_x[k] *= stays;
+      if (LEARNED) by_decay[k] += of_decay[k] * fires, of_decay[k] *= stays;
     }
-  for (int k = 0; k < VECTORS; k++) {
-    x[k] = spikes[k] / float(steps);
-    slopes_out[k] = slopes[k] / float(steps);
-  }
+  for (int k = 0; k < VECTORS; k++) x[k] = spikes[k] / float(steps);
+  for (int k = 0; k < VECTORS; k++) by_x[k] /= float(steps), by_decay[k] /= float(steps);
+}
+
+template <Surrogate S, bool LEARNED>
+auto steady_form(const Neuron& z) {
+  return z.soft ? (z.above ? steady_vectors<S, true, true, LEARNED> : steady_vectors<S, true, false, LEARNED>)
+                : (z.above ? steady_vectors<S, false, true, LEARNED> : steady_vectors<S, false, false, LEARNED>);
 }
 
 template <class T>
 void steady_block(const Neuron& z, const T* __restrict x, float start, int steps, T* __restrict rate,
-                  T* __restrict by_input, int64_t n) {
+                  T* __restrict by_input, float* __restrict by_decay, int64_t n) {
   constexpr int64_t AT_ONCE = VECTORS * LANES;
   static_assert(BLOCK % AT_ONCE == 0);
-  float rates[BLOCK], slopes[BLOCK];
-  current(z, Norm(), x, 0, rates, n);
-  std::fill(rates + n, rates + (n + AT_ONCE - 1) / AT_ONCE * AT_ONCE, 0.0f);
+  float rates[BLOCK] = {}, of_input[BLOCK], of_decay[BLOCK];
+  for (int64_t i = 0; i < n; i++) rates[i] = widen(x[i]);
   with_surrogate(z.surrogate, [&](auto surrogate) {
     constexpr Surrogate S = surrogate();
-    const auto run = z.soft ? (z.above ? steady_vectors<S, true, true> : steady_vectors<S, true, false>)
-                            : (z.above ? steady_vectors<S, false, true> : steady_vectors<S, false, false>);
-    for (int64_t i = 0; i < n; i += AT_ONCE)
-      run(z, start, steps, reinterpret_cast<V*>(rates + i), reinterpret_cast<V*>(slopes + i));
+    const auto run = by_decay ? steady_form<S, true>(z) : steady_form<S, false>(z);
+    const auto at = [](float* p) { return reinterpret_cast<V*>(p); };
+    for (int64_t i = 0; i < n; i += AT_ONCE) run(z, start, steps, at(rates + i), at(of_input + i), at(of_decay + i));
   });
   for (int64_t i = 0; i < n; i++) put(rate + i, rates[i]);
-  for (int64_t i = 0; i < n; i++) put(by_input + i, slopes[i]);
+  for (int64_t i = 0; i < n; i++) put(by_input + i, of_input[i]);
+  if (by_decay) std::copy_n(of_decay, n, by_decay);
 }
 
 // `s` are the spikes where there are no bits. The gradient is left in g too.
@@ -315,12 +321,13 @@ void sltt_neuron(const Neuron* z, const float* factors, int64_t channels, int bf
   });
 }
 
-// x, rate and by_input are float or bfloat16.
+// x, rate and by_input are float or bfloat16; by_decay may be null.
 void sltt_steady(const Neuron* z, int bfloat16, const void* x, float start, int steps, void* rate, void* by_input,
-                 int64_t n, int threads) {
+                 float* by_decay, int64_t n, int threads) {
   with_type(bfloat16, [&](auto t) {
     for_each_block(threads, n, [&](int64_t, int64_t i, int64_t m) {
-      steady_block(*z, as(x, t) + i, start, steps, as(rate, t) + i, as(by_input, t) + i, m);
+      steady_block(*z, as(x, t) + i, start, steps, as(rate, t) + i, as(by_input, t) + i,
+                   shifted(by_decay, i), m);
     });
   });
 }
