@@ -37,16 +37,21 @@ def stage_blocks(blocks: Sequence[int]) -> list[tuple[int, int]]:
     return [(width, stride if i == 0 else 1) for width, stride, count in stages for i in range(count)]
 
 
-def check_frame(x: Tensor, channels: int, least: int = 1) -> None:
-    """Raise ValueError unless x is the input of one time step, [B, channels, H, W], with H and W at least `least`."""
+def check_frame(x: Tensor, channels: int, least: int = 1, dims: int = 2) -> None:
+    """Raise ValueError unless x is the input of one time step, [B, channels, H, W], or [B, channels, L] with dims=1.
+
+    Its height and width, or its length, are at least `least`.
+    """
     if isinstance(x, fx.Proxy):  # the network is being traced, and has no shapes yet
         return
     instance("the input", x, Tensor)
-    if x.ndim != 4 or x.shape[1] != channels:
-        hint = "; a sequence [T, B, C, H, W] goes through a rule or sltt.unroll" if x.ndim == 5 else ""
-        raise ValueError(f"expected one time step [B, {channels}, H, W], got shape {list(x.shape)}{hint}")
-    if x.shape[2] < least or x.shape[3] < least:
-        raise ValueError(f"expected a height and a width of at least {least} pixels, got shape {list(x.shape)}")
+    size = "L" if dims == 1 else "H, W"
+    if x.ndim != dims + 2 or x.shape[1] != channels:
+        hint = f"; a sequence [T, B, C, {size}] goes through a rule or sltt.unroll" if x.ndim == dims + 3 else ""
+        raise ValueError(f"expected one time step [B, {channels}, {size}], got shape {list(x.shape)}{hint}")
+    if min(x.shape[2:]) < least:
+        what = "a length" if dims == 1 else "a height and a width"
+        raise ValueError(f"expected {what} of at least {least}, got shape {list(x.shape)}")
 
 
 def run_features(layers: nn.Sequential, x: Tensor) -> Tensor:

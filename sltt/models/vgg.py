@@ -13,6 +13,8 @@ from sltt.dropout import Dropout
 from sltt.models.base import Delays, NeuronFactory, check_frame, delays_before, neuron_maker, run_features
 from sltt.neurons import LIF
 
+_OF_IMAGES = nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d
+
 
 class VGG(nn.Module):
     """Blocks of (3×3 convolution, BatchNorm, neuron, dropout), average pooling between blocks, one linear layer.
@@ -24,6 +26,7 @@ class VGG(nn.Module):
         neuron: makes a neuron; called once for each convolution.
         dropout: probability of the dropout after each neuron.
         delays: as of `MLP`, before each convolution and the linear layer.
+        dims: 2 for images, or 1 for signals [B, in_channels, L], such as the bands of a frame of sound.
     """
 
     def __init__(
@@ -34,9 +37,12 @@ class VGG(nn.Module):
         neuron: NeuronFactory = LIF,
         dropout: float = 0.0,
         delays: Delays = (),
+        dims: int = 2,
     ):
         super().__init__()
-        neuron = neuron_maker(neuron)
+        neuron, self.dims = neuron_maker(neuron), whole_number("dims", dims, least=1, most=2)
+        kinds = (nn.Conv1d, nn.BatchNorm1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d) if dims == 1 else _OF_IMAGES
+        conv, norm, pool, adaptive = kinds
         layers: list[nn.Module] = []
         channels = self.in_channels = whole_number("in_channels", in_channels, least=1)
         self.poolings = len(sequence("blocks", blocks, "widths", fewest=1)) - 1
@@ -44,20 +50,20 @@ class VGG(nn.Module):
         before = delays_before(delays, sum(map(len, blocks)) + 1)
         for i, widths in enumerate(blocks):
             if i:
-                layers.append(nn.AvgPool2d(2))
+                layers.append(pool(2))
             for width in widths:
                 delay, taps = before.pop(0)
-                layers += [*delay, nn.Conv2d(channels * taps, width, 3, padding=1), nn.BatchNorm2d(width), neuron()]
+                layers += [*delay, conv(channels * taps, width, 3, padding=1), norm(width), neuron()]
                 layers.append(Dropout(dropout))
                 channels = width
         ((delay, taps),) = before
         self.features = nn.Sequential(*layers, *delay)
-        self.pool = nn.AdaptiveAvgPool2d(7)
-        self.head = nn.Linear(channels * taps * 7 * 7, whole_number("classes", classes, least=1))
+        self.pool = adaptive(7)
+        self.head = nn.Linear(channels * taps * 7**dims, whole_number("classes", classes, least=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """One time step [B, in_channels, H, W] to logits [B, classes]; H and W at least 2 to the number of poolings."""
-        check_frame(x, self.in_channels, least=2**self.poolings)
+        check_frame(x, self.in_channels, least=2**self.poolings, dims=self.dims)
         return self.head(self.pool(run_features(self.features, x)).flatten(1))
 
 

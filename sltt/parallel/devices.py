@@ -38,9 +38,7 @@ def make_fabric(
 
     Raises ValueError for a device that is not there, or numbers that differ from what was started.
     """
-    from lightning_fabric import Fabric  # takes seconds to import
-    from lightning_fabric.plugins import MixedPrecision
-
+    Fabric, MixedPrecision = _import_fabric()
     if device in ("cuda", "mps") and not getattr(torch, device).is_available():
         name = {"cuda": "CUDA device", "mps": "GPU of Apple's"}[device]
         raise ValueError(f"device {device} was asked for, but PyTorch sees no {name}; `sltt doctor` says what it sees")
@@ -66,6 +64,19 @@ def make_fabric(
         fabric.launch()
         atexit.register(disband, os.getpid())
     return fabric
+
+
+def _import_fabric() -> Any:
+    """Import Fabric, but not torchmetrics: Fabric asks for its version, and it imports scipy and matplotlib."""
+    if absent := not {"torchmetrics", "lightning_fabric"} & sys.modules.keys():
+        sys.modules["torchmetrics"] = None  # type: ignore[assignment]
+    try:
+        from lightning_fabric import Fabric
+        from lightning_fabric.plugins import MixedPrecision
+    finally:
+        if absent:
+            del sys.modules["torchmetrics"]
+    return Fabric, MixedPrecision
 
 
 def keep_freed_memory() -> None:

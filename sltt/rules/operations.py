@@ -100,13 +100,17 @@ class Operations(DispatchMode):
             return rows == {len(results[0])} and all(self._broadcasts(t, results[0]) for t in given)
         if name in _WEIGHTED:
             at = _WEIGHTED[name]
+            if name == "embedding" and any(args[3:4]):  # its gradient counts the rows that all samples read
+                return False
             return len(samples) == 1 and first is args[at] and len(results[0]) == len(first) and first.ndim > 1
         if name.startswith(tuple(_PAIRED.split())):
             return len(rows) == 1 and all(t.ndim > 2 and self._broadcasts(t, first) for t in given)
         if len(rows) > 1 or len(samples) < len(given) - (name in ("native_layer_norm", "native_group_norm")) * 2:
             return False
         if name == "as_strided":  # of a dimension of size 1, in another memory format
-            return tuple(args[1]) == tuple(first.shape)
+            steps = zip(first.shape, first.stride(), args[2], strict=False)
+            same = tuple(args[1]) == first.shape and args[3:4] in ((), (None,), (first.storage_offset(),))
+            return same and all(n == 1 or old == new for n, old, new in steps)
         if name in _ALIKE.split():
             return True  # a view keeps the order of elements, in which samples are outermost
         if name.startswith(tuple(_POOLS.split())):

@@ -103,6 +103,7 @@ FRAMES = {  # small where the network takes any size
     "sequential-digits": (8,),
     "shd": (700,),
     "shd-recurrent": (700,),
+    "shd-delays": (700,),
     "speech": (40,),
 }
 CLASSES = {
@@ -118,6 +119,7 @@ CLASSES = {
     "recall-marked": 2,
     "shd": 20,
     "shd-recurrent": 20,
+    "shd-delays": 20,
     **{f"imagenet{end}": 1000 for end in ("", "-qkformer", "-stage1", "-stage2")},
 }
 

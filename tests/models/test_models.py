@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -48,10 +50,11 @@ def test_networks_have_so_many_neurons_as_they_are_given(build, count):
     assert [m.tau for m in model.modules() if isinstance(m, Neuron)] == [1.5] * count
 
 
-@pytest.mark.parametrize("kind", [models.MLP, models.VGG])
+@pytest.mark.parametrize("kind", [models.MLP, models.VGG, partial(models.VGG, dims=1)], ids=["MLP", "VGG", "1-D"])
 def test_delays_stand_before_the_layers_with_weights(kind):
     """Also in front of what runs once for a static image."""
     shape, given = ((6,), ([6, 5, 4, 3],)) if kind is models.MLP else ((2, 8, 8), ([[5], [4]], 2, 3))
+    shape = shape[:2] if isinstance(kind, partial) else shape
     model = kind(*given, delays=[[0, 3], None, [1, 2]])
     assert [list(m.taps) for m in model.modules() if isinstance(m, sltt.Delay)] == [[0, 3], [1, 2]]
     x, y = torch.rand(5, *shape), torch.randint(3, (5,))
@@ -222,5 +225,5 @@ def test_a_shallow_vgg_gives_logits_by_the_pooled_sum_over_time_times_its_scale(
 
 @pytest.mark.parametrize("side", [8, 7])
 def test_images_too_small_for_a_shallow_vgg_are_refused(side):
-    with pytest.raises(ValueError, match="at least 9 pixels"):
+    with pytest.raises(ValueError, match="a height and a width of at least 9, got"):
         models.ShallowVGG()(torch.randn(1, 3, side, side))

@@ -130,6 +130,14 @@ FUNCTIONS = {
         lambda layer, x: torch.cat([layer.norm(part) for part in x.split(6)]),
         {"norm": nn.BatchNorm1d(16)},
     ),
+    "divides a gradient by how often its row is read": (
+        lambda layer, x: x + layer.table((x > 0).long()).sum(2),
+        {"table": nn.Embedding(2, 4, scale_grad_by_freq=True)},
+    ),
+    "reads its memory in another order": (
+        lambda layer, x: x.contiguous().as_strided(x.shape, (1, len(x))),
+        {},
+    ),
     "mixes pairs of samples": (lambda layer, x: x if len(x) % 2 else x - 0.1 * pairs(x), {}),
 }
 SINGLE = {name: lambda given=given: Through(given[0], **copy.deepcopy(given[1])) for name, given in FUNCTIONS.items()}
@@ -191,6 +199,7 @@ class Given(Accumulated):
 FOLDED = {
     "a function": lambda: Through(lambda layer, x: 2 * x),
     "a state that changes in place": Accumulated,
+    "a table": lambda: Through(lambda layer, x: x + layer.table((x > 0).long()).sum(2), table=nn.Embedding(2, 4)),
     "dropout": lambda: nn.Dropout(0.3),
     "batch norm": lambda: nn.BatchNorm1d(16),
     "group norm": lambda: nn.GroupNorm(4, 16),

@@ -79,8 +79,8 @@ def count(rule, rates=False, steps=6):
     ("rule", "most"),
     [
         (sltt.SLTT(fold=1), 910),
-        (sltt.SLTT(fold=6), 240),
-        (sltt.BPTT(fold=6), 240),
+        (sltt.SLTT(fold=6), 273),
+        (sltt.BPTT(fold=6), 273),
         (sltt.OTTT(), 1490),
         (sltt.RateBased(), 1700),
     ],

@@ -46,8 +46,7 @@ def _add_up(
     parts_ptr, one, other, there, n, width, channels, COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Write the sums of two values over this program's elements of each channel, a part of [parts, 2, C]."""
-    one = tl.reshape(tl.where(there, one, 0.0), [BLOCK // TILE, TILE])
-    other = tl.reshape(tl.where(there, other, 0.0), [BLOCK // TILE, TILE])
+    both = tl.reshape(tl.where(there[:, :, None], tl.join(one, other), 0.0), [BLOCK // TILE, TILE, 2])
     across = tl.cdiv(width, TILE)
     tile_row, tile_column = tl.program_id(0) // across, tl.program_id(0) % across
     if COLUMNS:
@@ -57,8 +56,8 @@ def _add_up(
         row = tile_row.to(tl.int64) * (BLOCK // TILE) + tl.arange(0, BLOCK // TILE)
         part = row // channels * across + tile_column
         at, holds = part * 2 * channels + row % channels, row * width < n
-    tl.store(parts_ptr + at, tl.sum(one, 0 if COLUMNS else 1), holds)
-    tl.store(parts_ptr + at + channels, tl.sum(other, 0 if COLUMNS else 1), holds)
+    at = at[:, None] + tl.arange(0, 2)[None, :] * channels
+    tl.store(parts_ptr + at, tl.sum(both, 0 if COLUMNS else 1), holds[:, None])
 
 
 @triton.jit
@@ -203,6 +202,53 @@ def steps_forward(
 
 
 @triton.jit
+def _step_back(
+    kept, s, distance, v, grad_v, of_decay, of_threshold, t, steps, at, there, c,
+    grad_x_ptr, grad_decay_ptr, norm_parts_ptr, grad_s_ptr, x_ptr, factors_ptr,
+    n, width, channels, parts, decay, gain, threshold, rest, a, b,
+    SURROGATE: tl.constexpr, SOFT: tl.constexpr, SCALES: tl.constexpr, DETACHED: tl.constexpr, FLOWS: tl.constexpr,
+    COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write ∂L/∂x of time step t, and this program's part of the BatchNorm's sums; v is the potential before the step.
+
+    Returns ∂L/∂v before it, and the sums for ∂L/∂λ and ∂L/∂V_th with those of this step.
+    """
+    here = tl.cast(n, tl.int64) * t + at
+    grad_s = tl.zeros([BLOCK // 8, 8], tl.float32)
+    if grad_s_ptr is not None:
+        grad_s = tl.load(grad_s_ptr + here, there, other=0.0).to(tl.float32)
+    grad_u = _grad_u(grad_s, grad_v, distance, s, kept, threshold, rest, a, b, SURROGATE, SOFT, DETACHED, FLOWS)
+    grad_x = (grad_u * gain if SCALES else grad_u).to(grad_x_ptr.dtype.element_ty)
+    tl.store(grad_x_ptr + here, grad_x, there)
+    if norm_parts_ptr is not None:
+        x = _standardised(x_ptr, here, there, factors_ptr, c, t, steps, channels)
+        g, step_parts_ptr = grad_x.to(tl.float32), norm_parts_ptr + tl.cast(parts, tl.int64) * 2 * channels * t
+        _add_up(step_parts_ptr, g, g * x, there, n, width, channels, COLUMNS, TILE, BLOCK)
+    if grad_decay_ptr is not None:
+        moved = v - rest
+        if SCALES:
+            moved = moved - _current(x_ptr, here, there, factors_ptr, c, t, steps, channels)
+        of_decay += grad_u * moved
+        of_threshold += grad_v * (1.0 - s) - grad_u
+    return grad_u * decay, of_decay, of_threshold
+
+
+@triton.jit
+def _finish(
+    grad_v, of_decay, of_threshold, at, there, grad_first_ptr, grad_decay_ptr, n, width, channels,
+    BY_CHANNEL: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write ∂L/∂v before the first step, and this program's part of ∂L/∂λ, and of ∂L/∂V_th BY_CHANNEL."""
+    if grad_first_ptr is not None:
+        tl.store(grad_first_ptr + at, grad_v.to(grad_first_ptr.dtype.element_ty), there)
+    if grad_decay_ptr is not None:
+        if BY_CHANNEL:
+            _add_up(grad_decay_ptr, of_decay, of_threshold, there, n, width, channels, COLUMNS, TILE, BLOCK)
+        else:
+            tl.store(grad_decay_ptr + tl.program_id(0), tl.sum(tl.where(there, of_decay, 0.0)))
+
+
+@triton.jit
 def steps_backward(
     grad_x_ptr, grad_first_ptr, grad_decay_ptr, norm_parts_ptr, grad_s_ptr, grad_v_ptr, kept_ptr, s_ptr, v_ptr, x_ptr,
     decay_ptr, factors_ptr, n, width, channels, parts, steps, decay, gain, threshold, rest, a, b,
@@ -228,9 +274,6 @@ def steps_backward(
     for back in range(steps):
         t = tl.cast(steps - 1 - back, tl.int64)
         kept = tl.load(kept_ptr + t * n + at, there, other=0.0).to(tl.float32)
-        grad_s = tl.zeros([BLOCK // 8, 8], tl.float32)
-        if grad_s_ptr is not None:
-            grad_s = tl.load(grad_s_ptr + t * n + at, there, other=0.0).to(tl.float32)
         if not SOFT:
             s = _spikes(kept, threshold, ABOVE, STATE)
         elif s_ptr.dtype.element_ty == tl.uint8:
@@ -238,14 +281,7 @@ def steps_backward(
             s = ((byte[:, None] >> tl.arange(0, 8)[None, :]) & 1).to(tl.float32)
         else:
             s = tl.load(s_ptr + t * n + at, there, other=0.0).to(tl.float32)
-        distance = kept - (threshold * (1.0 - s) if SOFT else threshold)
-        grad_u = _grad_u(grad_s, grad_v, distance, s, kept, threshold, rest, a, b, SURROGATE, SOFT, DETACHED, FLOWS)
-        grad_x = (grad_u * gain if SCALES else grad_u).to(grad_x_ptr.dtype.element_ty)
-        tl.store(grad_x_ptr + t * n + at, grad_x, there)
-        if norm_parts_ptr is not None:
-            x = _standardised(x_ptr, t * n + at, there, factors_ptr, c, t, steps, channels)
-            g, step_parts_ptr = grad_x.to(tl.float32), norm_parts_ptr + t * parts * 2 * channels
-            _add_up(step_parts_ptr, g, g * x, there, n, width, channels, COLUMNS, TILE, BLOCK)
+        v = grad_v  # of what is learned alone, v before the step is read
         if grad_decay_ptr is not None:
             if t == 0:
                 v = tl.load(v_ptr + at, there, other=0.0).to(tl.float32)
@@ -253,21 +289,19 @@ def steps_backward(
                 v = tl.load(kept_ptr + (t - 1) * n + at, there, other=0.0).to(tl.float32)
                 if not SOFT:
                     v = _reset(v, _spikes(v, threshold, ABOVE, STATE), threshold, rest, SOFT, STATE)
-            moved = v - rest
-            if SCALES:
-                moved = moved - _current(x_ptr, t * n + at, there, factors_ptr, c, t, steps, channels)
-            of_decay += grad_u * moved
-            of_threshold += grad_v * (1.0 - s) - grad_u
-        grad_v = grad_u * decay
+        distance = kept - (threshold * (1.0 - s) if SOFT else threshold)
+        grad_v, of_decay, of_threshold = _step_back(
+            kept, s, distance, v, grad_v, of_decay, of_threshold, t, steps, at, there, c,
+            grad_x_ptr, grad_decay_ptr, norm_parts_ptr, grad_s_ptr, x_ptr, factors_ptr,
+            n, width, channels, parts, decay, gain, threshold, rest, a, b,
+            SURROGATE, SOFT, SCALES, DETACHED, FLOWS, COLUMNS, TILE, BLOCK,
+        )  # fmt: skip
         if CUT and t > 0:
             grad_v = tl.zeros([BLOCK // 8, 8], tl.float32)
-    if grad_first_ptr is not None:
-        tl.store(grad_first_ptr + at, grad_v.to(grad_first_ptr.dtype.element_ty), there)
-    if grad_decay_ptr is not None:
-        if BY_CHANNEL:
-            _add_up(grad_decay_ptr, of_decay, of_threshold, there, n, width, channels, COLUMNS, TILE, BLOCK)
-        else:
-            tl.store(grad_decay_ptr + tl.program_id(0), tl.sum(tl.where(there, of_decay, 0.0)))
+    _finish(
+        grad_v, of_decay, of_threshold, at, there, grad_first_ptr, grad_decay_ptr, n, width, channels,
+        BY_CHANNEL, COLUMNS, TILE, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -278,63 +312,53 @@ def steps_replayed(
     ABOVE: tl.constexpr, DETACHED: tl.constexpr, CUT: tl.constexpr,
     BY_CHANNEL: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write what `steps_backward` does, from v before the first step and x: run the steps again, u in registers.
+    """Write what `steps_backward` does, from v before the first step and x: run the steps again.
 
-    Threshold and rest are given twice: a compiler that knew them to be the same would keep in registers what it can
-    compute from u.
+    With CUT, each step's gradient is written as it runs; else its u is kept in registers. Threshold and rest are given
+    twice: a compiler that knew them to be the same would keep in registers what it can compute from u.
     """
     at, there, _, _, c = _block(n, width, channels, COLUMNS, TILE, BLOCK)
     STATE: tl.constexpr = v_ptr.dtype.element_ty
     decay, gain, threshold = _learned(decay_ptr, decay, gain, threshold, c, channels, BY_CHANNEL)
     if BY_CHANNEL:
         threshold_again = threshold
+    nothing = tl.zeros([BLOCK // 8, 8], tl.float32)
+    last = nothing
+    if grad_v_ptr is not None:
+        last = tl.load(grad_v_ptr + at, there, other=0.0).to(tl.float32)
+    of_decay, of_threshold = tl.zeros([BLOCK // 8, 8], tl.float32), tl.zeros([BLOCK // 8, 8], tl.float32)
     first = tl.load(v_ptr + at, there, other=0.0).to(tl.float32)
-    v, us = first, ()
+    v, us, grad_first = first, (), last
     for t in tl.static_range(T):
         x = _current(x_ptr, tl.cast(n, tl.int64) * t + at, there, factors_ptr, c, t, T, channels)
         u = _charge(v, x, decay, gain, rest, SCALES, RESTS, STATE)
-        v = _reset(u, _spikes(u, threshold, ABOVE, STATE), threshold, rest, SOFT, STATE)
-        us = us + (u,)
-    grad_v = tl.zeros([BLOCK // 8, 8], tl.float32)
-    if grad_v_ptr is not None:
-        grad_v = tl.load(grad_v_ptr + at, there, other=0.0).to(tl.float32)
-    of_decay, of_threshold = tl.zeros([BLOCK // 8, 8], tl.float32), tl.zeros([BLOCK // 8, 8], tl.float32)
-    for back in tl.static_range(T):
-        u = us[T - 1 - back]
-        step = tl.cast(n, tl.int64) * (T - 1 - back) + at
-        grad_s = tl.zeros([BLOCK // 8, 8], tl.float32)
-        if grad_s_ptr is not None:
-            grad_s = tl.load(grad_s_ptr + step, there, other=0.0).to(tl.float32)
-        s = _spikes(u, threshold_again, ABOVE, STATE)
-        if CUT and back > 0:
-            grad_v = tl.zeros([BLOCK // 8, 8], tl.float32)
-        grad_u = _grad_u(
-            grad_s, grad_v, u - threshold_again, s, u, threshold_again, rest_again, a, b,
-            SURROGATE, SOFT, DETACHED, grad_v_ptr is not None if back == 0 else not CUT,
-        )  # fmt: skip
-        grad_x = (grad_u * gain if SCALES else grad_u).to(grad_x_ptr.dtype.element_ty)
-        tl.store(grad_x_ptr + step, grad_x, there)
-        if norm_parts_ptr is not None:
-            x = _standardised(x_ptr, step, there, factors_ptr, c, T - 1 - back, T, channels)
-            g, step_parts_ptr = grad_x.to(tl.float32), norm_parts_ptr + (T - 1 - back) * parts * 2 * channels
-            _add_up(step_parts_ptr, g, g * x, there, n, width, channels, COLUMNS, TILE, BLOCK)
-        if grad_decay_ptr is not None:
-            # read again where the values of each channel take the registers
-            v = tl.load(v_ptr + at, there, other=0.0).to(tl.float32) if BY_CHANNEL else first
-            if back < T - 1:
-                u = us[T - 2 - back]
-                s_before = _spikes(u, threshold_again, ABOVE, STATE)
-                v = _reset(u, s_before, threshold_again, rest_again, SOFT, STATE)
-            moved = v - rest_again
-            if SCALES:
-                moved = moved - _current(x_ptr, step, there, factors_ptr, c, T - 1 - back, T, channels)
-            of_decay += grad_u * moved
-            of_threshold += grad_v * (1.0 - s) - grad_u
-        grad_v = grad_u * decay
-    if grad_first_ptr is not None:
-        tl.store(grad_first_ptr + at, grad_v.to(grad_first_ptr.dtype.element_ty), there)
-    if grad_decay_ptr is not None:
-        if BY_CHANNEL:
-            _add_up(grad_decay_ptr, of_decay, of_threshold, there, n, width, channels, COLUMNS, TILE, BLOCK)
+        s = _spikes(u, threshold, ABOVE, STATE)
+        if CUT:
+            grad_v, of_decay, of_threshold = _step_back(
+                u, s, u - threshold, v, last if t == T - 1 else nothing, of_decay, of_threshold, t, T, at, there, c,
+                grad_x_ptr, grad_decay_ptr, norm_parts_ptr, grad_s_ptr, x_ptr, factors_ptr,
+                n, width, channels, parts, decay, gain, threshold, rest, a, b,
+                SURROGATE, SOFT, SCALES, DETACHED, grad_v_ptr is not None and t == T - 1, COLUMNS, TILE, BLOCK,
+            )  # fmt: skip
+            grad_first = grad_v if t == 0 else grad_first
         else:
-            tl.store(grad_decay_ptr + tl.program_id(0), tl.sum(tl.where(there, of_decay, 0.0)))
+            us = us + (u,)
+        v = _reset(u, s, threshold, rest, SOFT, STATE)
+    for back in tl.static_range(0 if CUT else T):
+        u = us[T - 1 - back]
+        # read again where the values of each channel take the registers
+        v = tl.load(v_ptr + at, there, other=0.0).to(tl.float32) if BY_CHANNEL else first
+        if back < T - 1:
+            before = us[T - 2 - back]
+            s = _spikes(before, threshold_again, ABOVE, STATE)
+            v = _reset(before, s, threshold_again, rest_again, SOFT, STATE)
+        grad_first, of_decay, of_threshold = _step_back(
+            u, _spikes(u, threshold_again, ABOVE, STATE), u - threshold_again, v, grad_first, of_decay, of_threshold,
+            T - 1 - back, T, at, there, c, grad_x_ptr, grad_decay_ptr, norm_parts_ptr, grad_s_ptr, x_ptr, factors_ptr,
+            n, width, channels, parts, decay, gain, threshold_again, rest_again, a, b,
+            SURROGATE, SOFT, SCALES, DETACHED, grad_v_ptr is not None if back == 0 else True, COLUMNS, TILE, BLOCK,
+        )  # fmt: skip
+    _finish(
+        grad_first, of_decay, of_threshold, at, there, grad_first_ptr, grad_decay_ptr, n, width, channels,
+        BY_CHANNEL, COLUMNS, TILE, BLOCK,
+    )  # fmt: skip

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sltt.kernels.neuron.step import NeuronStep
 
 WARPS = 4
-REPLAYED = 8  # time steps at most, each of which takes a register an element
+REPLAYED = 8  # time steps at most, each of which takes a register an element, or code
 
 
 class TritonStep:
@@ -80,7 +80,10 @@ class TritonStep:
         first = out if steps == 1 else out[: len(out) // steps]
         # what is learned takes registers besides: then a thread replays four neurons, unless it reads x twice
         four = learns and kept is None and not self._shared["SCALES"]
-        tiles = Tiles(first, by_channel(decay, factors), 128 * WARPS if four else block_of(out))
+        block = 128 * WARPS if four else block_of(out)
+        if factors is not None and cut and kept is None and not learns:  # no u is kept: fewer sums, of more neurons
+            block *= 2
+        tiles = Tiles(first, by_channel(decay, factors), block)
         shape = tiles.parts if by_channel(decay) else (tiles.programs,)
         of_decay = out.new_empty(shape, dtype=torch.float32) if learns else None
         of_norm = None if factors is None else out.new_empty(steps, *tiles.parts, dtype=torch.float32)

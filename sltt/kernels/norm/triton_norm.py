@@ -1,7 +1,8 @@
 """BatchNorm in Triton, for CUDA: statistics for a neuron that normalises in its own pass, the output, the gradient.
 
-Each runs all time steps of a call, with the statistics of each: two launches for the statistics, one for the output if
-anybody looks at it, two for the gradient behind a neuron, whose pass adds up what this needs, and three behind others.
+Each runs all time steps of a call, with the statistics of each: three launches for the statistics, one for the output
+if anybody looks at it, three for the gradient behind a neuron, whose pass adds up what this needs, and four behind
+others. PyTorch adds up the parts of sums, over the whole device.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from sltt.kernels.neuron.triton_step import WARPS, Tiles, block_of
 from sltt.kernels.norm.norm import Pair
 
-ROWS, CHANNELS = 128, 8  # of parts that a program adds up at once
+CHANNELS = 128  # of a program that writes factors
 
 
 def factors_of(
@@ -25,15 +26,15 @@ def factors_of(
     """
     first, channels = x[: len(x) // steps], x.shape[1]
     tiles = Tiles(first, True, 4 * block_of(x))
-    factors, parts = x.new_empty(4, steps, channels, dtype=torch.float32), None
-    number, shape = tiles.parts[0], (tiles.arguments["width"], channels, tiles.parts[0])
+    factors, sums = x.new_empty(4, steps, channels, dtype=torch.float32), None
     if training:
         parts = x.new_empty(steps, *tiles.parts, dtype=torch.float32)
-        launch("moments", (tiles.programs, steps), x, parts, first.numel(), parts=number, **tiles.arguments)
+        launch("moments", (tiles.programs, steps), x, parts, first.numel(), parts=tiles.parts[0], **tiles.arguments)
+        sums = parts.sum(1)
     launch(
-        "write_factors", (-(-channels // CHANNELS),), factors, parts, x, *affine, *running, first.numel(), *shape,
-        steps, float(first.numel() // channels), float(momentum), float(eps),
-        COLUMNS=tiles.arguments["COLUMNS"], ROWS=ROWS, CHANNELS=CHANNELS,
+        "write_factors", (-(-channels // CHANNELS),), factors, sums, x, *affine, *running, first.numel(),
+        tiles.arguments["width"], channels, steps, float(first.numel() // channels), float(momentum), float(eps),
+        COLUMNS=tiles.arguments["COLUMNS"], CHANNELS=CHANNELS,
     )  # fmt: skip
     return factors
 
@@ -60,14 +61,11 @@ def gradients(grad: Tensor, x: Tensor, factors: Tensor, training: bool, parts: T
         parts = x.new_empty(steps, *tiles.parts, dtype=torch.float32)
         given = {"parts": tiles.parts[0], "steps": steps, **tiles.arguments}
         launch("gradient_parts", grid, x, grad, parts, factors, n, **given)
-    sums, affine = factors.new_empty(steps, 2, channels), factors.new_empty(2, channels)
-    launch(
-        "gradient_sums", (-(-channels // CHANNELS),), sums, affine, parts, channels, parts.shape[1], steps,
-        ROWS=ROWS, CHANNELS=CHANNELS,
-    )  # fmt: skip
+    sums = parts.sum(1)
+    of_bias, of_weight = sums[0] if steps == 1 else sums.sum(0)
     share = channels / n if training else 0.0
     launch("gradient", grid, x, grad, out, factors, sums, n, steps=steps, share=share, **tiles.arguments)
-    return out, affine[1], affine[0]
+    return out, of_weight, of_bias
 
 
 def launch(name: str, grid: tuple[int, ...], like: Tensor, *arguments: Any, **constants: Any) -> None:

@@ -1,7 +1,7 @@
 """The kernels of `triton_norm`: statistics of a BatchNorm, its output, and its gradient.
 
 x is [T, n]; tiles of a time step are those of `triton_kernels`, and the second dimension of the grid is the time step.
-Parts of sums are [T, parts, 2, C]; factors, [4, T, C], are scale, shift, mean and inverse deviation.
+Sums are [T, 2, C], their parts [T, parts, 2, C]; factors, [4, T, C], are scale, shift, mean and inverse deviation.
 """
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
@@ -30,24 +30,11 @@ def moments(
 
 
 @triton.jit
-def _total(parts_ptr, c, channels, parts, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Return both sums of channels c over all parts."""
-    one, other = tl.zeros([ROWS, CHANNELS], tl.float32), tl.zeros([ROWS, CHANNELS], tl.float32)
-    for first in range(0, parts, ROWS):
-        part = first + tl.arange(0, ROWS)[:, None]
-        at, holds = part.to(tl.int64) * 2 * channels + c[None, :], (part < parts) & (c < channels)[None, :]
-        one += tl.load(parts_ptr + at, holds, other=0.0)
-        other += tl.load(parts_ptr + at + channels, holds, other=0.0)
-    return tl.sum(one, 0), tl.sum(other, 0)
-
-
-@triton.jit
 def write_factors(
-    factors_ptr, parts_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
-    n, width, channels, parts, steps, count, momentum, eps,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    factors_ptr, sums_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
+    n, width, channels, steps, count, momentum, eps, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Write the factors: from parts, updating the running statistics in each step; or from these, without parts."""
+    """Write the factors: from sums, updating the running statistics in each step; or from these, without sums."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     there = c < channels
     weight, bias = tl.full([CHANNELS], 1.0, tl.float32), tl.zeros([CHANNELS], tl.float32)
@@ -58,13 +45,13 @@ def write_factors(
         mean, var = tl.load(mean_ptr + c, there, other=0.0), tl.load(var_ptr + c, there, other=0.0)
     running_mean, running_var = mean, var
     for _ in range(steps):
-        if parts_ptr is not None:
-            one, other = _total(parts_ptr, c, channels, parts, ROWS, CHANNELS)
+        if sums_ptr is not None:
+            one, other = tl.load(sums_ptr + c, there, other=0.0), tl.load(sums_ptr + channels + c, there, other=0.0)
             mean, var = one / count, tl.maximum(other / count - (one / count) * (one / count), 0.0)
             mean += _near(x_ptr, c, channels, width, COLUMNS)
             running_mean += momentum * (mean - running_mean)
             running_var += momentum * (var * (count / (count - 1.0)) - running_var)
-            parts_ptr += tl.cast(parts, tl.int64) * 2 * channels
+            sums_ptr += 2 * channels
             x_ptr += n
         invstd = 1.0 / tl.sqrt(var + eps)
         tl.store(factors_ptr + c, weight * invstd, there)
@@ -72,7 +59,7 @@ def write_factors(
         tl.store(factors_ptr + 2 * steps * channels + c, mean, there)
         tl.store(factors_ptr + 3 * steps * channels + c, invstd, there)
         factors_ptr += channels
-    if parts_ptr is not None and mean_ptr is not None:
+    if sums_ptr is not None and mean_ptr is not None:
         tl.store(mean_ptr + c, running_mean, there)
         tl.store(var_ptr + c, running_var, there)
 
@@ -101,23 +88,6 @@ def gradient_parts(
     x = _standardised(x_ptr, t * n + at, there, factors_ptr, c, t, steps, channels)
     g = tl.load(grad_ptr + t * n + at, there, other=0.0).to(tl.float32)
     _add_up(parts_ptr + t * parts * 2 * channels, g, g * x, there, n, width, channels, COLUMNS, TILE, BLOCK)
-
-
-@triton.jit
-def gradient_sums(sums_ptr, affine_ptr, parts_ptr, channels, parts, steps, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Write the sums of each time step, [T, 2, C], and of all, ∂L/∂bias and ∂L/∂weight [2, C]."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    of_bias, of_weight = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
-    for _ in range(steps):
-        one, other = _total(parts_ptr, c, channels, parts, ROWS, CHANNELS)
-        tl.store(sums_ptr + c, one, c < channels)
-        tl.store(sums_ptr + channels + c, other, c < channels)
-        of_bias += one
-        of_weight += other
-        parts_ptr += tl.cast(parts, tl.int64) * 2 * channels
-        sums_ptr += 2 * channels
-    tl.store(affine_ptr + c, of_bias, c < channels)
-    tl.store(affine_ptr + channels + c, of_weight, c < channels)
 
 
 @triton.jit
