@@ -296,7 +296,7 @@ def build(parser: ArgumentParser, config: Namespace) -> Settings:
 
 def resolve(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """Return a configuration as a run keeps it: plain values, without the folder."""
-    values = yaml.safe_load(parser.dump(config))
+    values = yaml.safe_load(parser.dump(config, skip_unset=False))
     return {name: value for name, value in values.items() if name not in ("run", "resume")}
 
 

@@ -17,8 +17,6 @@ def test_fit_takes_the_settings_and_says_what_each_does():
     assert {*texts_of(Settings)} == {*arguments} == {one.name for one in fields(Settings)}
     assert "\n        epochs: passes over the training samples.\n" in sltt.fit.__doc__
     assert all(len(line) <= 120 for line in sltt.fit.__doc__.splitlines())
-    with pytest.raises(TypeError, match="unexpected keyword argument 'epoch'"):
-        sltt.fit(nn.Identity(), sltt.data.Digits(), epoch=1)
 
 
 def test_settings_do_not_change():
