@@ -143,7 +143,7 @@ def iteration(model: nn.Module, rule: str, shape: Sequence[int], steps: int, bat
 def untrained(recipe: Recipe, steps: int, tau: float, seed: int, samples: int, *options: str) -> Agreement:
     """SLTT's gradient beside BPTT's, of random weights and the first training samples."""
     built = recipe.build("--steps", str(steps), "--model.neuron.tau", str(tau), "--seed", str(seed), *options)
-    splits = built.data.splits(steps)
+    splits = built.dataset.splits(steps)
     x, y = splits.collate([splits.train[i] for i in range(samples)])
     arguments = built.model, x, y, built.loss, [sltt.SLTT()]
     return agreement(*arguments, steps=steps if splits.static else None)[0]

@@ -65,9 +65,7 @@ class Trial:
 def choose_rule(found: Sequence[Agreement], trial: Trial | None = None) -> str:
     """Return the rule of least memory that learns as BPTT does in the trial, or else agrees with it on the batch.
 
-    Args:
-        found: agreement of rules in the order of their memory, least first.
-        trial: short trainings with the rules.
+    `found` has rules in the order of their memory, least first.
     """
     if trial and trial.tells:
         return next(rule for rule in trial.losses if min(trial.shares(rule)) >= LEARNS or trial.solves(rule))

@@ -40,13 +40,7 @@ class PeakModel:
 
 
 def fit_peak(measure: Callable[[int, int], int], batches: tuple[int, int], steps: tuple[int, int]) -> PeakModel:
-    """Fit the model to `measure(batch, steps)`, bytes at the peak, at the four pairs of two batches and two T.
-
-    Args:
-        measure: runs an iteration and returns its peak.
-        batches: two batch sizes, the smaller first.
-        steps: two T, the smaller first.
-    """
+    """Fit the model to `measure(batch, steps)`, bytes at the peak, at two batch sizes and two T, the smaller first."""
     (b0, b1), (t0, t1) = batches, steps
     p = {(b, t): measure(b, t) for b in batches for t in steps}
     both = (p[b1, t1] - p[b1, t0] - p[b0, t1] + p[b0, t0]) / ((b1 - b0) * (t1 - t0))

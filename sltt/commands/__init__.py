@@ -1,6 +1,7 @@
 """The commands: `sltt train`, `sltt profile`, `sltt report` and the others, a file for each."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -11,10 +12,6 @@ from sltt.commands.failures import UsageError, tell
 from sltt.commands.hints import suggest
 from sltt.parallel.signals import PREEMPTED, Preempted
 
-COMMANDS = (
-    "train", "eval", "predict", "agreement", "compare", "fscil", "profile", "lr", "report", "export", "pack",
-    "recipes", "doctor",
-)  # fmt: skip
 USAGE = """usage: sltt COMMAND ...
 
   sltt train [RECIPE]       train a recipe (default: digits), or a YAML file
@@ -35,6 +32,7 @@ USAGE = """usage: sltt COMMAND ...
 `sltt COMMAND --help` explains a command, and `sltt train RECIPE --help` all
 options of a training, with the recipe's values. Most commands take these too.
 """
+COMMANDS = re.findall(r"^  sltt (\w+)", USAGE, re.MULTILINE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,7 +32,6 @@ from sltt.training.console import Console
 from sltt.training.evaluation import measure_split
 from sltt.training.fit import Fit, train
 from sltt.training.session import Session, session
-from sltt.training.settings import Settings
 
 
 def options() -> CommandOptions:
@@ -65,11 +65,11 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
     taus: list[float | None] = asked.taus or [None]
     steps: list[int] = asked.steps or [own.steps]
     at_epochs: list[int] = asked.at_epochs
-    size = own.batch_size
+    size = own.size
     one_step = {"fold_memory": 0} if own.rule.fold == 1 else {}  # all rules take the recipe's fold
-    with session(Settings(vars(own))) as here, kernels.using(**one_step):
+    with session(own) as here, kernels.using(**one_step):
         for tau, T, epochs in itertools.product(taus, steps, at_epochs):
-            build = partial(_build, recipe, own.data, tau)  # the data is read once
+            build = partial(_build, recipe, own.dataset, tau)  # the data is read once
             built = build()
             if epochs:
                 _train(here, built, T, epochs, built.rule, report)
@@ -115,7 +115,7 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
 def _build(recipe: Recipe, data: Data, tau: float | None, *options: str) -> Any:
     """Build a recipe with data that was read before, and with another time constant if one is given."""
     built = recipe.build(*options)
-    built.data = data
+    built = replace(built, data=data)
     if tau is not None:
         neurons = [m for m in built.model.modules() if isinstance(m, LIF)]
         if not neurons:
@@ -127,9 +127,9 @@ def _build(recipe: Recipe, data: Data, tau: float | None, *options: str) -> Any:
 
 def _train(here: Session, built: Any, steps: int, epochs: int, rule: Rule, report: Console) -> Fit:
     """Train what was built for some epochs with a rule, in a folder that is not kept."""
-    settings = {**vars(built), "epochs": epochs, "steps": steps, "rule": rule, "phases": None, "weights": None}
     with TemporaryDirectory() as folder:
-        return train(here, built.model, built.data, Settings(settings), f"{folder}/run", config={}, report=report)
+        run = {"run": f"{folder}/run", "phases": None, "weights": None, "config": {}, "report": report}
+        return train(here, replace(built, epochs=epochs, steps=steps, rule=rule, **run))
 
 
 def _contestants(rules: Sequence[Rule], found: Sequence[Agreement], proposal: Proposal | None) -> list[Rule]:
@@ -152,8 +152,7 @@ def _run_trial(
     trial = Trial(epochs, [], {repr(rule): [] for rule in rules}, {repr(rule): [] for rule in rules})
     for seed in map(str, range(seeds)):
         built = build("--seed", seed)
-        settings = Settings(vars(built), steps=steps)
-        trial.start.append(measure_split(here, built.model, built.data, "train", settings).loss)
+        trial.start.append(measure_split(here, replace(built, steps=steps), "train").loss)
         for rule in rules:
             report.line(f"trial: {rule}, seed {seed}")
             try:

@@ -10,6 +10,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def run(words: Sequence[str]) -> None:
     asked = known.rules or ([None] if known.vary else RULES)
     each = [(rule, one) for rule in asked for one in varied]
     for rule, one in each:  # what is wrong with an option or a rule ends this before a training begins
-        Settings(vars(recipe.build(*to_options(one), rule=rule))).stages()
+        recipe.build(*to_options(one), rule=rule).stages()
     report = Console(quiet=known.json)
     found = compared_json(recipe, [compare(rule, one, known.seeds, known.save, recipe, report) for rule, one in each])
     give(found, known, "compare.json", lambda report: print_compared(found, report))
@@ -89,13 +90,13 @@ def compare(
     }
     name, seconds = label_row(row["rule"], varied), []
     first = recipe.build(*to_options(varied), rule=rule)
-    with session(Settings(vars(first))) as here:
-        if here.splits(first.data, first.steps).test is None:
+    with session(first) as here:
+        if here.splits(first.dataset, first.steps).test is None:
             raise ValueError(f"{first.data} has no test samples, on which rules are compared: choose other data")
         for seed in range(seeds):
             try:
                 built, result = train_one(here, rule, varied, seed, folder, recipe, report)
-                measured = measure_split(here, built.model, built.data, "test", built)
+                measured = measure_split(here, built, "test")
                 row["scores"].append(measured.score)
                 row["runs"].append(result.run.name)
                 row["validation"].append(result.history[result.epoch - 1][f"validation_{name_of(built.metric)}"])
@@ -121,7 +122,7 @@ def train_one(
     recipe: Recipe,
     report: Console,
     classes: list[int] | None = None,
-) -> tuple[Any, Fit]:
+) -> tuple[Settings, Fit]:
     """Train with one seed, or go on where its run in `folder` stopped; on `classes` only, if given.
 
     Returns what the recipe builds, with the trained weights and its whole data, and the training.
@@ -130,15 +131,15 @@ def train_one(
     run = folder / f"{_file_name(name)}-seed{seed}"
     report.line(f"{name}, seed {seed}: {run}")
     words = [*to_options(varied), "--seed", str(seed)]
-    built, config = recipe.build(*words, rule=rule), recipe.resolve(*words, rule=rule)
-    data = built.data
+    built = recipe.build(*words, rule=rule)
+    data, config = built.dataset, built.config or {}
     if classes is not None:
         data = Classes(data, classes)
-        config["data"] = {"class_path": "sltt.data.Classes", "init_args": {"data": config["data"], "classes": classes}}
-    training, resume = Settings(vars(built)), run.exists()
-    if resume:
+        whole = {"data": config["data"], "classes": classes}
+        config = {**config, "data": {"class_path": "sltt.data.Classes", "init_args": whole}}
+    if resume := run.exists():
         _check_continues(run, config)
-    return built, train(here, built.model, data, training, run, resume=resume, config=config, report=report)
+    return built, train(here, replace(built, data=data, run=run, resume=resume, config=config, report=report))
 
 
 def _check_continues(run: Path, config: dict[str, Any]) -> None:
@@ -166,7 +167,7 @@ def tell_died(rows: Sequence[Mapping[str, Any]]) -> None:
 def compared_json(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the rows, for scripts, with T and the number of test samples."""
     built = recipe.build()
-    samples = built.data.splits(built.steps).sizes["test"] or None
+    samples = built.dataset.splits(built.steps).sizes["test"] or None
     if name_of(built.metric) == "accuracy":  # by this name too, as scripts know it
         rows = [{**row, "accuracies": row["scores"]} for row in rows]
     metric = {"metric": name_of(built.metric), "higher_is_better": higher_is_better(built.metric)}
@@ -219,7 +220,7 @@ def print_compared(found: Mapping[str, Any], report: Console) -> None:
         report.line(sentence)
 
 
-def _measure(row: dict[str, Any], name: str, here: Session, built: Any, report: Console) -> None:
+def _measure(row: dict[str, Any], name: str, here: Session, built: Settings, report: Console) -> None:
     """Measure one training batch, on the trained weights, as far as it goes.
 
     The bytes above what is allocated before it, its operations, the energy of an inference, and the cosine of the
@@ -227,9 +228,9 @@ def _measure(row: dict[str, Any], name: str, here: Session, built: Any, report: 
     """
     try:
         ready = Prepared(here, built, built.steps)
-        x, y = ready.batch(built.batch_size)
+        x, y = ready.batch(built.size)
         arguments = ready.model, x, y, ready.loss
-        row["peak_memory"] = ready.memory(built.batch_size).batch
+        row["peak_memory"] = ready.memory(built.size).batch
         row["fold"] = ready.fold.trained
         row["operations"] = count_operations(*arguments, built.rule, steps=ready.repeat)._asdict()
         with evaluation_mode(ready.model):

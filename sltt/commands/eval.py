@@ -8,11 +8,12 @@ from sltt.metrics import score_text
 from sltt.training.console import Console, as_json, megabytes
 from sltt.training.evaluation import evaluate, measure_split
 from sltt.training.session import session
-from sltt.training.settings import PROCESSES, Settings
+from sltt.training.settings import Settings, names_of
 
 VIEWS = ("mirror", "shift")
 # what a split is measured with; the processes are those that were started
-KEYS = [name for name in signature(evaluate).parameters if name not in ("split", *VIEWS, *PROCESSES)]
+WITHOUT = ("split", *VIEWS, *names_of(Settings, "processes"))
+KEYS = [name for name in signature(evaluate).parameters if name not in WITHOUT]
 HELP = f"Measure a trained run. {', '.join(f'--{k}' for k in KEYS)} override the run's configuration."
 
 
@@ -33,9 +34,9 @@ def run(words: Sequence[str]) -> None:
     known, overrides = options().parse_known_args(words)
     allow_only(overrides, KEYS, "sltt eval", "the others belong to the training")
     built, path, _ = load_run("sltt eval", folder, known.code, known.checkpoint, overrides)
-    with session(Settings(vars(built))) as here:
+    with session(built) as here:
         seen = {name: getattr(known, name) for name in VIEWS}
-        metrics = measure_split(here, built.model, built.data, known.split, built, **seen)
+        metrics = measure_split(here, built, known.split, **seen)
     if here.processes.rank > 0:
         return
     if known.json:

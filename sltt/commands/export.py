@@ -85,7 +85,7 @@ def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
     known, run = options().parse_args(words), Path(folder)
     built, *_ = load_run("sltt export", folder, known.code)
-    splits = built.data.splits(built.steps)
+    splits = built.dataset.splits(built.steps)
     x = splits.collate([(splits.test or splits.train)[0]])[0]
     frame = x if splits.static else x[0]
     out = known.out or run / {"nir": "graph.nir", "onnx": "step.onnx", "c": "c"}[known.to]

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from dataclasses import MISSING, fields
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,10 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_loader, set_p
 
 import sltt
 from sltt.commands import yamltext
+from sltt.data import Data
 from sltt.data.loaders import BATCH_SIZE
 from sltt.rules import SHIPPED
-from sltt.training.settings import fit_settings
+from sltt.training.settings import Settings, names_of, texts_of
 
 *FIRST, LAST = (rule.__name__ for rule in SHIPPED)
 MATTER_FIRST = f"""Options override the recipe's values. These matter first:
@@ -62,8 +64,10 @@ def _list_subclasses(match: re.Match[str]) -> str:
     return f", known subclasses: {', '.join(named)}" if named and "torch.nn.Module" not in match[1] else ""
 
 
-def _as_class(value: Any) -> dict[str, Any]:
+def _as_class(value: Any) -> Any:
     """Return an object that was made without arguments, or a partial of a class, as a recipe has it."""
+    if isinstance(value, bool | int | float | str | None):
+        return value
     kind, given = (value.func, value.keywords) if isinstance(value, partial) else (type(value), {})
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": given}
 
@@ -84,13 +88,14 @@ def make_parser(prog: str) -> ArgumentParser:
         parser_mode="sltt",
     )
     parser.add_argument("--config", action="config", help="YAML file whose values override the recipe's")
-    parser.add_function_arguments(sltt.fit, skip={"data", "run", "resume", "config", "report"}, fail_untyped=False)
-    # a default that is an object would not be written into the configuration of a run
-    defaults = {name: argument.default for name, argument in fit_settings().items()}
-    plain = bool | int | float | str | None
-    parser.set_defaults({name: _as_class(one) for name, one in defaults.items() if not isinstance(one, plain)})
-    parser.set_defaults({"batch_size": BATCH_SIZE})  # a recipe's data is no loader
-    parser.add_argument("--data", type=sltt.data.Data, required=True, help="the data set and its splits")
+    kinds = {one.name: (one.type, one.default) for one in fields(Settings)}
+    kinds |= {"data": (Data, MISSING), "batch_size": (int | None, BATCH_SIZE)}  # a recipe's data is no loader
+    texts = texts_of(Settings) | {"data": "the data set and its splits"}
+    for name in (name for name in texts if name not in names_of(Settings, "run")):
+        kind, default = kinds[name]
+        # a default that is an object would not be written into the configuration of a run
+        given = {"required": True} if default is MISSING else {"default": _as_class(default)}
+        parser.add_argument(f"--{name}", type=kind, help=texts[name], **given)
     parser.add_argument("--run", type=str | None, help="folder of the run; default: runs/RECIPE-RULE-DATE")
     parser.add_argument("--resume", type=str | None, metavar="RUN", help="continue the run in this folder")
     return parser

@@ -28,7 +28,6 @@ from sltt.sequence.padding import Padded
 from sltt.training.batches import finish_loaders
 from sltt.training.console import Console
 from sltt.training.session import Session, session
-from sltt.training.settings import Settings
 
 SCORES = {"base": "A_base", "new": "A_new", "harmonic": "A_h", "last": "A_last", "average": "A_avg"}
 CHANCE, PIXELS = "chance", "pixels"
@@ -66,16 +65,18 @@ class Task:
 
     def __init__(self, recipe: Recipe, base: int, way: int, shot: int, order: list[int] | None):
         built = recipe.build()
-        splits = built.data.splits(built.steps)
+        splits = built.dataset.splits(built.steps)
         if splits.test is None:
-            raise ValueError(f"{built.data} has no test samples, on which accuracy is measured: choose other data")
+            raise ValueError(f"{built.dataset} has no test samples, on which accuracy is measured: choose other data")
         listed = list(range(splits.classes or 0)) if order is None else order
         self.recipe, self.shot = recipe, shot
         self.sizes = session_sizes(len(listed), base, way)  # how many classes come at once
         self.order = listed  # in which classes come, and are numbered in the data
-        self.data: Splits = Classes(built.data, self.order).splits(built.steps)
+        self.data: Splits = Classes(built.dataset, self.order).splits(built.steps)
         if isinstance(self.data.collate([self.data.unaugmented_train[0]])[1], Padded):  # pyright: ignore[reportIndexIssue]
-            raise ValueError(f"{built.data} pads its sequences, and embeddings are of T steps each: leave pad=True out")
+            raise ValueError(
+                f"{built.dataset} pads its sequences, and embeddings are of T steps each: leave pad=True out"
+            )
         if untested := sorted({*range(len(self.order))} - {*class_labels(self.data.test)}):
             raise ValueError(f"class {self.order[untested[0]]} has no test samples: leave it out, by --order")
         self.shots(0)
@@ -90,7 +91,7 @@ class Task:
 def few_shots(task: Task, rules: Sequence[str], seeds: int, folder: Path, report: Console) -> list[dict[str, Any]]:
     """Train every rule with every seed on the base classes, and classify; then the baselines: rows of `fscil.json`."""
     recipe, rows = task.recipe, []
-    with session(Settings(vars(recipe.build()))) as here:
+    with session(recipe.build()) as here:
         for rule in rules:
             found: list[FewShot] = []
             errors: list[str] = []

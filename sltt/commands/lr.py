@@ -6,7 +6,7 @@ those of sltt train: --rule, --batch_size, --optimizer.…
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from sltt.analysis.rates import FALLS, RateTest, find_learning_rate
@@ -16,7 +16,6 @@ from sltt.commands.results import give
 from sltt.commands.tables import Table, number
 from sltt.training.console import Console
 from sltt.training.session import session
-from sltt.training.settings import Settings
 
 SHOWN = 12  # rows of the table
 
@@ -34,16 +33,16 @@ def run(words: Sequence[str]) -> None:
     known, recipe = options().parse_recipe(words)
     built = recipe.build()
     # the phases that have a rate of their own take no other
-    stage = next((one for one in Settings(vars(built)).stages() if one.lr is None), None)
+    stage = next((one for one in built.stages() if one.lr is None), None)
     if stage is None:
         raise ValueError(
             "every phase has a learning rate of its own, and the test finds one for all: give the values of a phase, "
             "such as --phases null --steps 1"
         )
-    built.rule = stage.rule
-    with session(Settings(vars(built))) as here:
+    built = replace(built, rule=stage.rule)
+    with session(built) as here:
         ready = Prepared(here, built, stage.steps)
-        batches = itertools.islice(ready.batches(built.batch_size), known.batches)
+        batches = itertools.islice(ready.batches(built.size), known.batches)
         given = ready.model, batches, ready.loss, ready.rule, ready.optimizer
         rates = {"smallest": known.smallest, "largest": known.largest, "count": known.batches}
         found = find_learning_rate(*given, steps=ready.repeat, clip_norm=built.clip_norm, **rates)

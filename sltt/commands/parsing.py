@@ -27,7 +27,7 @@ from sltt.training.checkpoints import load_best, load_weights, start_from
 from sltt.training.files import CONFIG
 from sltt.training.named import check_modules, check_named
 from sltt.training.runs import MADE_IN, is_run, load_call, read_config
-from sltt.training.settings import OF_TRAINING
+from sltt.training.settings import Settings, names_of
 
 LISTS = "phases", "callbacks", "loggers"
 RULES = ["BPTT", "SLTT", "SLTT:k=1"]
@@ -145,8 +145,8 @@ def build_run(
     code: Path | None,
     checkpoint: dict[str, Any] | None,
     unread: Sequence[str] = (),
-) -> tuple[Namespace, dict[str, Any]]:
-    """Make what the settings of a run name, under the options in `words`; return the objects, and the settings to keep.
+) -> Settings:
+    """Make what the settings of a run name, under the options in `words`; return its settings.
 
     Settings `unread` are those of the words, or null. Code comes from sltt, from the packages that it works with, and
     from the folder `code`, never from the run.
@@ -167,16 +167,16 @@ def build_run(
     check_modules(run, settings, code)
     config = parse(parser, settings, words)
     check_named(run, config)
-    return build(parser, config), resolve(parser, config)
+    return build(parser, config)
 
 
 def load_run(
     command: str, name: str, code: Path | None, which: str | None = None, words: Sequence[str] = ()
-) -> tuple[Namespace, Path, dict[str, Any]]:
+) -> tuple[Settings, Path, dict[str, Any]]:
     """Make what a run trained, with the weights of a checkpoint; return it, the checkpoint's path and content."""
     run = run_folder(name)
     path, content = load_best(run, which)
-    built, _ = build_run(command, run, [*words, *ANY_PROCESSES], code, content, OF_TRAINING)
+    built = build_run(command, run, [*words, *ANY_PROCESSES], code, content, names_of(Settings, "watchers"))
     load_weights(built.model, select_weights(content), path)
     return built, path, content
 
@@ -193,7 +193,7 @@ class Recipe:
         self.overrides = overrides
         self._parser = make_parser(command)
 
-    def build(self, *more: str, rule: str | None = None) -> Namespace:
+    def build(self, *more: str, rule: str | None = None) -> Settings:
         """Make the arguments of `sltt.fit`, in one process, with the weights that training starts from.
 
         `rule` takes the place of the recipe's, in phases too.
@@ -281,20 +281,22 @@ def _read(source: Path | str) -> dict[str, Any]:
     return values
 
 
-def build(parser: ArgumentParser, config: Namespace) -> Namespace:
-    """Make the objects that a configuration names, seeded so that the same configuration gives the same weights."""
+def build(parser: ArgumentParser, config: Namespace) -> Settings:
+    """Make the settings of a configuration, seeded so that the same configuration gives the same weights."""
     seed_everything(config.seed)
     try:
-        return parser.instantiate(config)
+        made: dict[str, Any] = vars(parser.instantiate(config))
     except ValueError as error:  # of a phase, the parser tells what it tried instead
         if reasons := re.findall(r"^  - (?!Expected)(.*)$", str(error), re.MULTILINE):
             raise ValueError(reasons[0]) from error
         raise
+    made |= {"resume": False, "config": resolve(parser, config)}  # resume is a folder here
+    return Settings(**made)
 
 
 def resolve(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """Return a configuration as a run keeps it: plain values, without the folder."""
-    values = yaml.safe_load(parser.dump(config))
+    values = yaml.safe_load(parser.dump(config, skip_unset=False))
     return {name: value for name, value in values.items() if name not in ("run", "resume")}
 
 

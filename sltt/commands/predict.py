@@ -36,7 +36,7 @@ def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
     known = options().parse_args(words)
     built, _, content = load_run("sltt predict", folder, known.code, known.checkpoint)
-    trained = built.model.trained = Trained(**content["task"])
+    built.model.trained = trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
     names = list(getattr(built.data, "classes", ())) or content.get("names", [])
     if known.stream:
         if trained.static or len(known.files) > 1:
@@ -51,7 +51,7 @@ def run(words: Sequence[str]) -> None:
         return
     found = []
     for file in known.files:
-        sample = built.data.read(file, built.steps)
+        sample = built.dataset.read(file, built.steps)
         prediction = predict(built.model, sample[None] if trained.static else sample[:, None])
         found.append({"file": str(file), **_describe(prediction, trained, names)})
     if known.json:

@@ -34,7 +34,6 @@ from sltt.rules import Mixed, Rule
 from sltt.sequence.padding import lengths_of
 from sltt.training.console import Console, megabytes
 from sltt.training.session import Session, session
-from sltt.training.settings import Settings
 
 WARMUP = 2
 PHASES = "total", "data", "forward", "backward", "step"
@@ -80,20 +79,20 @@ def profile(
     own = recipe.build()
     steps = steps or [own.steps]
     costs, fits = [], []
-    with session(Settings(vars(own))) as here:
+    with session(own) as here:
         for T, rule in itertools.product(steps, rules):
             report.line(f"{rule}, T = {T}")
-            costs.append(_cost(here, recipe, rule, T, own.batch_size, repeats))
-        layers = _layers(here, own, max(steps), own.batch_size)
+            costs.append(_cost(here, recipe, rule, T, own.size, repeats))
+        layers = _layers(here, own, max(steps), own.size)
         for rule in rules if budget else ():
             report.line(f"{rule}: what fits")
             try:
-                fits.append(_fits(here, recipe, rule, own.steps, own.batch_size, budget or 0))
+                fits.append(_fits(here, recipe, rule, own.steps, own.size, budget or 0))
             # data that takes no other T, say, or a full GPU: what was measured before is there
             except (ValueError, torch.OutOfMemoryError) as error:
                 report.warn(f"{rule}: what fits cannot be measured: {cause(error)}")
         about = {"recipe": recipe.name, "device": str(here.fabric.device)}
-    about |= {"batch": own.batch_size, "trained": own.weights is not None}
+    about |= {"batch": own.size, "trained": own.weights is not None}
     return {**about, "costs": costs, **layers, "fits": fits}
 
 

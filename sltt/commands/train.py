@@ -2,14 +2,11 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from jsonargparse import Namespace
+from dataclasses import replace
 
 from sltt.commands.failures import UsageError
 from sltt.commands.fit_parser import make_parser
-from sltt.commands.parsing import allow_only, build, build_run, find_recipe, parse, parse_resume, resolve, run_folder
+from sltt.commands.parsing import allow_only, build, build_run, find_recipe, parse, parse_resume, run_folder
 from sltt.metrics import score_text
 from sltt.parallel.devices import keep_freed_memory
 from sltt.training.card import add_test_score
@@ -36,34 +33,35 @@ def run(words: Sequence[str]) -> None:
     command = f"sltt train {words[0] if named else '[RECIPE]'}"
     if continued:
         checkpoint = None if (continued / CONFIG).exists() else load_checkpoint(continued / LAST)
-        name, (built, resolved) = "", build_run(command, continued, words, code, checkpoint, unread)
+        name, built = "", build_run(command, continued, words, code, checkpoint, unread)
     else:
         parser, source = make_parser(command), find_recipe(words[0] if named else "digits")
         config = parse(parser, source, words[named:])
-        name, built, resolved = source.stem, build(parser, config), resolve(parser, config)
+        name, built = source.stem, build(parser, config)
     name = f"{name}-{type(built.rule).__name__.lower()}"
-    with session(Settings(vars(built))) as here:
-        _train(here, built, continued or built.run, name=name, resume=continued is not None, config=resolved)
+    built = replace(built, run=continued or built.run, resume=continued is not None)
+    with session(built) as here:
+        _train(here, built, name)
 
 
-def _train(here: Session, built: Namespace, folder: str | Path | None, **settings: Any) -> None:
+def _train(here: Session, built: Settings, name: str) -> None:
     """`sltt train` in each of its processes."""
-    splits = here.splits(built.data, built.steps)
+    splits = here.splits(built.dataset, built.steps)
     report = here.console(None)
     several = f", {here.processes.count} processes" if here.processes.count > 1 else ""
     network = f"{type(built.model).__name__} with {sum(p.numel() for p in built.model.parameters()):,} parameters"
     report.line(f"{network}, {built.rule}, T = {built.steps}{several}")
     sizes = ", ".join(f"{size} {name}" for name, size in splits.sizes.items())
     report.line(f"samples: {sizes} (split {splits.fingerprint})")
-    result = train(here, built.model, built.data, Settings(vars(built)), folder, **settings, report=report)
+    result = train(here, replace(built, report=report), name)
     if splits.test is None:
         report.line(f"written to {result.run}; there are no test samples to measure it on")
         return
     run = result.run
-    last = selected = measure_split(here, built.model, built.data, "test", built)
+    last = selected = measure_split(here, built, "test")
     if splits.validation:
         load_selected(built.model, run, here.processes, "last")
-        last = measure_split(here, built.model, built.data, "test", built)
+        last = measure_split(here, built, "test")
     if here.processes.rank > 0:
         return
     name, best, end = selected.metric, score_text(selected.metric, selected.score), score_text(last.metric, last.score)

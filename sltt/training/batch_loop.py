@@ -37,8 +37,7 @@ class BatchLoop:
     def __init__(self, learner: Learner, stage: Stage, splits: Splits, sampler: EpochSampler, batches: int):
         self.learner, self.stage, self.splits, self.sampler, self.batches = learner, stage, splits, sampler, batches
         self.memory = BatchMemory(learner.session.fabric.device)
-        callbacks = learner.settings.callbacks or ()
-        self.graphs = make_graphs(learner.session, learner.model, stage.rule, stage.steps, callbacks)
+        self.graphs = make_graphs(learner.session, learner.settings, stage.rule, stage.steps)
         self.fold = None
         self._spiking, self._said = spiking_layers(learner.model), list[str]()
 
@@ -71,8 +70,8 @@ class BatchLoop:
         epoch = state.epoch + state.batch / self.batches
         set_rates(learner.optim, learner.initial, self.stage, settings.schedule, epoch)
         learner.optim.zero_grad()
-        largest = min(settings.batch_size, length)
-        size = min(largest, length - state.batch * settings.batch_size)
+        largest = min(settings.size, length)
+        size = min(largest, length - state.batch * settings.size)
         weight, count = share(size, processes.rank, processes.count)
         drawn = seed_batch(settings.seed, state.epoch, state.batch)  # of the rule, in all processes alike
         seed_batch(settings.seed, state.epoch, state.batch, processes.rank)

@@ -5,7 +5,6 @@ come with its index.
 """
 
 import hashlib
-import math
 import random
 import signal
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,14 +32,7 @@ Key = tuple[int, int]  # of a sample: its place in the data, and the seed of its
 
 
 class EpochSampler(Sampler[Key]):
-    """Yields the keys of an epoch's samples, shuffled.
-
-    Args:
-        length: number of samples.
-        seed: seed of the run.
-        lengths: time steps of each sample, to put those of similar length in a batch; None: any.
-        batch_size: samples in a batch.
-    """
+    """Yields the keys of an epoch's samples, shuffled; by the `lengths` of their sequences, similar ones in a batch."""
 
     def __init__(self, length: int, seed: int, lengths: Sequence[int] | None = None, batch_size: int = 1):
         self.length, self.seed, self.lengths, self.batch_size = length, seed, lengths, batch_size
@@ -159,7 +151,7 @@ def check_crop(x: Tensor, size: int) -> None:
         raise ValueError(f"a phase crops {size} pixels out of samples [..., C, H, W], got one of shape {list(x.shape)}")
 
 
-class Shares(Sampler[list[Any]]):
+class Shares(BatchSampler):
     """The batches of a sampler's order, of all processes together, and of each what falls to the process `rank`.
 
     A batch with fewer than two samples for each process goes to all of them as a whole, and counts once (`share`): they
@@ -167,13 +159,11 @@ class Shares(Sampler[list[Any]]):
     """
 
     def __init__(self, sampler: Iterable[Any], batch_size: int, rank: int = 0, processes: int = 1):
-        self.sampler, self.batch_size, self.rank, self.processes = sampler, batch_size, rank, processes
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.sampler) / self.batch_size)  # type: ignore[arg-type]
+        super().__init__(sampler, batch_size, drop_last=False)
+        self.rank, self.processes = rank, processes
 
     def __iter__(self) -> Iterator[list[Any]]:
-        for batch in BatchSampler(self.sampler, self.batch_size, drop_last=False):
+        for batch in super().__iter__():
             yield batch if len(batch) < 2 * self.processes else batch[self.rank :: self.processes]
 
 

@@ -33,7 +33,7 @@ def write_card(loop: Loop, row: dict[str, Any]) -> None:
     facts = {
         "network": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
         "rule": ", then ".join(rules),
-        "data": f"{loop.data}, split {splits.fingerprint}: {samples} samples{classes}",
+        "data": f"{settings.data}, split {splits.fingerprint}: {samples} samples{classes}",
         "epoch": f"{row['epoch']} of {settings.epochs}",
         f"validation {metric}": "nothing was held out" if score is None else score_text(metric, score),
         f"test {metric}": NOT_MEASURED,

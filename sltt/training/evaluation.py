@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sltt.analysis import firing_rates
-from sltt.checks import choice, flag, instance, whole_number
-from sltt.data import Data, Splits
-from sltt.data.loaders import Loaders, as_data
-from sltt.kernels import Compile, Sparse
-from sltt.losses import CrossEntropyMSE, prediction_of, to_score
+from sltt.data import Splits
+from sltt.losses import CrossEntropyMSE, check_loss, prediction_of, to_score
 from sltt.metrics import Accuracy, Metric, check_metric, name_of
-from sltt.parallel.devices import Device, Precision, Strategy
 from sltt.rules import unroll
 from sltt.rules.batch import sequence_loss
 from sltt.rules.diagnosis import plain_tensors
@@ -30,47 +26,47 @@ from sltt.training.progress import BatchMemory, Metrics, Progress
 from sltt.training.safeguards import check_length
 from sltt.training.score import Score, count_scored
 from sltt.training.session import Session, session
-from sltt.training.settings import Settings
+from sltt.training.settings import Execution, setting, takes, value
 from sltt.training.trained import Trained
 
 log = logging.getLogger("sltt")
 Split = Literal["train", "validation", "test"]
 
 
-def evaluate(
-    model: nn.Module,
-    data: Data | Loaders,
-    split: Split = "test",
-    *,
-    loss: nn.Module = CrossEntropyMSE(),
-    metric: Metric | Sequence[Any] = Accuracy(),
-    steps: int | None = None,
-    batch_size: int | None = None,
-    precision: Precision = 32,
-    channels_last: bool | None = None,
-    workers: int = 0,
-    device: Device = "auto",
-    devices: int | None = None,
-    strategy: Strategy = "ddp",
-    compile: Compile = "auto",
-    sparse: Sparse = "auto",
-    mirror: bool = False,
-    shift: int = 0,
-) -> Metrics:
+def check_metrics(metric: Any) -> list[Any]:
+    """Return the metric, or the metrics, as a list; raise ValueError unless their names differ."""
+    metrics = list(metric) if isinstance(metric, list | tuple) else [metric]
+    for one in metrics:
+        check_metric(one)
+    if len(names := set(map(name_of, metrics))) < len(metrics) or not metrics:
+        raise ValueError(f"expected one metric or several of different names, got {', '.join(names) or 'none'}")
+    return metrics
+
+
+@value
+class Evaluation(Execution):
+    """The arguments of `sltt.evaluate`."""
+
+    split: Split = setting(default="test", kw_only=False)
+    """which samples; those of the training without augmentation, where the data has them so."""
+    loss: nn.Module = setting(default=CrossEntropyMSE(), check=check_loss)
+    """that of the training."""
+    metric: Metric | Sequence[Any] = setting(default=Accuracy(), check=check_metrics)
+    """one or several. Of several, `Metrics.score` is the first, and `Metrics.scores` has all by their names. A score
+    may be any value here, such as the counts of `sltt.metrics.ConfusionMatrix`."""
+    steps: int | None = None
+    """T; None is that of the training for a network of `sltt.load`, and 4 for another."""
+    mirror: bool = False
+    """take the mean logits of each image and of its mirror image, left to right (as in Krizhevsky et al. 2012), in
+    twice the time."""
+    shift: int = setting(default=0, least=0)
+    """take the mean logits of each image, which counts half, and of two views that are moved by so many pixels, up left
+    and down right, over its reflected border (as in Jordan 2024, arXiv 2404.00498), in three times the time."""
+
+
+@takes(Evaluation)
+def evaluate(settings: Evaluation) -> Metrics:
     """Measure a network on one of the splits, in evaluation mode and without a graph.
-
-    Other arguments are those of `fit`.
-
-    Args:
-        split: which samples; those of the training without augmentation, where the data has them so.
-        metric: one or several. Of several, `Metrics.score` is the first, and `Metrics.scores` has all by their names. A
-            score may be any value here, such as the counts of `sltt.metrics.ConfusionMatrix`.
-        steps: T; None is that of the training for a network of `sltt.load`, and 4 for another.
-        mirror: take the mean logits of each image and of its mirror image, left to right (as in Krizhevsky et al.
-            2012), in twice the time.
-        shift: take the mean logits of each image, which counts half, and of two views that are moved by so many pixels,
-            up left and down right, over its reflected border (as in Jordan 2024, arXiv 2404.00498), in three times the
-            time.
 
     Returns:
         Loss, metric, firing rates, seconds, and the peak memory of a batch in bytes.
@@ -78,43 +74,23 @@ def evaluate(
     Raises:
         ValueError: the split is empty, or `mirror` or `shift` is given and the samples are no images.
     """
-    given, known = {**locals()}, getattr(model, "trained", None)
+    steps, known = settings.steps, getattr(settings.model, "trained", None)
     if isinstance(known, Trained):
         steps = known.steps if steps is None else steps
-        if prediction_of(loss) != known.prediction:
+        if prediction_of(settings.loss) != known.prediction:
             log.warning(
                 "the network was trained with a loss that predicts by %s, and is measured with one that predicts by "
-                "%s: give evaluate its loss", known.prediction, prediction_of(loss)
+                "%s: give evaluate its loss", known.prediction, prediction_of(settings.loss)
             )  # fmt: skip
-    steps = 4 if steps is None else steps
-    settings = Settings({**given, "steps": steps, "metric": Accuracy()})
+    settings = replace(settings, steps=4 if steps is None else steps)
     with session(settings) as here:
-        return measure_split(here, model, data, split, settings, metric, mirror=mirror, shift=shift)
+        return measure_split(here, settings, settings.split, settings.mirror, settings.shift)
 
 
-def measure_split(
-    here: Session,
-    model: nn.Module,
-    data: Data | Loaders,
-    split: Split,
-    settings: Any,
-    metric: Any = None,
-    mirror: bool = False,
-    shift: int = 0,
-) -> Metrics:
-    """Do as `sltt.evaluate`, in a session, with the loss, the batch size and T of the settings, and their metric."""
-    instance("model", model, nn.Module)
-    data, steps, size = as_data(data, settings.batch_size), settings.steps, settings.batch_size
-    choice("split", split, get_args(Split))
-    metric = settings.metric if metric is None else metric
-    metrics = list(metric) if isinstance(metric, list | tuple) else [metric]
-    for one in metrics:
-        check_metric(one)
-    if len(names := set(map(name_of, metrics))) < len(metrics) or not metrics:
-        raise ValueError(f"expected one metric or several of different names, got {', '.join(names) or 'none'}")
-    flag("mirror", mirror)
-    whole_number("shift", shift, least=0)
-    splits = here.splits(data, steps)
+def measure_split(here: Session, settings: Any, split: Split, mirror: bool = False, shift: int = 0) -> Metrics:
+    """Do as `sltt.evaluate`, in a session, with settings of a training or an evaluation."""
+    model, steps, size = settings.model, settings.steps, settings.size
+    splits = here.splits(settings.data, steps)
     dataset = getattr(splits, split)
     if dataset is None:
         hold_out = "hold some out, as by validation=0.1"
@@ -126,7 +102,7 @@ def measure_split(
         dataset = splits.unaugmented_train
     here = here.choose_format(model, lambda: splits.collate_of(dataset)([dataset[0]])[0], splits.static)
     loader = here.eval_loader(dataset, splits, size)
-    net, loss = here.set_up(model), here.set_up_loss(settings.loss)
+    net, loss, metrics = here.set_up(model), here.set_up_loss(settings.loss), check_metrics(settings.metric)
     memory = BatchMemory(here.fabric.device)
     before = [*plain_tensors(model)]
     look = partial(views, static=splits.static, mirror=mirror, shift=shift)

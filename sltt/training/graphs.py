@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from sltt._torch import DispatchMode, tree_leaves
-from sltt.callbacks import Callback
 from sltt.checks import instance
 from sltt.rules import Output, Rule
 from sltt.rules.base import StepLoss
@@ -25,6 +24,7 @@ from sltt.sequence.hooks import count_hooks
 from sltt.sequence.layout import Layout
 from sltt.sequence.padding import Padded
 from sltt.training.session import Session
+from sltt.training.settings import Settings
 
 EAGER = 3  # batches before the capture; they compile kernels, and make what is made once
 _WATCHED = 2  # the one of them that is watched
@@ -75,15 +75,9 @@ class CudaGraph:
 
 
 class Replay:
-    """An iteration as a graph.
+    """An iteration as a graph that has run it before. It reads copies of x and y, and leaves gradients in `.grad`.
 
-    Args:
-        graph: has run the iteration before.
-        iteration: computes a result from x and y, and leaves gradients in `.grad`.
-        parameters: that get gradients.
-        x: inputs; a copy is the memory that the graph reads.
-        y: targets, likewise.
-        beside: another one of the same shapes, whose inputs and gradients it shares.
+    One `beside` another, of the same shapes, shares inputs and gradients with it.
     """
 
     def __init__(
@@ -251,20 +245,19 @@ def graphed(
     return step
 
 
-def make_graphs(
-    here: Session, model: nn.Module, rule: Rule, steps: int, callbacks: Iterable[Callback]
-) -> Graphs | None:
+def make_graphs(here: Session, settings: Settings, rule: Rule, steps: int) -> Graphs | None:
     """Return what runs the batches of a phase; None where nobody wants graphs."""
-    mode, device = here.settings.graph, here.fabric.device
+    mode, device, model = settings.graph, here.fabric.device, settings.model
     if mode == "off" or not CudaGraph.runs_on(device):
         return None
-    problem, settings, several = rule_problem(rule, steps), here.settings, here.processes.count > 1
+    problem, several = rule_problem(rule, steps), here.processes.count > 1
     if settings.precision == "16-mixed":
         problem = problem or "16-mixed scales the loss anew for each batch: use bf16-mixed"
     if several and (settings.strategy == "fsdp" or any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())):
         problem = problem or "processes exchange tensors within a batch"
     if mode == "auto" and not problem:
-        own = next((type(one).__name__ for one in callbacks if not type(one).__module__.startswith("sltt.")), None)
+        kinds = [type(one) for one in settings.callbacks or ()]
+        own = next((kind.__name__ for kind in kinds if not kind.__module__.startswith("sltt.")), None)
         problem = f"{own} may change the network (graph='on' if not)" if own else model_problem(model)
     return Graphs(model, device, problem, mode == "on")
 

@@ -5,8 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from sltt.parallel.processes import gather_parts
 from sltt.training.average import Average, select_weights
 from sltt.training.checkpoints import load_optimizer, load_weights
@@ -27,8 +25,9 @@ class Learner:
         scaled: whether a scaler leaves out steps that are not finite.
     """
 
-    def __init__(self, session: Session, settings: Settings, model: nn.Module):
-        self.session, self.processes, self.settings, self.model = session, session.processes, settings, model
+    def __init__(self, session: Session, settings: Settings):
+        self.session, self.processes, self.settings = session, session.processes, settings
+        self.model = model = settings.model
         self.net = session.set_up(model)
         self.average = None if settings.ema is None else Average(model, settings.ema)
         groups = parameter_groups(model, settings.norm_weight_decay, settings.norm_bias_lr)

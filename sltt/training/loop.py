@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from sltt.callbacks import Moment
-from sltt.data import Data, Splits
+from sltt.data import Splits
 from sltt.metrics import higher_is_better, name_of
 from sltt.parallel.signals import Interrupt
 from sltt.training.batch_loop import BatchLoop
@@ -37,15 +37,13 @@ class Loop:
         saved: when, on the monotonic clock.
     """
 
-    def __init__(
-        self, learner: Learner, data: Data, splits: Splits, folder: Path, config: dict[str, Any], report: Console
-    ):
-        self.learner, self.data, self.splits, self.fingerprint = learner, data, splits, splits.fingerprint
+    def __init__(self, learner: Learner, splits: Splits, folder: Path, config: dict[str, Any], report: Console):
+        self.learner, self.splits, self.fingerprint = learner, splits, splits.fingerprint
         self.folder, self.config, self.report = folder, config, report
         settings, self.processes = learner.settings, learner.processes
         self.settings, self.stages, self.callbacks = settings, settings.stages(), settings.callbacks or ()
         self.metric = name_of(settings.metric)
-        self.sampler = EpochSampler.of(splits, settings.seed, settings.batch_size)
+        self.sampler = EpochSampler.of(splits, settings.seed, settings.size)
         self.state, self.saved, self.rose = Progress(), time.monotonic(), False
 
     def run(self) -> None:
@@ -74,7 +72,7 @@ class Loop:
     def _epoch(self, batches: BatchLoop, loader: DataLoader[Any], interrupt: Interrupt) -> Metrics:
         """Train what is left of an epoch."""
         state, title = self.state, f"epoch {self.state.epoch + 1}/{self.settings.epochs}"
-        seen, stop = (count * self.settings.batch_size for count in (state.batch, batches.batches))
+        seen, stop = (count * self.settings.size for count in (state.batch, batches.batches))
         self.sampler.set_epoch(state.epoch, seen, stop)
         began = time.monotonic() - state.seconds
         losses = batches.run(loader, state)
@@ -109,13 +107,13 @@ class Loop:
 
         At another T, the best epoch is sought anew. Where the schedule starts anew, training goes on from the average.
         """
-        here, state, size = self.learner.session, self.state, self.settings.batch_size
+        here, state, size = self.learner.session, self.state, self.settings.size
         count = stage.count_batches(math.ceil(self.sampler.length / size))
         if self.settings.phases:
             crop = f", crops of {stage.crop} pixels" if stage.crop else ""
             part = f", {count} batches an epoch" if stage.batches else ""
             self.report.line(f"epochs {stage.start + 1} to {stage.stop}: T = {stage.steps}, {stage.rule}{crop}{part}")
-        self.splits = here.splits(self.data, stage.steps)
+        self.splits = here.splits(self.settings.dataset, stage.steps)
         new = state.batch == 0 and state.epoch > 0
         if new and stage_at(self.stages, state.epoch - 1).steps != stage.steps:
             state.best, state.best_epoch, state.first = [], None, state.epoch  # metrics at another T do not compare

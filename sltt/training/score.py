@@ -19,15 +19,8 @@ class Score:
     One that `collects`, such as those of torchmetrics, sees the samples of all processes in each of them, on the CPU.
     So its value is that of all samples, whatever the number of processes and the size of the batches. The user's object
     stays as it is: a copy collects.
-
-    Args:
-        metric: of predictions and targets.
-        processes: that share each batch.
-        progress: the batches before these, in an epoch that is resumed.
-        selects: an epoch is selected by the score, so that it must be one number.
-
-    Attributes:
-        partial: the metric could not be saved, and sees the batches after a resume only.
+    A score that `selects` an epoch is one number. In an epoch that is resumed, the batches before are in `progress`;
+    `partial` says that the metric could not be saved, and sees those after the resume only.
     """
 
     def __init__(self, metric: Any, processes: Processes, progress: Progress, selects: bool = True):

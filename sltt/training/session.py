@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sltt.checks import instance
 from sltt.data import Data, Splits
 from sltt.kernels import using
 from sltt.parallel.devices import make_fabric
@@ -19,7 +18,7 @@ from sltt.sequence.copies import copy_model
 from sltt.sequence.padding import Padded, pad_batch
 from sltt.training.batches import eval_loader
 from sltt.training.console import Console
-from sltt.training.settings import Settings
+from sltt.training.settings import Execution
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 class Session:
     """The device and the processes that are there, and what is put on them. `session` makes it."""
 
-    settings: Settings
+    settings: Execution
     fabric: "Fabric"
     processes: Processes
 
@@ -53,7 +52,7 @@ class Session:
         fits = prefers_channels_last(self.fabric.device) and not self._sharded
         fits = fits and any(isinstance(module, nn.Conv2d) for module in model.modules())
         last = fits and _runs_channels_last(model, read() if static else read()[0])
-        return replace(self, settings=Settings(vars(self.settings), channels_last=last))
+        return replace(self, settings=replace(self.settings, channels_last=last))
 
     def set_up(self, model: nn.Module) -> Any:
         """Return the model on its device, for calls under the precision of the session."""
@@ -81,8 +80,6 @@ class Session:
 
     def console(self, console: Console | None) -> Console:
         """Return where this process prints: the first one to `console`, the others nowhere."""
-        if console is not None:
-            instance("report", console, Console)
         return (console or Console()) if self.processes.rank == 0 else Console(quiet=True)
 
     @property
@@ -112,7 +109,7 @@ def _runs_channels_last(model: nn.Module, x: Tensor) -> bool:
 
 
 @contextmanager
-def session(settings: Settings) -> Iterator[Session]:
+def session(settings: Execution) -> Iterator[Session]:
     """Start the processes; inside the block, the kernels are compiled as asked for.
 
     Raises ValueError for a device that is not there, or that cannot do what was asked for.

@@ -92,13 +92,13 @@ def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, her
 def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(capsys, here, monkeypatch):
     seen, dtypes = [], set()
 
-    def train(session, model, data, training, run, **settings):
+    def train(session, training):
         seen.append([str(phase.rule or training.rule) for phase in training.phases])
-        return types.SimpleNamespace(history=[{"seconds": 1.0, "validation_accuracy": 0.5}], epoch=1, run=run)
+        return types.SimpleNamespace(history=[{"seconds": 1.0, "validation_accuracy": 0.5}], epoch=1, run=training.run)
 
-    def measure_split(session, model, data, split, settings):
+    def measure_split(session, training, split):
         seen.append(session.settings)
-        model.features[0].register_forward_hook(
+        training.model.features[0].register_forward_hook(
             lambda module, x, out: dtypes.add((out.dtype, x[0].is_contiguous(memory_format=torch.channels_last)))
         )
         return types.SimpleNamespace(score=1.0)

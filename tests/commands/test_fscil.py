@@ -52,10 +52,10 @@ def test_the_base_training_sees_base_classes_only(folder, capsys, monkeypatch):
     assert run(capsys, "eval", folder / "BPTT-seed0", "--split", "train", "--json")[0] == 0  # the run knows its classes
     seen = []
 
-    def train(session, model, data, training, run, *, resume, **settings):
-        if resume:
-            return fit.train(session, model, data, training, run, resume=True, **settings)
-        seen.append(data.splits(training.steps))
+    def train(session, training):
+        if training.resume:
+            return fit.train(session, training)
+        seen.append(training.dataset.splits(training.steps))
         raise RuntimeError("far enough")
 
     monkeypatch.setattr(compare, "train", train)

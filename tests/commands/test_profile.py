@@ -11,7 +11,6 @@ from sltt.commands.parsing import Recipe
 from sltt.commands.prepared import Prepared
 from sltt.memory import trace_memory
 from sltt.training.session import session
-from sltt.training.settings import Settings
 from tests.conftest import KINDS, LOSS, RULES, batch, small_network
 
 MB = 1_000_000
@@ -170,7 +169,7 @@ def test_the_command(capsys, here):
 def test_a_network_is_measured_as_it_trains():
     recipe = Recipe("test", "digits", ["--precision", "bf16-mixed", "--channels_last", "true", "--device", "cpu"])
     built = recipe.build()
-    with session(Settings(vars(built))) as started:
+    with session(built) as started:
         here = Prepared(started, built, 3)
         x, y = here.batch(8)
         seen = []

@@ -50,10 +50,12 @@ def test_recipes_of_transformers_have_the_published_values(name):
 
 
 def test_a_null_on_the_command_line_reaches_the_neuron():
-    """The soft reset that OTTT needs, as the recipe says."""
-    for options, expected in (([], 0.0), (["--model.neuron.v_reset", "null"], None)):
-        config = Recipe("sltt train", "cifar10-spikformer", options).resolve()
-        assert config["model"]["init_args"]["neuron"]["init_args"].get("v_reset") == expected
+    """The soft reset that OTTT needs, as the recipe says; and one whose default is a number."""
+    leaky = ["--model.neuron", "CubaLIF"]
+    for name, words, key, own in (("cifar10-spikformer", [], "v_reset", 0.0), ("digits", leaky, "tau", 1.1)):
+        for options, expected in ((words, own), ([*words, f"--model.neuron.{key}", "null"], None)):
+            config = Recipe("sltt train", name, options).resolve()
+            assert config["model"]["init_args"]["neuron"]["init_args"][key] == expected
 
 
 def test_imagenet_is_its_two_stages():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import sltt
 from sltt.commands import main
@@ -27,7 +28,7 @@ def test_convolutions_are_timed_in_a_session_unless_results_are_to_be_the_same_a
     cudnn = torch.backends.cudnn
     monkeypatch.setattr(cudnn, "deterministic", deterministic)
     assert not cudnn.benchmark
-    with session(Settings(device="cpu")) as here:
+    with session(Settings(nn.Identity(), sltt.data.Digits(), device="cpu")) as here:
         assert cudnn.benchmark is not deterministic
         splits = sltt.data.Digits().splits(2)
         assert not here.eval_loader(splits.test, splits, 8).pin_memory
@@ -62,14 +63,15 @@ def test_shares_are_every_sample_once(samples, processes):
 
 def test_sharded_weights_are_not_trained_in_16_mixed():
     with pytest.raises(ValueError, match="use 'bf16-mixed'"):
-        Settings(device="cpu", devices=2, strategy="fsdp", precision="16-mixed")
+        Settings(nn.Identity(), sltt.data.Digits(), device="cpu", devices=2, strategy="fsdp", precision="16-mixed")
 
 
 @pytest.mark.parametrize("rule", [sltt.SLTT(recompute=True), sltt.BPTT(hoist=True)])
 def test_rules_that_sharded_weights_cannot_serve_are_refused(rule):
-    here = SimpleNamespace(processes=SimpleNamespace(count=2), settings=Settings(strategy="fsdp"))
+    here = SimpleNamespace(processes=SimpleNamespace(count=2))
+    settings = Settings(nn.Linear(2, 2), sltt.data.Digits(), rule, strategy="fsdp")
     with pytest.raises(ValueError, match="does not run under fsdp"):
-        sltt.training.fit._check(here, torch.nn.Linear(2, 2), None, Settings(rule=rule), None)
+        sltt.training.fit._check(here, settings, None)
 
 
 def test_numbers_that_differ_from_what_was_started_are_refused(monkeypatch):

@@ -19,7 +19,7 @@ from sltt.training.settings import Settings
 from tests.conftest import LOSS
 from tests.test_waits import CAPTURE, assert_same_weights_and_gradients, example
 from tests.test_waits import train as train_plain
-from tests.training.blobs import equal, network, rows, train, weights
+from tests.training.blobs import Blobs, equal, network, rows, train, weights
 
 FAMILY = [sltt.SLTT(), sltt.BPTT(), sltt.TBPTT(2), sltt.OTTT(), sltt.RateBased()]
 CPU = torch.device("cpu")
@@ -316,15 +316,12 @@ COMPILED[0].compile()
     ],
 )
 def test_what_runs_without_a_graph_says_why(given, problem, demanded, recorded):
-    given = {"model": network(), "rule": sltt.SLTT(), "callbacks": (), "count": 1, **given}
-    model, rule, callbacks, count = (given.pop(name) for name in ("model", "rule", "callbacks", "count"))
+    given = {"model": network(), "data": Blobs(), "count": 1, **given}
+    processes = SimpleNamespace(count=given.pop("count"))
     for mode, expected in (("auto", problem), ("on", demanded)):
-        here = SimpleNamespace(
-            settings=Settings(graph=mode, **given),
-            fabric=SimpleNamespace(device=CPU),
-            processes=SimpleNamespace(count=count),
-        )
-        made = graphs.make_graphs(here, model, rule, 12, callbacks)
+        here = SimpleNamespace(fabric=SimpleNamespace(device=CPU), processes=processes)
+        settings = Settings(graph=mode, **given)
+        made = graphs.make_graphs(here, settings, settings.rule, 12)
         assert (made.problem is None) if expected is None else made.problem
         if expected:
             with pytest.raises(AssertionError, match=expected):
@@ -350,8 +347,8 @@ def test_the_log_of_a_run_says_why_there_is_no_graph(settings, why, recorded, mo
 
 
 def test_a_cpu_has_no_graphs():
-    here = SimpleNamespace(settings=Settings(), fabric=SimpleNamespace(device=CPU))
-    assert graphs.make_graphs(here, network(), sltt.SLTT(), 4, ()) is None
+    here = SimpleNamespace(fabric=SimpleNamespace(device=CPU))
+    assert graphs.make_graphs(here, Settings(network(), Blobs()), sltt.SLTT(), 4) is None
 
 
 @pytest.mark.parametrize("mode", ["auto", "on"])

@@ -1,28 +1,27 @@
 import inspect
+from dataclasses import fields
 
 import pytest
+from torch import nn
 
 import sltt
 import sltt.training.session
 from sltt.commands import main
 from sltt.parallel.devices import make_fabric
-from sltt.training.settings import Settings
+from sltt.training.settings import Settings, texts_of
 
 
-def defaults(function, *without):
-    return {name: p.default for name, p in inspect.signature(function).parameters.items() if name not in without}
-
-
-def test_evaluate_has_the_defaults_of_fit_which_are_those_of_settings():
-    fit, settings = defaults(sltt.fit), vars(Settings())
-    assert {**settings, "batch_size": None} == {name: fit[name] for name in settings}
-    measured = defaults(sltt.evaluate, "model", "data", "split", "mirror", "shift", "steps")  # T may be the training's
-    assert all(one == fit[name] or type(one) is type(fit[name]) for name, one in measured.items())
+def test_fit_takes_the_settings_and_says_what_each_does():
+    arguments = inspect.signature(sltt.fit).parameters
+    assert [*arguments][:4] == ["model", "data", "rule", "loss"]
+    assert {*texts_of(Settings)} == {*arguments} == {one.name for one in fields(Settings)}
+    assert "\n        epochs: passes over the training samples.\n" in sltt.fit.__doc__
+    assert all(len(line) <= 120 for line in sltt.fit.__doc__.splitlines())
 
 
 def test_settings_do_not_change():
-    with pytest.raises(AttributeError, match="a Settings is a value and never changes"):
-        Settings().device = "cpu"
+    with pytest.raises(AttributeError, match="cannot assign to field 'device'"):
+        Settings(nn.Identity(), sltt.data.Digits()).device = "cpu"
 
 
 def test_a_command_builds_fabric_once(tmp_path, monkeypatch, capsys):
