@@ -15,9 +15,7 @@ import torch
 from torch import nn
 
 import sltt
-import sltt.parallel.devices
 from sltt.data import Data, Splits
-from sltt.models.nfresnet import ScaledWSConv2d
 from sltt.parallel.processes import Processes
 from sltt.training import graphs
 from sltt.training.console import Console
@@ -25,8 +23,6 @@ from tests.collecting import MacroF1
 from tests.conftest import RULES, small_network
 from tests.training.test_graphs import Recorded
 
-sltt.parallel.devices.SHARD_FROM = 40  # so that each linear layer of the small networks is sharded by itself
-SHARDED = {name: RULES[name] for name in ("BPTT(segment=2)", "SLTT(k=2, fold=4)", "Mixed")}
 OF_EACH_KIND = (
     *("BPTT(segment=2, fold=2)", "TBPTT(2)", "SLTT(recompute)", "SLTT(hoist)", "SLTT(k=2, rescale)"),
     *("SLTT(k=2, fold=4)", "OTTT", "RateBased", "Mixed(default=2)"),
@@ -67,13 +63,6 @@ def several_lengths() -> Data:
 def network(**kwargs) -> nn.Module:
     torch.manual_seed(0)
     return small_network(**kwargs)
-
-
-def standardised() -> nn.Module:
-    """A network with weight standardisation, which is done once a sequence where weights are not sharded."""
-    torch.manual_seed(0)
-    layers = nn.Unflatten(1, (1, 2, 3)), ScaledWSConv2d(1, 8, 3, 1), sltt.LIF(), nn.Flatten(), nn.Linear(48, 3)
-    return nn.Sequential(*layers).double()
 
 
 def statistics(model: nn.Module) -> list[float]:
@@ -138,23 +127,15 @@ def main(folder: Path) -> None:
     messages, measured = {}, {}
     for name, settings in TRAININGS.items():
         with counted(pytest.MonkeyPatch()) as messages[name]:
-            result = train(folder / "ddp" / name, network(), **settings)
+            result = train(folder / name, network(), **settings)
         measured[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
-    for strategy in ("ddp", "fsdp"):
-        with pytest.MonkeyPatch.context() as patch, counted(pytest.MonkeyPatch()) as messages[f"graphs, {strategy}"]:
-            patch.setattr(graphs, "CudaGraph", Recorded)
-            patch.setattr(torch.Tensor, "is_cpu", False)  # so that no native code runs, which is not recorded
-            Recorded.log = []
-            train(folder / "graphs" / strategy, network(), strategy=strategy)
-            measured[f"graphs, {strategy}"] = Recorded.log
+    with pytest.MonkeyPatch.context() as patch, counted(pytest.MonkeyPatch()) as messages["graphs"]:
+        patch.setattr(graphs, "CudaGraph", Recorded)
+        patch.setattr(torch.Tensor, "is_cpu", False)  # so that no native code runs, which is not recorded
+        Recorded.log = []
+        train(folder / "graphs", network())
+        measured["graphs"] = Recorded.log
     train(folder / "padded", network(), several_lengths(), rule=ONLINE)
-    for name, rule in SHARDED.items():
-        model = network(neuron=lambda **kwargs: sltt.PLIF(tau=2.0, **kwargs))
-        train(folder / "fsdp" / name, model, rule=rule, strategy="fsdp", clip_norm=1.0)
-        accuracy = sltt.evaluate(model, Sequences(), "validation", strategy="fsdp", device="cpu").accuracy
-        measured[f"fsdp {name}"] = accuracy
-    train(folder / "fsdp-standardised", standardised(), strategy="fsdp")
-    train(folder / "fsdp-from-one", network(), strategy="fsdp", resume=True)
     for minutes in (0.0, 10.0):  # a checkpoint after every batch, and of the epochs alone
         train(folder / f"every {minutes} minutes", network(norm=True), checkpoint_minutes=minutes)
     for name, rule in NORMED.items():

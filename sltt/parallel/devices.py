@@ -21,19 +21,10 @@ if TYPE_CHECKING:
 
 Device = Literal["auto", "cpu", "cuda", "mps"]  # "auto" is a CUDA device, or else the CPU
 Precision = Literal[32, "bf16-mixed", "16-mixed"]
-Strategy = Literal["ddp", "fsdp"]
 Graph = Literal["auto", "on", "off"]  # of a training batch
 
-# FSDP gathers and frees the weights of a module as one; below this many, the messages cost more than the memory.
-SHARD_FROM = 2**20
 
-
-def make_fabric(
-    device: Device = "auto",
-    devices: int | None = None,
-    strategy: Strategy = "ddp",
-    precision: Precision = 32,
-) -> "Fabric":
+def make_fabric(device: Device = "auto", devices: int | None = None, precision: Precision = 32) -> "Fabric":
     """Fabric, with its processes started; with `16-mixed`, gradients are scaled on the CPU as they are on CUDA.
 
     Raises ValueError for a device that is not there, or numbers that differ from what was started.
@@ -56,7 +47,7 @@ def make_fabric(
     if precision == "16-mixed":
         options = {"plugins": [MixedPrecision("16-mixed", device, torch.amp.GradScaler(device))]}
     if devices * num_nodes > 1:
-        options["strategy"] = _strategy(strategy, devices * num_nodes)
+        options["strategy"] = _data_parallel()
     fabric = Fabric(accelerator=device, devices=devices, num_nodes=num_nodes, **options)
     if fabric.world_size > 1:
         # else each process reports for duty; which one ended is still told
@@ -103,9 +94,8 @@ def count_started() -> tuple[int, int]:
     return 1, 1
 
 
-def _strategy(name: Strategy, processes: int) -> Any:
+def _data_parallel() -> Any:
     from lightning_fabric.strategies.ddp import DDPStrategy
-    from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
     class DataParallel(DDPStrategy):
         """The model as it is, not wrapped: `Processes.reduce_gradients` is called once a batch."""
@@ -114,40 +104,10 @@ def _strategy(name: Strategy, processes: int) -> Any:
             _begin_alike(module)
             return module
 
-    if name == "ddp":
-        return DataParallel()
-    return ModelParallelStrategy(_shard, data_parallel_size=processes, tensor_parallel_size=1)
+    return DataParallel()
 
 
 def _begin_alike(model: nn.Module) -> None:
     """Give all processes the weights and buffers of the first."""
     for tensor in (*model.parameters(), *model.buffers()):
         torch.distributed.broadcast(tensor.detach(), 0, group=control() if tensor.device.type == "cpu" else None)
-
-
-def _shard(model: nn.Module, mesh: Any) -> nn.Module:
-    """Shard the parameters over the processes: each layer of SHARD_FROM or more by itself, the others as one.
-
-    Weights are gathered for a module while it runs, and its gradients reduced in each backward. A parameter without
-    dimensions, as a neuron's time constant, stays whole in every process.
-    """
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-
-    if isinstance(model, FSDPModule):  # after a training
-        return model
-    _begin_alike(model)
-    mesh, scalars = mesh["data_parallel"], {p for p in model.parameters() if p.ndim == 0}
-    # layers, not the containers around them: a container may be indexed instead of called, and would never be gathered
-    for module in list(model.modules()):
-        if module is not model and sum(p.numel() for p in module.parameters(recurse=False)) >= SHARD_FROM:
-            fully_shard(module, mesh=mesh, ignored_params=scalars)
-    # Also the outermost: a time step without a backward would leave its weights gathered, and without their gradients.
-    sharded: Any = fully_shard(model, mesh=mesh, ignored_params=scalars, reshard_after_forward=True)
-    for module in sharded.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # the sum, as each process weights its loss by its share
-            if mesh.device_type == "cpu" and hasattr(module, "set_force_sum_reduction_for_comms"):
-                module.set_force_sum_reduction_for_comms(True)  # gloo has no sum that it scales
-    for parameter in scalars:
-        parameter.data = parameter.data.to(mesh.device_type)
-    return sharded

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,6 @@ from sltt.sequence.state import Stateful
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-    from torch.distributed.tensor import DTensor
 
 A = TypeVar("A")
 BUCKET = 2**25  # bytes of gradients in one message: enough to fill a network, little beside the gradients
@@ -76,10 +75,10 @@ class Processes:
             raise ValueError(f"{what} differs between processes: {', '.join(map(str, other))}; start all of them alike")
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up the gradients of all processes, in few messages. Sharded ones were reduced in the backward."""
+        """Add up the gradients of all processes, in few messages."""
         if self.count == 1:
             return
-        held = [p for p in parameters if p.requires_grad and not is_sharded(p)]
+        held = [p for p in parameters if p.requires_grad]
         # Messages have to match, and a parameter may be without a gradient in one process alone. One that has none in
         # any stays without, or weight decay would move it. The host asks, so that no GPU is waited for.
         there = self._reduce([p.grad is not None for p in held], dist.ReduceOp.MAX) if held else []
@@ -124,37 +123,6 @@ def disband(process: int) -> None:
     _control_of.cache_clear()
     if process == os.getpid() and dist.is_initialized():  # and not in a forked one, where the threads are not
         dist.destroy_process_group()
-
-
-def is_sharded(value: Any) -> "TypeGuard[DTensor]":
-    """Return whether this process has only a part of a tensor."""
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(value, DTensor)
-
-
-def gather_parts(value: Any) -> Any:
-    """Return a tensor, or a nest of dictionaries and lists of them, with the parts of all processes put together.
-
-    What was sharded is on the host, of the first process only: it may be too large for a device.
-    """
-    if isinstance(value, dict):
-        return {key: gather_parts(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [gather_parts(v) for v in value]
-    if not is_sharded(value):
-        return value
-    full = value.full_tensor()  # all processes take part
-    return full.cpu() if dist.get_rank() == 0 else None
-
-
-def shard_like(value: Any, like: Tensor) -> Any:
-    """Return the part of a whole tensor that this process has of `like`; unchanged where that is not sharded."""
-    if not is_sharded(like) or not isinstance(value, Tensor) or value.shape != like.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _add_up(tensors: Iterable[Tensor]) -> None:

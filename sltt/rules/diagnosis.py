@@ -2,15 +2,13 @@
 
 import traceback
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sltt.sequence.hooks import keep_hooks
 from sltt.sequence.run import Run
-from sltt.sequence.state import Stateful, emits_spikes, map_tensors, role_of, state_names
+from sltt.sequence.state import Stateful, map_tensors, role_of, state_names
 
 
 def note(error: Exception, run: Run) -> None:
@@ -102,11 +100,6 @@ def _cause(run: Run) -> str | None:
         )
     if unseen := run.layout.find_unseen():
         return unseen
-    if changed := _changed_in_place(run):
-        return (
-            f"{changed} are changed in place, and a backward needs them: use an operation that is not in place, such "
-            "as `x = x * 2` for `x *= 2`, or nn.ReLU(inplace=False)"
-        )
     return None
 
 
@@ -126,22 +119,3 @@ def plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tenso
             if key not in known and not (private and key.startswith("_")):
                 map_tensors(tensors.append, value)
             yield from ((name, module, key, tensor) for tensor in tensors)
-
-
-def _changed_in_place(run: Run) -> str | None:
-    """Return the layer whose outputs, which a backward needs, are changed in place, by running a time step."""
-    seen: list[tuple[str, Tensor, int]] = []
-
-    def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and (emits_spikes(module) or hasattr(output.grad_fn, "_saved_result")):
-            seen.append((f"the outputs of {name or 'the model'} ({type(module).__name__})", output, output._version))
-
-    hooks = [m.register_forward_hook(partial(look, name)) for name, m in run.model.named_modules()]
-    try:
-        with keep_hooks(*hooks), torch.enable_grad():
-            run(run.sequence.input(range(1)))
-    except Exception:
-        return None  # the error that is to be explained says more
-    finally:
-        run.reset()
-    return next((what for what, output, version in seen if output._version != version), None)

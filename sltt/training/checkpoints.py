@@ -13,7 +13,7 @@ from torch import nn
 from sltt.callbacks import Callback
 from sltt.checks import to_python
 from sltt.losses import prediction_of
-from sltt.parallel.processes import Processes, shard_like
+from sltt.parallel.processes import Processes
 from sltt.training.average import select_weights
 from sltt.training.description import describe
 from sltt.training.files import BEST, LAST, write_atomically
@@ -142,24 +142,16 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: Path, strict: 
             log.warning("%s: no weights of the same name and shape for %s", path, ", ".join(left))
         weights = {**held, **fits}
     try:
-        model.load_state_dict({k: shard_like(v, held[k]) if k in held else v for k, v in weights.items()})
+        model.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"the weights in {path} do not fit the model: {error}") from error
 
 
 def load_optimizer(optim: Any, state: dict[str, Any], path: Path) -> None:
-    """Load an optimizer's state that was saved whole, also where this process has a part of the parameters.
-
-    Raises CheckpointError where it is of another optimizer, or of other parameters.
-    """
-    parameters = [p for group in optim.param_groups for p in group["params"]]
+    """Load an optimizer's state; raise CheckpointError where it is of another optimizer, or of other parameters."""
     options = [set(group) for group in optim.param_groups]
     try:
-        parts = {
-            i: {key: shard_like(value, parameters[i]) for key, value in values.items()}
-            for i, values in state["state"].items()
-        }
-        optim.load_state_dict({**state, "state": parts})
+        optim.load_state_dict(state)
         lost = {key for known, group in zip(options, optim.param_groups, strict=True) for key in known - set(group)}
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(

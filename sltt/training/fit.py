@@ -115,14 +115,6 @@ def _check(here: Session, settings: Settings, report: Console) -> tuple[Session,
     model, stages, count = settings.model, settings.stages(), here.processes.count
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no parameter to train: give it a layer with weights, or requires_grad_(True)")
-    if count > 1 and settings.strategy == "fsdp":
-        if rule := next((s.rule for s in stages if s.rule.recompute or s.rule.hoist), None):  # weights come and go
-            raise ValueError(
-                f"{rule} does not run under fsdp, since recompute=True and hoist=True run layers in an order of their "
-                "own: use ddp"
-            )
-        if whole := next((name for name in ("ema", "quantised") if getattr(settings, name) is not None), None):
-            raise ValueError(f"{whole} needs whole weights, which fsdp does not keep: use ddp")
     if settings.graph == "on" and not CudaGraph.runs_on(here.fabric.device):
         raise ValueError(f"graph='on' needs a CUDA device, and this is {here.fabric.device.type}: leave graph out")
     if settings.size < count:

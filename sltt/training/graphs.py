@@ -253,7 +253,7 @@ def make_graphs(here: Session, settings: Settings, rule: Rule, steps: int) -> Gr
     problem, several = rule_problem(rule, steps), here.processes.count > 1
     if settings.precision == "16-mixed":
         problem = problem or "16-mixed scales the loss anew for each batch: use bf16-mixed"
-    if several and (settings.strategy == "fsdp" or any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())):
+    if several and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         problem = problem or "processes exchange tensors within a batch"
     if mode == "auto" and not problem:
         kinds = [type(one) for one in settings.callbacks or ()]

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from sltt.parallel.processes import gather_parts
 from sltt.training.average import Average, select_weights
 from sltt.training.checkpoints import load_optimizer, load_weights
 from sltt.training.parameters import parameter_groups
@@ -54,10 +53,10 @@ class Learner:
         with self.round_weights():
             rounded = copy.deepcopy(weights) if self.settings.quantised else None
         return {
-            "model": gather_parts(weights),
+            "model": weights,
             "averaged": self.average.module.state_dict() if self.average else rounded,
             "average_steps": self.average.step if self.average else 0,
-            "optimizer": gather_parts(self.optim.state_dict()),
+            "optimizer": self.optim.state_dict(),
             "scaler": self.session.fabric.strategy.precision.state_dict(),
         }
 

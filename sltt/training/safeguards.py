@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from sltt._torch import _BatchNorm, _NormBase
 from sltt.data import Splits
-from sltt.parallel.processes import is_sharded
 from sltt.rules import SLTT, Rule, unroll
 from sltt.rules.batch import sequence_loss
 from sltt.sequence.copies import copy_model
@@ -47,7 +46,6 @@ def check_finite(loss: Tensor, model: nn.Module, optim: Any, scaled: bool) -> No
     The loss alone would not tell: a neuron that gets NaN is silent, and the loss behind it finite.
     """
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    norm = norm.full_tensor() if is_sharded(norm) else norm
     if math.isfinite(loss.item()) and (scaled or math.isfinite(norm.item())):
         return
     rate = optim.param_groups[0]["lr"]
@@ -60,8 +58,7 @@ def check_finite(loss: Tensor, model: nn.Module, optim: Any, scaled: bool) -> No
 def check_weights(model: nn.Module, remedy: str = "lower the learning rate or set clip_norm") -> None:
     """Raise FloatingPointError, with the name of the parameter, if a weight or a statistic is not finite."""
     for name, parameter in model.named_parameters():
-        own = parameter.to_local() if is_sharded(parameter) else parameter
-        if not own.isfinite().all():
+        if not parameter.isfinite().all():
             raise FloatingPointError(f"the weights of {name} are not finite any more: {remedy}")
     for name, module in model.named_modules():
         for key in ("running_mean", "running_var") if isinstance(module, _NormBase) else ():

@@ -38,10 +38,6 @@ class Session:
         self.processes.check_same(splits.fingerprint, "the split of the data")
         return splits
 
-    @property
-    def _sharded(self) -> bool:
-        return self.settings.strategy == "fsdp" and self.processes.count > 1
-
     def choose_format(self, model: nn.Module, read: Callable[[], Tensor], static: bool) -> "Session":
         """Return this session with `channels_last` decided, where the settings leave it open.
 
@@ -49,14 +45,15 @@ class Session:
         """
         if self.settings.channels_last is not None:
             return self
-        fits = prefers_channels_last(self.fabric.device) and not self._sharded
-        fits = fits and any(isinstance(module, nn.Conv2d) for module in model.modules())
+        fits = prefers_channels_last(self.fabric.device) and any(
+            isinstance(module, nn.Conv2d) for module in model.modules()
+        )
         last = fits and _runs_channels_last(model, read() if static else read()[0])
         return replace(self, settings=replace(self.settings, channels_last=last))
 
     def set_up(self, model: nn.Module) -> Any:
         """Return the model on its device, for calls under the precision of the session."""
-        if self.settings.channels_last and not self._sharded:  # sharded weights are contiguous
+        if self.settings.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
         return self.fabric.setup_module(model)
 
@@ -114,7 +111,7 @@ def session(settings: Execution) -> Iterator[Session]:
 
     Raises ValueError for a device that is not there, or that cannot do what was asked for.
     """
-    fabric = make_fabric(settings.device, settings.devices, settings.strategy, settings.precision)
+    fabric = make_fabric(settings.device, settings.devices, settings.precision)
     cudnn: Any = torch.backends.cudnn
     with using(compile=settings.compile, sparse=settings.sparse), ExitStack() as before:
         # new tensors are on the CPU, whatever the user has set; and cuDNN times its algorithms once for each shape,

@@ -25,7 +25,7 @@ from sltt.data.loaders import Loaders, as_data, batch_size_of
 from sltt.kernels import Compile, Sparse
 from sltt.losses import CrossEntropyMSE, check_loss
 from sltt.metrics import Accuracy, Metric, check_metric
-from sltt.parallel.devices import Device, Graph, Precision, Strategy
+from sltt.parallel.devices import Device, Graph, Precision
 from sltt.rules import SLTT, Rule
 from sltt.schedules import Cosine, Schedule
 from sltt.training.console import Console
@@ -108,9 +108,6 @@ class Execution:
     """auto takes CUDA where there is a GPU."""
     devices: int | None = setting(default=None, group="processes", resume=True)
     """processes on this machine; None is what torchrun or Slurm started, or 1."""
-    strategy: Strategy = setting(default="ddp", group="processes", resume=True)
-    """of several processes. ddp keeps all weights in each. fsdp keeps a part in each, for networks too large for a
-    device, and reduces gradients in every backward."""
     compile: Compile = setting(default="auto", resume=True)
     """compile the neuron step: where it pays (auto), always (on), never (off)."""
     sparse: Sparse = setting(default="auto", resume=True)
@@ -124,8 +121,6 @@ class Execution:
                 _check(one, value)
             object.__setattr__(self, one.name, value)
         object.__setattr__(self, "data", as_data(self.data, self.size))
-        if self.strategy == "fsdp" and self.precision == "16-mixed":
-            raise ValueError("fsdp does not scale gradients for precision='16-mixed': use 'bf16-mixed'")
 
     @property
     def dataset(self) -> Data:

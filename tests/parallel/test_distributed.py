@@ -20,12 +20,10 @@ from tests.conftest import LINUX, LOSS
 from tests.processes import (
     NORMED,
     ONLINE,
-    SHARDED,
     TRAININGS,
     Sequences,
     network,
     several_lengths,
-    standardised,
     statistics,
     train,
 )
@@ -52,7 +50,6 @@ def two(tmp_path_factory):
     for name in ("plain", "k"):
         rule = sltt.SLTT(k=2 if name == "k" else None)
         train(folder / f"one-two-{name}", network(dropout=0.2), rule=rule, epochs=1)
-    train(folder / "fsdp-from-one", network(), epochs=1)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = start([*command, "-m", "tests.processes", str(folder)], cwd=ROOT)
     out, _ = process.communicate(timeout=280)
@@ -75,7 +72,7 @@ def assert_same_weights(found, expected):
 def test_two_processes_train_to_the_weights_of_one(name, two, tmp_path):
     folder, found = two
     result = train(tmp_path / "run", network(), **TRAININGS[name])
-    assert_same_weights(weights(folder / "ddp" / name), weights(tmp_path / "run"))
+    assert_same_weights(weights(folder / name), weights(tmp_path / "run"))
     for there, here in zip(found["measured"][name], result.history, strict=True):
         for key in (key for key in here if key.startswith(("train_", "validation_", "firing_rate"))):
             if name != "OTTT(online)" or not key.startswith("train"):
@@ -83,16 +80,13 @@ def test_two_processes_train_to_the_weights_of_one(name, two, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("strategy", "log"),
-    [("ddp", ["new", *["eager"] * 3, "capture", *["replay"] * 5]), ("fsdp", [])],  # the last batches are smaller
-)
-def test_two_processes_train_by_graphs_to_the_weights_of_one_without(strategy, log, two, tmp_path):
+def test_two_processes_train_by_graphs_to_the_weights_of_one_without(two, tmp_path):
     folder, found = two
     train(tmp_path / "run", network())
-    assert_same_weights(weights(folder / "graphs" / strategy), weights(tmp_path / "run"))
-    assert found["measured"][f"graphs, {strategy}"] == log
-    assert found["messages"][f"graphs, {strategy}"]["gradients"] == (2 * 5 if strategy == "ddp" else 0)
+    assert_same_weights(weights(folder / "graphs"), weights(tmp_path / "run"))
+    # the last batches are smaller
+    assert found["measured"]["graphs"] == ["new", *["eager"] * 3, "capture", *["replay"] * 5]
+    assert found["messages"]["graphs"]["gradients"] == 2 * 5
 
 
 @pytest.mark.slow
@@ -110,27 +104,6 @@ def test_gradients_are_reduced_once_a_batch_or_once_an_online_update(name, two):
     assert found["gradients"] == batches * updates
     # a decision a batch, which gradients there are, and what starts and ends an epoch
     assert found["others"] < batches * (1 + updates) + 60
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SHARDED)
-def test_sharded_weights_train_to_the_weights_of_one_process(name, two, tmp_path):
-    model = network(neuron=lambda **kwargs: sltt.PLIF(tau=2.0, **kwargs))
-    train(tmp_path / "run", model, rule=SHARDED[name], clip_norm=1.0)
-    assert_same_weights(weights(two[0] / "fsdp" / name), weights(tmp_path / "run"))
-    assert two[1]["measured"][f"fsdp {name}"] == sltt.evaluate(model, Sequences(), "validation").accuracy
-
-
-@pytest.mark.slow
-def test_sharded_weights_are_standardised_at_every_step(two, tmp_path):
-    train(tmp_path / "run", standardised())
-    assert_same_weights(weights(two[0] / "fsdp-standardised"), weights(tmp_path / "run"))
-
-
-@pytest.mark.slow
-def test_sharded_training_continues_what_one_process_began(two, tmp_path):
-    train(tmp_path / "run", network())
-    assert_same_weights(weights(two[0] / "fsdp-from-one"), weights(tmp_path / "run"))
 
 
 @pytest.mark.slow

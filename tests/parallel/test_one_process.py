@@ -61,19 +61,6 @@ def test_shares_are_every_sample_once(samples, processes):
     assert sorted(seen) == list(range(samples))
 
 
-def test_sharded_weights_are_not_trained_in_16_mixed():
-    with pytest.raises(ValueError, match="use 'bf16-mixed'"):
-        Settings(nn.Identity(), sltt.data.Digits(), device="cpu", devices=2, strategy="fsdp", precision="16-mixed")
-
-
-@pytest.mark.parametrize("rule", [sltt.SLTT(recompute=True), sltt.BPTT(hoist=True)])
-def test_rules_that_sharded_weights_cannot_serve_are_refused(rule):
-    here = SimpleNamespace(processes=SimpleNamespace(count=2))
-    settings = Settings(nn.Linear(2, 2), sltt.data.Digits(), rule, strategy="fsdp")
-    with pytest.raises(ValueError, match="does not run under fsdp"):
-        sltt.training.fit._check(here, settings, None)
-
-
 def test_numbers_that_differ_from_what_was_started_are_refused(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "4")

@@ -305,8 +305,6 @@ COMPILED[0].compile()
         ({"rule": sltt.OTTT(online=True)}, "updates the weights at every time step", "updates"),
         ({"precision": "16-mixed"}, "use bf16-mixed", "bf16"),
         ({"precision": "bf16-mixed"}, None, None),
-        ({"strategy": "fsdp", "count": 2}, "processes exchange tensors", "exchange"),
-        ({"strategy": "fsdp"}, None, None),
         ({"model": nn.SyncBatchNorm(1), "count": 2}, "processes exchange tensors", "exchange"),
         ({"count": 2}, None, None),
         ({"callbacks": [sltt.callbacks.EarlyStopping(), Own()]}, "Own may change the network", None),
