@@ -31,6 +31,7 @@ LOGS: dict[str, tuple[str, Sequence[str]]] = {
     "layers": ("python benchmarks/sparse.py --json docs/results/layers.json", ("sltt/kernels",)),
     "sequences": ("python benchmarks/open_neuromorphic.py", COST),
     "libraries": ("python benchmarks/libraries.py --json docs/results/libraries.json", (*COST, "sltt/interop")),
+    "networks": ("python benchmarks/networks.py --json docs/results/networks.json", COST),
     "rates": ("python benchmarks/open_neuromorphic.py --rates 2,5,10,20,40", COST),
     **dict.fromkeys(("rules", "exact", "own-neuron", "resnet18-*", "vgg11*"), (PEERS, COST)),
     **dict.fromkeys(("paper/memory", "paper/seconds"), (PAPER, COST)),

@@ -51,9 +51,9 @@ def in_c(exported: Exported, name: str, x: Tensor, flags: str) -> tuple[Callable
     reset, step = getattr(code, f"{name}_reset"), getattr(code, f"{name}_step")
 
     def run(arrays: list[np.ndarray] = arrays) -> None:
-        reset(places[0])
+        reset(*places[:2])
         for _ in range(STEPS):
-            step(*places)
+            step(places[0], places[2])
 
     return run, arrays[2]
 

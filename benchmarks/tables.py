@@ -153,6 +153,38 @@ def libraries(results: Path) -> str:
     return measured(rows[0], table, "processor time", f"{len(rows[0]['own'])} turns")
 
 
+def networks(results: Path) -> str:
+    """Networks that nobody tuned for, as networks.py measured them beside SpikingJelly's BPTT and ReLU."""
+    pairs = ("SLTT", "SpikingJelly"), ("BPTT", "SpikingJelly"), ("SLTT", "ReLU")
+    tables = []
+    for (where, _), rows in grouped(load(results, "networks"), "hardware", "batch").items():
+        lines = []
+        for row in rows:
+            times, memory = row["times"], row["memory"]
+            ratios = (spread(quotient(times[case], times[other])) for case, other in pairs)
+            sizes = (megabytes(memory[case]) for case in ("SLTT", "BPTT", "SpikingJelly"))
+            size = f"{row['batch']}, {row['steps']}"
+            spent = f"{1e3 * statistics.median(times['SpikingJelly']):.0f} ms"
+            lines.append([FORWARDS[row["network"]], size, f"{row['rate']:.0%}", spent, *ratios, *sizes])
+        headings = "batch, T", "fire", "SpikingJelly's BPTT", "SLTT ÷ it", "BPTT ÷ it", "SLTT ÷ ReLU"
+        table = markdown(["network", *headings, "memory: SLTT", "BPTT", "SpikingJelly"], lines)
+        clock = "processor time" if where.startswith("1 thread ") else "wall-clock time"
+        tables.append(measured({"hardware": where}, table, clock, f"{len(rows[0]['times']['SLTT'])} turns"))
+    return "\n".join(tables)
+
+
+FORWARDS = {
+    "resnet18-64": "ResNet-18 as torchvision's, 64×64 pixels",
+    "resnet18-128": "ResNet-18, 128×128",
+    "sew-64": "ResNet-18, SEW blocks, 64×64",
+    "ms-64": "ResNet-18, MS blocks, 64×64",
+    "vgg-64": "VGG-11, max pooling, 64×64",
+    "audio": "M5, convolutions in 1-D, 2,000 samples of sound a step",
+    "dvs-128": "SpikingJelly's DVS network, 64 channels, 128×128",
+    "mobilenet-64": "inverted residuals as MobileNetV2's, 64×64",
+    "unet-64": "U-Net, logits for each of 64×64 pixels",
+    "transformer": "Spikformer, 64 tokens of 192 channels",
+}
 LIBRARIES = {
     "sew": "SpikingJelly's SEW-ResNet-18, 64×64 pixels",
     "snntorch": "snnTorch's convolutional network, 28×28",
@@ -349,6 +381,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "other-networks": other_networks,
     "sequences": sequences,
     "libraries": libraries,
+    "networks": networks,
     "gpu-steps": gpu_steps,
     "gpu-profile": gpu_profile,
     "gpu-kernels": gpu_kernels,

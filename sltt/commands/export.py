@@ -21,7 +21,7 @@ from sltt.interop.c import Exported, to_c
 from sltt.losses import predict_from, prediction_of
 from sltt.rules import unroll
 from sltt.sequence.modes import evaluation_mode
-from sltt.sequence.padding import lengths_of
+from sltt.sequence.padding import lengths_of, target_of
 from sltt.training.console import Console
 
 MEASURED = 1000  # samples that an accuracy is measured on, at most
@@ -38,21 +38,30 @@ COUNT = r"""
 extern void _start(void);
 void start(void) { *(volatile unsigned *)0xE000ED88 |= 0xF << 20; _start(); } /* with floating point */
 __attribute__((section(".vectors"), used)) static const void *vectors[] = {(void *)0x20400000, (void *)start};
+static __attribute__((noinline)) int stack(int paint) /* how far calls went down since it was painted */
+{
+    volatile unsigned char *here = __builtin_frame_address(0);
+    int depth = 16384;
+    for (int i = 64; i < 16384 && paint; i++)
+        here[-i] = 0xA5;
+    while (depth > 64 && here[-depth + 1] == 0xA5)
+        depth--;
+    return depth;
+}
 int main(void)
 {
     unsigned long long ticks = 0;
+    stack(1);
     TIMER[1] = 0xFFFFFF;
     TIMER[0] = 5;
     for (int i = 0; i < SAMPLES * UPPER_STEPS; i++) {
         NAME_logit got[UPPER_CLASSES];
-        int t = i % UPPER_STEPS, frame = i / UPPER_STEPS * FRAMES + (t < FRAMES ? t : FRAMES - 1);
-        if (t == 0)
-            NAME_reset(&net);
         unsigned before = TIMER[2];
-        NAME_step(&net, inputs + frame * UPPER_INPUTS, got);
+        step(i / UPPER_STEPS, i % UPPER_STEPS, got);
         ticks += (before - TIMER[2]) & 0xFFFFFF;
     }
-    printf("%lu\n", (unsigned long)(ticks * 40 / SAMPLES));
+    int depth = stack(0);
+    printf("%lu %d\n", (unsigned long)(ticks * 40 / SAMPLES), (depth + 7) / 8 * 8);
 }
 """
 SEEN = 64  # samples that set the scale of the input, and whose operations are counted
@@ -122,52 +131,58 @@ def _write_c(built: Any, splits: Splits, folder: Path, name: str, options: dict[
     samples, of = (
         (splits.unaugmented_train, "training") if splits.validation is None else (splits.validation, "validation")
     )
-    x, y = _batch(splits, samples, SEEN)
+    x, y = _batch(splits, samples, range(SEEN))
     steps = built.steps if splits.static else None
     made = to_c(built.model, x, folder, name=name, steps=steps, **options)
     report.line(f"written to {folder}: `make -C {quote(str(folder))}` tests it")
-    report.line(f"flash        {made.flash:,} bytes of weights and parameters, without the code")
-    report.line(f"RAM          {made.ram:,} bytes, sizeof({name}_net)")
+    code, stack, instructions = _measure(folder, name)
+    report.line(f"flash        {made.flash:,} bytes of weights and parameters, {code}")
+    report.line(f"RAM          {made.ram:,} bytes, sizeof({name}_net), {stack}")
     with evaluation_mode(built.model):
         energy = measure_energy(built.model, x, steps=steps, lengths=lengths_of(y))
     sums, products = (energy.total(name) for name in ("effective_acs", "effective_macs"))
     report.line(f"operations   {sums:,.0f} sums and {products:,.0f} products a sample of {energy.steps:.4g} steps")
-    report.line(f"instructions {_count_instructions(folder, name)}")
+    report.line(f"instructions {instructions}")
     if splits.classes is not None and not splits.per_step:
         before, after, count = _accuracies(built, splits, samples, made)
         report.line(f"accuracy     {after:.2%} in C, {before:.2%} in PyTorch, on {count} {of} samples")
 
 
-def _count_instructions(folder: Path, name: str) -> str:
-    """Return how many instructions a sample takes on a Cortex-M4, which QEMU emulates."""
+def _measure(folder: Path, name: str) -> tuple[str, str, str]:
+    """Return what code and stack take on a Cortex-M4, which QEMU emulates, and how many instructions a sample takes."""
+    unknown = "without the code", "without the stack"
     if missing := [one for one in ("arm-none-eabi-gcc", QEMU[0]) if shutil.which(one) is None]:
-        return f"not counted: {missing[0]} is not installed"
+        return *unknown, f"not counted: {missing[0]} is not installed"
     with tempfile.TemporaryDirectory() as temporary:
-        source, program = Path(temporary, "count.c"), Path(temporary, "count")
+        source, network, program = (Path(temporary, file) for file in ("count.c", "network.o", "count"))
         source.write_text(COUNT.replace("NAME", name).replace("UPPER", name.upper()))
-        words = ["arm-none-eabi-gcc", *CORTEX, "-I", folder, "-o", program, source, folder / f"{name}.c"]
         try:
-            subprocess.run(words, check=True, capture_output=True)
+            for words in (["-c", "-o", network, folder / f"{name}.c"], ["-I", folder, "-o", program, source, network]):
+                subprocess.run(["arm-none-eabi-gcc", *CORTEX, *words], check=True, capture_output=True)
+            size = subprocess.run(["arm-none-eabi-size", network], check=True, capture_output=True).stdout
             shown = subprocess.run([*QEMU, program], check=True, capture_output=True, timeout=300).stdout
         except (OSError, subprocess.SubprocessError) as error:  # it has 4 MB for weights, and 4 MB for the state
             said = (getattr(error, "stderr", None) or b"").decode().strip() or str(error)
-            return f"not counted: {said.splitlines()[0]}"
-    return f"{int(shown):,} a sample on a Cortex-M4, counted by QEMU"
+            return *unknown, f"not counted: {said.splitlines()[0]}"
+    (text, data), (count, stack) = size.splitlines()[1].split()[:2], shown.split()
+    with_code, with_stack = f"{int(text) + int(data):,} with the code", f"and {int(stack):,} of stack"
+    return with_code, with_stack, f"{int(count):,} a sample on a Cortex-M4, counted by QEMU"
 
 
-def _batch(splits: Splits, samples: Any, count: int) -> tuple[Tensor, Any]:
-    return splits.collate_of(samples)([samples[i] for i in range(min(count, len(samples)))])
+def _batch(splits: Splits, samples: Any, rows: range) -> tuple[Tensor, Any]:
+    return splits.collate_of(samples)([samples[i] for i in rows if i < len(samples)])
 
 
 def _accuracies(built: Any, splits: Splits, samples: Any, made: Exported) -> tuple[float, float, int]:
     """Return the accuracy in PyTorch and of the operations in C, on the first samples, and how many these are."""
-    x, y = _batch(splits, samples, MEASURED)
     steps = built.steps if splits.static else None
-    right = [0, 0]
-    for part, target in zip(x.split(50, 0 if splits.static else 1), y.split(50), strict=True):
-        whole = part.expand(built.steps, *part.shape) if splits.static else part
+    right, count = [0, 0], min(len(samples), MEASURED)
+    for first in range(0, count, 50):
+        x, y = _batch(splits, samples, range(first, first + 50))
+        whole = x.expand(built.steps, *x.shape) if splits.static else x
         with evaluation_mode(built.model):
-            logits = unroll(built.model, part, steps=steps), made.network.unroll(whole)
+            logits = unroll(built.model, x, steps=steps), made.network.unroll(whole)
         for i, one in enumerate(logits):
-            right[i] += int((predict_from(prediction_of(built.loss), one).argmax(1) == target).sum())
-    return right[0] / len(y), right[1] / len(y), len(y)
+            prediction = predict_from(prediction_of(built.loss), one, lengths_of(y))
+            right[i] += int((prediction.argmax(1) == target_of(y)).sum())
+    return right[0] / count, right[1] / count, count

@@ -28,6 +28,7 @@ from sltt.commands.parsing import CommandOptions, Recipe, count, numbers
 from sltt.commands.prepared import Prepared
 from sltt.commands.results import give
 from sltt.commands.tables import Cell, Row, Table, bytes_cell, number
+from sltt.interop.adapted import find_own_code
 from sltt.memory import available_memory, parse_bytes
 from sltt.rules import Mixed, Rule
 from sltt.sequence.padding import lengths_of
@@ -70,6 +71,7 @@ def profile(
     * layers: of the largest T, in the order of the model: operations in the inference of one sample, of a convolution
       or linear layer; firing rate, and spikes in all time steps, of a layer of neurons.
     * paths: of a training batch of the largest T: which layers run sparse, and what that saves.
+    * own_code: neurons of other libraries that run by their own code, and why.
     * fits: for each rule, if there is a budget in bytes: the largest batch with the recipe's T, and the largest T
       with the recipe's batch, None where there is no limit. Of a run of that batch, the bytes that the model predicts
       and those measured: None where it was not run, since it needs more than is free.
@@ -105,6 +107,8 @@ def print_profile(found: Mapping[str, Any], report: Console) -> None:
         if why := one["fold"]["why"]:
             line = f"{one['rule']}, T = {one['steps']}: one time step in a call, since the network {why}"
             report.line(textwrap.fill(line, 80))
+    for line in found["own_code"]:
+        report.line(textwrap.fill(f"not in our kernels: {line}", 80))
 
 
 def energy_tables(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Table]:
@@ -214,7 +218,7 @@ def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repe
 
 
 def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]:
-    """Return `layers`, `paths` and `energy` of a profile."""
+    """Return `layers`, `paths`, `energy` and `own_code` of a profile."""
     ready = Prepared(here, built, steps)
     x, y = ready.batch(batch)
     model = ready.model.train(built.weights is None)
@@ -231,7 +235,7 @@ def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]
         for name, _ in model.named_modules()
         if name in columns["operations"] or name in columns["firing_rate"]
     ]
-    return {"layers": layers, "paths": paths, "energy": energy.tables()}
+    return {"layers": layers, "paths": paths, "energy": energy.tables(), "own_code": find_own_code(model)}
 
 
 def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> dict[str, Any]:

@@ -6,17 +6,19 @@ own code would leave, up to rounding. What has no counterpart here, or has chang
 
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sltt._torch import transforms_active
-from sltt.interop.conversion import ConversionError
+from sltt.interop.conversion import ConversionError, describe
 from sltt.neurons import CubaLIF, IntegrateAndFire
 from sltt.sequence.hooks import count_hooks, own_forward
 
 Translate = Callable[[Any], Any]
 Read = Callable[[Any], Iterable[Any]]
+_reasons: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # why the own code of a neuron runs
 
 
 class Adapter:
@@ -41,8 +43,9 @@ class Adapter:
         if now != self._seen:
             try:
                 self.ours = self.translate(self.module)
-            except ConversionError:
-                self.ours = None
+                _reasons.pop(self.module, None)
+            except ConversionError as reason:
+                self.ours, _reasons[self.module] = None, str(reason)
             self._seen = now
             if self.ours is not None:
                 self.ours.half_state = True  # theirs have the type of the input
@@ -67,43 +70,62 @@ class Adapter:
 
 
 class AfterReset(Adapter):
-    """A neuron that keeps its membrane potential in an attribute, after the reset as ours do."""
+    """A neuron that keeps its states in attributes, named in the order of ours, after the reset as ours do."""
 
-    def __init__(self, module: Any, state: str, translate: Translate, read: Read):
+    def __init__(self, module: Any, states: str, translate: Translate, read: Read):
         super().__init__(module, translate, read)
-        self.state = state
+        self.states = states.split()
 
     def advance_normalised(self, norm: Any, x: Tensor, bias: Tensor | None, steps: int, cut: bool) -> Tensor | None:
         """Run the time steps in x behind a BatchNorm as `Neuron.advance_normalised` does."""
         return self(x, steps, cut, lambda *_: self.ours.advance_normalised(norm, x, bias, steps, cut))
 
     def __call__(self, x: Tensor, steps: int, cut: bool, how: Any = None) -> Tensor | None:
-        spikes = self.run(x, steps, cut, [getattr(self.module, self.state)], how)
+        spikes = self.run(x, steps, cut, [getattr(self.module, name) for name in self.states], how)
         if spikes is not None:
-            setattr(self.module, self.state, self.ours.v)
-            self.ours.v = None
+            self.leave()
         return spikes
+
+    def leave(self) -> None:
+        """Give the module the states of ours."""
+        for name, own in zip(self.states, self.ours.states, strict=True):
+            setattr(self.module, name, getattr(self.ours, own))
+            setattr(self.ours, own, None)
 
 
 class BeforeReset(AfterReset):
-    """A neuron that keeps u, from which the next time step subtracts r s: v = u − r s."""
+    """A neuron that keeps u, first of its states, which the next time step resets: v = u − r s, or v = (1 − s) u."""
 
     _left: Tensor | None = None  # the u that was left, and the v behind it
     _v: Tensor
 
     def __call__(self, x: Tensor, steps: int, cut: bool, how: Any = None) -> Tensor | None:
-        seen, u = self._seen, getattr(self.module, self.state)
-        if not self.find_ours() or (ours := self.ours).v_reset is not None:
+        if not getattr(self.module, "reset_delay", True):  # snnTorch's, in the time step of the spike
+            return super().__call__(x, steps, cut, how)
+        seen, (name, *more) = self._seen, self.states
+        if not self.find_ours() or (how and self.ours.v_reset is not None):
             return None
         if seen is not self._seen:  # v is another with another threshold
             self._left = None
+        u, others = getattr(self.module, name), [getattr(self.module, other) for other in more]
+        last, first, ours = x[-(len(x) // steps) :], [], self.ours
         amount = ours.v_threshold if ours.subtract is None else ours.subtract
-        spikes = self.run(x, steps, cut, [self._after_reset(u, amount) if u.numel() else None], how)
-        if spikes is not None:
-            self._v = ours.v
-            self._left = torch.add(self._v, spikes.detach()[-len(self._v) :], alpha=amount)
-            setattr(self.module, self.state, self._left)
-        return spikes
+        v = self._after_reset(u, amount) if u.numel() else None
+        if ours.v_reset is not None and steps > 1:  # v is zero where the last step fires: its u is charged apart
+            if (spikes := self.run(x[: -len(last)], steps - 1, cut, [v])) is None:
+                return None
+            first, v, x, steps = [spikes], ours.v.detach() if cut else ours.v, last, 1
+        if (spikes := self.run(x, steps, cut, [v, *others], how)) is None:
+            return None
+        self._v = ours.v
+        if ours.v_reset is None:
+            left = torch.add(ours.v, spikes.detach()[-len(last) :], alpha=amount)
+        else:
+            left = ours.decay() * (0.0 if v is None else v) + last
+        self.leave()
+        self._left = left
+        setattr(self.module, name, left)
+        return torch.cat([*first, spikes]) if first else spikes
 
     def _after_reset(self, u: Tensor, amount: float) -> Tensor:
         left = self._left
@@ -112,7 +134,13 @@ class BeforeReset(AfterReset):
                 return self._v
             if not u.requires_grad:
                 return self._v.detach()
-        return u - amount * self.ours.surrogate.fires(u.detach() - self.ours.v_threshold).to(u.dtype)
+        fires = self.ours.surrogate.fires(u.detach() - self.ours.v_threshold).to(u.dtype)
+        return u - (amount if self.ours.v_reset is None else u) * fires
+
+
+def find_own_code(model: nn.Module) -> list[str]:
+    """Name the neurons of other libraries that their own code has run, with the reason."""
+    return [f"{describe(name, m)} {_reasons[m]}" for name, m in model.named_modules() if m in _reasons]
 
 
 def _value(constant: Tensor) -> Any:
@@ -123,7 +151,7 @@ def _value(constant: Tensor) -> Any:
 
 def make_adapter(kind: type[Adapter], module: Any, *args: Any) -> Any:
     """Return an adapter of a module; None where its own code runs: it is changed, or of another equation."""
-    cls = type(module)
+    cls, _reasons[module] = type(module), "has hooks or code of its own"
     if own_forward(module, cls) or any(map(count_hooks, module.children())) or transforms_active():
         return None
     if any(callable(getattr(cls, name, None)) for name in vars(module) if name != "forward"):

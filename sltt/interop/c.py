@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from sltt import checks
 from sltt.interop.c_integers import in_integers
-from sltt.interop.c_network import Network
+from sltt.interop.c_network import Fire, Network, Operation
 from sltt.interop.c_reading import read
 from sltt.interop.c_writing import Program, lines_of
 from sltt.interop.conversion import check_finite
@@ -22,6 +23,7 @@ from sltt.sequence.steps import time_steps
 log = logging.getLogger("sltt")
 Arithmetic = Literal["float32", "int8"]
 VECTORS = 4  # samples in the test of the exported network
+ROUNDED = 0.2  # rounding may change this share of the spikes of a layer, given the same inputs
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,7 @@ def to_c(
 
     Raises:
         ValueError: naming every layer that C has not, or the largest of a network that does not fit; for weights that
-            are not finite, a folder that exists, a name that is none in C, or fewer than 2 classes. Nothing is written
-            then.
+            are not finite, a folder that exists, or a name that is none in C. Nothing is written then.
     """
     checks.instance("model", model, nn.Module)
     checks.choice("weights", weights, get_args(Arithmetic))
@@ -94,11 +95,13 @@ def to_c(
     expected = unroll(model, x)
     network = read(model, x[0], sequence.steps)
     margin = torch.empty(x.shape[1])
-    network.unroll(x, margin=margin)
+    network.unroll(x, margin)
     if weights == "int8":
         network = _quantise(network, x)
         expected = network.unroll(x)
-    program = Program(network, name, events=not sequence.static)
+    program = Program(network.keep(True) if sequence.static else network, name, events=not sequence.static)
+    if sequence.static and program.ram > limits.get("RAM", program.ram):
+        program = Program(network.keep(False), name, events=False)
     or_int8 = ", or use weights='int8'" if weights == "float32" else ""
     for what, limit in limits.items():
         if (used := getattr(program, what.lower())) > limit:
@@ -108,7 +111,7 @@ def to_c(
     # floats are summed in another order than PyTorch's, which may change a spike where a potential meets its threshold
     tested = margin.argsort(descending=True, stable=True)[:VECTORS]
     given = x[:1, tested] if sequence.static else x[:, tested]
-    given = network.to_integers(given) if network.integers else given
+    given, network = network.to_integers(given) if network.integers else given, program.network
     files = {
         f"{name}.h": program.header(),
         f"{name}.c": program.source(),
@@ -122,17 +125,32 @@ def to_c(
     return Exported(folder, network, program.flash, program.ram)
 
 
+@torch.no_grad()
 def _quantise(network: Network, x: Tensor) -> Network:
-    """Return the network in integers; warn of layers that fall silent or saturate on sequences x."""
-    before: dict[str, float] = {}
-    after: dict[str, float] = {}
-    network.unroll(x, before)
-    integers = in_integers(network, x)
-    integers.unroll(x, after)
-    for name, rate in before.items():
-        if after[name] < 0.1 * rate or (after[name] > 0.95 and after[name] > rate + 0.05):
-            state = "falls silent" if after[name] < rate else "saturates"
-            log.warning("%s %s in int8: it fires at a rate of %.2g, before %.2g", name, state, after[name], rate)
+    """Return the network in integers; warn of each layer whose output on sequences x is rounded too far."""
+    integers, spikes = in_integers(network, x), {op.name: op.output for op in network.neurons}
+    apart, most = Counter[str](), Counter[str]()
+
+    def compare(op: Operation, output: Tensor) -> Tensor:
+        if not isinstance(op, Fire):
+            return output
+        before = values[spikes[op.name]].double()
+        apart[op.name] += int((before != output).sum())
+        most[op.name] += int((before + output > 0).sum())
+        return before  # so that the rounding of each layer counts alone
+
+    rounded, error, spread, power = integers.run(x, compare), 0.0, 0.0, 0.0
+    for values in network.run(x):
+        logits, after = values[network.output], next(rounded)[integers.output] * integers.logit_scale
+        error += (after - logits).square().sum().item()
+        spread += (logits - logits.mean((0, 1))).square().sum().item()
+        power += logits.square().sum().item()
+    shares = {f"of the spikes of {name}": apart[name] / total for name, total in most.items() if total}
+    shares["of the spread of the logits"] = (error / max(spread, power / 100, 1e-30)) ** 0.5
+    for what, share in shares.items():
+        if share > ROUNDED:
+            remedy = "train with quantised='int8', or use weights='float32'"
+            log.warning("rounding to int8 changes %.0f%% %s: %s", 100 * share, what, remedy)
     return integers
 
 
@@ -146,7 +164,9 @@ def _test(program: Program, x: Tensor, expected: Tensor) -> str:
     """Return NAME_test.c: the inputs [T or 1, B, ...] and the logits [T, B, classes] that they must give."""
     network, name, N = program.network, program.name, program.name.upper()
     inputs, logits = pixels_first(network, x), expected.transpose(0, 1)
-    samples, frames = inputs.shape[:2]
+    samples = len(inputs)
+    at_reset, at_step = f", inputs + sample * {N}_INPUTS", f", inputs + (sample * {N}_STEPS + t) * {N}_INPUTS"
+    at_reset, at_step = (at_reset, "") if network.once else ("", at_step)
     tolerance = "0" if network.integers else "1e-4f * (1.0f + (expected[k] < 0 ? -expected[k] : expected[k]))"
     return f"""/* Runs {name} on {samples} samples, and compares the logits of each step with the trained network's. */
 
@@ -155,9 +175,8 @@ def _test(program: Program, x: Tensor, expected: Tensor) -> str:
 #include "{name}.h"
 
 #define SAMPLES {samples}
-#define FRAMES {frames} /* of a sample; the last is shown until its end */
 
-static const {name}_input inputs[SAMPLES * FRAMES * {N}_INPUTS] = {{
+static const {name}_input inputs[{inputs.numel()}] = {{
 {lines_of(inputs, program.types["input"])}
 }};
 
@@ -167,24 +186,28 @@ static const {name}_logit logits[SAMPLES * {N}_STEPS * {N}_CLASSES] = {{
 
 static {name}_net net;
 
+static void step(int sample, int t, {name}_logit *got)
+{{
+    if (t == 0)
+        {name}_reset(&net{at_reset});
+    {name}_step(&net{at_step}, got);
+}}
+
 int main(void)
 {{
     int wrong = 0;
 
-    for (int sample = 0; sample < SAMPLES; sample++) {{
-        {name}_reset(&net);
+    for (int sample = 0; sample < SAMPLES; sample++)
         for (int t = 0; t < {N}_STEPS; t++) {{
-            const int frame = sample * FRAMES + (t < FRAMES ? t : FRAMES - 1);
             const {name}_logit *expected = logits + (sample * {N}_STEPS + t) * {N}_CLASSES;
             {name}_logit got[{N}_CLASSES];
 
-            {name}_step(&net, inputs + frame * {N}_INPUTS, got);
+            step(sample, t, got);
             for (int k = 0; k < {N}_CLASSES; k++) {{
                 const {name}_logit apart = got[k] > expected[k] ? got[k] - expected[k] : expected[k] - got[k];
                 wrong += !(apart <= {tolerance});
             }}
         }}
-    }}
     printf("{name}: %d samples, %d of %d logits differ\\n", SAMPLES, wrong, SAMPLES * {N}_STEPS * {N}_CLASSES);
     return wrong != 0;
 }}
@@ -213,13 +236,17 @@ clean:
 
 def _readme(program: Program) -> str:
     name, N, network = program.name, program.name.upper(), program.network
-    frame = f"{name}_step(&net, frame, logits);   /* {N}_INPUTS values, channels last */"
+    reset, frame = f"{name}_reset(&net);", f"{name}_step(&net, frame, logits);   /* {N}_INPUTS values, channels last */"
+    if network.once:
+        reset = f"{name}_reset(&net, input);   /* {N}_INPUTS values, channels last, which all steps see */"
+        frame = f"{name}_step(&net, logits);"
     if program.events:
         where = "x, y, polarity" if network.input.shape[1:] != (1, 1) else "i"
         frame = (
             f"/* for each event of this step: */ {name}_event(&net, {where});\n"
             f"    {name}_tick(&net, logits);   /* or {name}_step(&net, frame, logits) with a whole frame */"
         )
+    once = f", the first {network.once} in `{name}_reset`, the others in each step" if network.once else " in each step"
     of_ram, of_flash = program.by_layer().values()
     layers = "\n".join(
         f"| `{op.name}` | {' × '.join(map(str, op.output.shape))} | {of_ram[op.name]:,} | {of_flash[op.name]:,} |"
@@ -241,7 +268,7 @@ A trained spiking network in C11. `{name}.c` needs `{name}.h`, `<stdint.h>` and 
 
 static {name}_net net;
 
-{name}_reset(&net);
+{reset}
 {name}_logit sum[{N}_CLASSES] = {{0}};
 for (int t = 0; t < {N}_STEPS; t++) {{
     {name}_logit logits[{N}_CLASSES];
@@ -249,7 +276,7 @@ for (int t = 0; t < {N}_STEPS; t++) {{
     for (int k = 0; k < {N}_CLASSES; k++)
         sum[k] += logits[k];
 }}
-/* the class is the index of the largest sum */
+/* the {f"prediction is sum[0] / {N}_STEPS" if network.output.size == 1 else "class is the index of the largest sum"} */
 ```
 
 | | |
@@ -258,7 +285,7 @@ for (int t = 0; t < {N}_STEPS; t++) {{
 | state, `sizeof({name}_net)` | {program.ram:,} bytes of RAM |
 | time steps of a sample | {network.steps} |
 
-{quantised if network.integers else ""}The code needs an `int` of 32 bits. One step computes, in this order:
+{quantised if network.integers else ""}The code needs an `int` of 32 bits. These layers run, in this order{once}:
 
 | layer | channels × height × width | RAM | flash |
 | --- | --- | --- | --- |

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sltt.interop.c_network import Affine, Fire, Network, Pool, Spread, Sum, Taps, Value, Weights
+from sltt.interop.c_network import PEAK, Affine, Fire, Keep, Network, Operation, Pool, Spread, Sum, Taps, Value, Weights
 
 
 @dataclass
@@ -10,19 +10,19 @@ class Buffer:
     """An array of the struct that values pass through."""
 
     name: str
-    kind: str  # "spikes" is bits, 32 in a word; "small" has the type of the input; "values" has that of sums
+    kind: str  # "spikes" is bits, 32 in a word; "small" has the type of inputs, "kept" of states, "values" of sums
     size: int  # how many words or values fit
     until: float  # the last operation that reads what is in it
     layer: str  # that writes most to it
 
 
-def find_fused(network: Network) -> dict[Fire, Weights]:
-    """Return the neurons that run pixel by pixel with the layer before them, whose currents then need no memory."""
+def find_fused(network: Network) -> dict[Operation, Weights]:
+    """Return the operations that run pixel by pixel with the layer before them, whose currents then need no memory."""
     pairs = zip(network.operations, network.operations[1:], strict=False)
     return {
         op: before
         for before, op in pairs
-        if isinstance(op, Fire) and isinstance(before, Weights) and op.inputs == [before.output]
+        if isinstance(op, Fire | Keep) and isinstance(before, Weights) and op.inputs == [before.output]
         if network.readers(before.output) == 1
     }
 
@@ -32,6 +32,8 @@ def kind_of(network: Network, value: Value) -> str:
     if value.spikes:
         return "spikes"
     makers = [op for op in network.operations if op.output is value]
+    if any(isinstance(op, Keep) for op in makers):
+        return "small" if network.input in makers[0].inputs else "kept" if network.bounds[value] <= PEAK else "values"
     counts = all(isinstance(op, Pool | Spread | Taps) for op in makers) and network.bounds.get(value, 128) <= 127
     return "small" if counts and value is not network.output else "values"
 
@@ -41,7 +43,7 @@ def padded(network: Network, op: Weights) -> int:
     return -(-len(op.bias) // 4) * 4 if network.integers and op.groups == 1 else len(op.bias)
 
 
-def plan(network: Network, fused: dict[Fire, Weights]) -> tuple[list[Buffer], dict[Value, Buffer]]:
+def plan(network: Network, fused: dict[Operation, Weights]) -> tuple[list[Buffer], dict[Value, Buffer]]:
     """Give each value a buffer; one serves several whose times do not overlap."""
     operations = network.operations
     # weights that run with the neurons behind them read their input until these have run
@@ -50,7 +52,7 @@ def plan(network: Network, fused: dict[Fire, Weights]) -> tuple[list[Buffer], di
     places: dict[Value, Buffer] = {}
     for i, op in enumerate(operations):
         value, kind = op.output, kind_of(network, op.output)
-        kept = any(value in before.inputs for before in operations[: i + 1])  # read in the next step
+        kept = isinstance(op, Keep) or any(value in one.inputs for one in operations[: i + 1])  # read in the next step
         until = float("inf") if kept else last.get(value, i)
         if value is network.output and not (isinstance(op, Weights) and padded(network, op) > value.size):
             continue

@@ -250,6 +250,13 @@ static void add$(const IN *in, NUMBER *out, int size, int begin)
     for (int i = 0; i < size; i++)
         out[i] = (begin ? 0 : out[i]) + in[i];
 }
+// part keep
+/* Keep currents for all time steps, of 2^-shift, to the nearest integer. */
+static void keep$(const IN *in, OUT *out, int size, int shift)
+{
+    for (int i = 0; i < size; i++)
+        out[i] = (OUT)((in[i] + ((1 << shift) >> 1)) >> shift);
+}
 // part add_scaled
 /* As add, of factor / 2^14 of each channel, to the nearest integer; compilers shift the sign in, as all known ones do. */
 static void add_scaled$(const IN *in, const int32_t *factor, NUMBER *out, int size, int channels, int begin)
@@ -318,7 +325,7 @@ static int32_t charge(int32_t decay, int32_t state, int32_t current)
     return sum > INT16_MAX ? INT16_MAX : sum < INT16_MIN ? INT16_MIN : sum;
 #endif
 }
-// part lif: charge
+// part neuron_layer
 typedef struct {
     int channels;
     FIELD(FACTOR, decay);                    /* what stays of a potential */
@@ -329,9 +336,9 @@ typedef struct {
     FIELD(FACTOR, adaptation);               /* what stays of a raise of the threshold */  //? adaptation
     FIELD(STATE, rise);                      /* what a spike adds to it */  //? adaptation
 } neuron_layer;
-
+// part lif: neuron_layer charge
 /* Charge the neurons of one pixel with the currents in. Those that reach their threshold spike, and are reset. */
-static void lif(const neuron_layer *l, const NUMBER *in, int pixel, uint32_t *spikes,
+static void lif$(const neuron_layer *l, const IN *in, int pixel, uint32_t *spikes,
                 STATE *i_syn,  //? synapse
                 STATE *a,  //? adaptation
                 STATE *v)

@@ -3,7 +3,9 @@
 Shapes: B samples, C channels, H×W pixels; what is no image has one pixel. C stores the channels last.
 """
 
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -148,7 +150,7 @@ class Fire(Operation):
 
 @dataclass(eq=False)
 class Pool(Operation):
-    """Max pooling, or average pooling: the sum of each window times `factor`.
+    """Max pooling, whose last windows may with `ceil` reach over the border; or the sum of each window times `factor`.
 
     With `adaptive`, averages over windows of several sizes: only a linear layer behind it can take these in.
     """
@@ -158,12 +160,13 @@ class Pool(Operation):
     padding: tuple[int, int] = (0, 0)
     factor: float = 1.0
     largest: bool = False
+    ceil: bool = False
     adaptive: bool = False
 
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         x = inputs[0]
         if self.largest:
-            return F.max_pool2d(x, self.kernel, self.stride, self.padding)
+            return F.max_pool2d(x, self.kernel, self.stride, self.padding, ceil_mode=self.ceil)
         return F.avg_pool2d(x, self.kernel, self.stride, self.padding, divisor_override=1) * self.factor
 
 
@@ -193,6 +196,16 @@ class Spread(Operation):
 
 
 @dataclass(eq=False)
+class Keep(Operation):
+    """A value that stays for all time steps of a sample; in integers, as neurons read it, over 2^shift."""
+
+    shift: int = 0
+
+    def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        return _shift_right(inputs[0], self.shift) if self.shift else inputs[0]
+
+
+@dataclass(eq=False)
 class Taps(Operation):
     """The inputs of some time steps ago, joined along the channels; they are kept in a ring of the last `depth`."""
 
@@ -219,6 +232,7 @@ class Network:
         logit_scale: the same of logits.
         integers: weights are int8, sums int32, and states int16.
         bounds: no integer of a value is larger.
+        once: how many operations at the begin run once for a sample, whose input is static; 0 for sequences.
     """
 
     operations: list[Operation]
@@ -229,6 +243,7 @@ class Network:
     logit_scale: float = 1.0
     integers: bool = False
     bounds: dict[Value, float] = field(default_factory=dict)
+    once: int = 0
 
     @property
     def neurons(self) -> list[Fire]:
@@ -239,37 +254,64 @@ class Network:
         """Count the readers of a value, the caller of the network among them."""
         return sum(op.inputs.count(value) for op in self.operations) + (value is self.output)
 
+    def keep(self, compute: bool) -> "Network":
+        """Return the network of a static input, which it keeps; or, with `compute`, what it computes before states."""
+        operations, kept, known = [copy.copy(op) for op in self.operations], dict(self.bounds), {self.input}
+        first: list[Operation] = []
+        for op in operations if compute else ():
+            if known.issuperset(op.inputs) and not isinstance(op, Fire | Taps) and op.output is not self.output:
+                first.append(op)
+                known.add(op.output)
+        rest, begin = [op for op in operations if op not in first], [*first]
+        for value, maker in [(self.input, None), *((op.output, op) for op in first)]:
+            if not (readers := [op for op in rest if value in op.inputs]):
+                continue
+            shifts = {op.shift if isinstance(op, Fire) else 0 for op in readers}
+            name = f"the output of {maker.name}" if maker else "the input"
+            keep = Keep(name, [value], Value(value.shape), shifts.pop() if len(shifts) == 1 else 0)
+            kept[keep.output] = kept.get(value, 0.0) / 2**keep.shift
+            for op in readers:
+                op.inputs = [keep.output if one is value else one for one in op.inputs]
+                if isinstance(op, Fire):
+                    op.shift -= keep.shift
+            begin.insert(begin.index(maker) + 1 if maker else 0, keep)
+        return replace(self, operations=[*begin, *rest], bounds=kept, once=len(begin))
+
     def to_integers(self, x: Tensor) -> Tensor:
         """Return an input as integers in ±127, in units of `input_scale`, as NAME_quantise does."""
         units = x.float() * torch.tensor(1 / self.input_scale)
         return ((units.abs() + 0.5).floor() * units.sign()).clamp(-127, 127).double()
 
     @torch.no_grad()
-    def unroll(self, x: Tensor, rates: dict[str, float] | None = None, margin: Tensor | None = None) -> Tensor:
+    def unroll(self, x: Tensor, margin: Tensor | None = None) -> Tensor:
         """Run sequences [T, B, ...] by plain operations of PyTorch, and return the logits [T, B, classes].
 
-        Integers are computed in float64, which holds each of them exactly. `rates` takes the firing rate of each layer
-        of neurons, `margin` [B] how near any potential came to its threshold.
+        Integers are computed in float64, which holds each of them exactly. `margin` [B] takes how near any potential
+        came to its threshold.
         """
-        x = self.to_integers(x) if self.integers else x.float()
-        values: dict[Value, Tensor] = {}
         start = {} if margin is None else {"margin": torch.full_like(margin, torch.inf)}
         states: dict[Operation, dict[str, Tensor]] = {op: dict(start) for op in self.operations}
-        fired = {op.name: 0.0 for op in self.neurons}
-        logits = []
+        logits = torch.stack([values[self.output].flatten(1) for values in self.run(x, states=states)])
+        if margin is not None:
+            margin.copy_(torch.stack([states[op]["margin"] for op in self.operations]).amin(0))
+        return logits
+
+    def run(
+        self,
+        x: Tensor,
+        change: Callable[[Operation, Tensor], Tensor] = lambda op, output: output,
+        states: dict[Operation, dict[str, Tensor]] | None = None,
+    ) -> Iterator[dict[Value, Tensor]]:
+        """Yield the values of each time step; `change` returns what others read of an operation's output."""
+        x = self.to_integers(x) if self.integers else x.float()
+        values: dict[Value, Tensor] = {}
+        states = states or {op: {} for op in self.operations}
         for frame in x:
             values[self.input] = frame.reshape(-1, *self.input.shape)
             for op in self.operations:
                 before = [values.get(v, x.new_zeros(x.shape[1], *v.shape)) for v in op.inputs]
-                values[op.output] = op.run(states[op], *before)
-                if isinstance(op, Fire):
-                    fired[op.name] += values[op.output].mean().item() / len(x)
-            logits.append(values[self.output].flatten(1))
-        if rates is not None:
-            rates.update(fired)
-        if margin is not None:
-            margin.copy_(torch.stack([states[op]["margin"] for op in self.operations]).amin(0))
-        return torch.stack(logits)
+                values[op.output] = change(op, op.run(states[op], *before))
+            yield values
 
 
 def _channels(vector: Tensor) -> Tensor:

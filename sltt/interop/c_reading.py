@@ -34,9 +34,10 @@ def read(model: nn.Module, x: Tensor, steps: int) -> Network:
             values[call] = Value(_image(call.shape))
     _refuse(problems)
     output, shape = values[calls[-1]], calls[-1].shape
-    if len(shape) != 2 or shape[1] < 2 or output.size != output.shape[0]:
-        expected = "a network that gives logits [B, classes] of 2 classes or more"
-        raise ValueError(f"expected {expected}, got {list(shape)}: train it with a logit for each class")
+    if len(shape) != 2 or output.size != output.shape[0]:
+        raise ValueError(
+            f"expected a network that gives logits [B, classes], got {list(shape)}: put a linear layer last"
+        )
     network = Network(reader.operations, values[calls[0]], output, steps)
     _fold(network)
     _add_values(network)
@@ -48,7 +49,15 @@ def read(model: nn.Module, x: Tensor, steps: int) -> Network:
     return network
 
 
+_NEAREST = {"LayerNorm": "BatchNorm", "GroupNorm": "BatchNorm", "InstanceNorm": "BatchNorm", "ReLU": "neurons"} | {
+    "AdaptiveMaxPool": "MaxPool",
+    "Softmax": "no softmax: losses take logits",
+    "operation cat": "a sum of a layer for each",
+}
+
+
 def _refuse(problems: list[str]) -> None:
+    problems = [p + "".join(f" (use {near})" for word, near in _NEAREST.items() if word in p) for p in problems]
     if problems:
         remedy = "the layers that docs/to-a-microcontroller.md lists, or export one step by sltt.interop.to_onnx"
         raise ValueError(f"C has no counterpart for {'; '.join(problems)}. Train a network of {remedy}")
@@ -72,8 +81,13 @@ class _Reader:
         (x,), given = inputs, call.inputs[0].shape
         if kind == "output":
             return x
-        if kind == "factor":
-            return self._affine(name, x, torch.tensor([layer]), torch.zeros(1))
+        if kind == "image":
+            require(not self.operations, ", which is not the first")
+            x.shape = _image(call.shape)
+            return x
+        if kind in ("factor", "shift"):
+            gain, shift = (layer, 0.0) if kind == "factor" else (1.0, layer)
+            return self._affine(name, x, torch.tensor([gain]), torch.tensor([shift]))
         name = describe(name, layer)
         if isinstance(call.layer, Stateful):
             require(layer not in self.seen, ", which runs twice in a time step")
@@ -97,8 +111,8 @@ class _Reader:
             shift = (0 if layer.bias is None else layer.bias) - layer.running_mean * gain
             return self._affine(name, x, gain, shift)
         if kind in reading.WEIGHTS:
-            return self._add(_weights(name, layer, x, given))
-        return self._add(_pool(name, layer, kind in reading.MAXIMA, x))
+            return self._add(_weights(name, layer, x, given, Value(_image(call.shape))))
+        return self._add(_pool(name, layer, kind in reading.MAXIMA, x, Value(_image(call.shape))))
 
     def _add(self, operation: Operation) -> Value:
         self.operations.append(operation)
@@ -113,7 +127,7 @@ class _Reader:
         require(isinstance(module.layer, reading.WEIGHTS), f" with a layer of type {type(module.layer).__name__}")
         before, total = Value(x.shape, spikes=True), Value(x.shape)
         path = name.removesuffix(" (Recurrent)")
-        back = self._add(_weights(describe(f"{path}.layer", module.layer), module.layer, before, given))
+        back = self._add(_weights(describe(f"{path}.layer", module.layer), module.layer, before, given, Value(x.shape)))
         self._add(Sum(f"{path}.sum", [x, back], total, [None, None]))
         spikes = self._neuron(name, module.neuron, total)
         for op in self.operations:
@@ -154,46 +168,37 @@ def _image(shape: torch.Size) -> tuple[int, int, int]:
     return shape[1:].numel(), 1, 1
 
 
-def _weights(name: str, module: Any, x: Value, given: torch.Size) -> Weights:
+def _weights(name: str, module: Any, x: Value, given: torch.Size, output: Value) -> Weights:
     weight = module.weight.detach().double()
     bias = torch.zeros(len(weight)).double() if module.bias is None else module.bias.detach().double()
     if isinstance(module, nn.Linear):
         require(len(given) == 2, ", whose input is not [B, features]")
-        return Weights(name, [x], Value((len(weight), 1, 1)), weight.view(len(weight), *x.shape), bias)
+        return Weights(name, [x], output, weight.view(len(weight), *x.shape), bias)
     stride, padding, dilation = pair(module.stride, 1), reading.padding_of(module), pair(module.dilation, 1)
     weight = weight.unsqueeze(2) if isinstance(module, nn.Conv1d) else weight
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    size = _count_windows(x.shape, reach, stride, padding)
-    return Weights(name, [x], Value((len(weight), *size)), weight, bias, stride, padding, module.groups, dilation)
+    return Weights(name, [x], output, weight, bias, stride, padding, module.groups, dilation)
 
 
-def _count_windows(shape: Any, kernel: Any, stride: Any, padding: Any) -> tuple[int, int]:
-    height, width = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(shape[1:], kernel, stride, padding, strict=True))
-    return height, width
-
-
-def _pool(name: str, module: Any, largest: bool, x: Value) -> Pool:
+def _pool(name: str, module: Any, largest: bool, x: Value, output: Value) -> Pool:
     flat = isinstance(module, nn.MaxPool1d | nn.AvgPool1d | nn.AdaptiveAvgPool1d)
 
     def sides(value: Any, first: int) -> tuple[int, int]:
         return pair((value,) if flat and isinstance(value, int) else value, first)
 
     if isinstance(module, reading.ADAPTIVE):
-        out = sides(module.output_size, 1)
-        out = out[0] or x.shape[1], out[1] or x.shape[2]
+        out = output.shape[1:]
         kernel = x.shape[1] // out[0], x.shape[2] // out[1]
         adaptive = (kernel[0] * out[0], kernel[1] * out[1]) != x.shape[1:]
-        shape = Value((x.shape[0], *out))
-        return Pool(name, [x], shape, kernel, kernel, factor=1 / max(kernel[0] * kernel[1], 1), adaptive=adaptive)
+        return Pool(name, [x], output, kernel, kernel, factor=1 / max(kernel[0] * kernel[1], 1), adaptive=adaptive)
     kernel, stride, padding = sides(module.kernel_size, 1), sides(module.stride, 1), sides(module.padding, 0)
-    require(not module.ceil_mode, " with ceil_mode")
-    value = Value((x.shape[0], *_count_windows(x.shape, kernel, stride, padding)))
     if largest:
         require(set(sides(module.dilation, 1)) == {1} and not module.return_indices, " with these options")
-        return Pool(name, [x], value, kernel, stride, padding, largest=True)
+        return Pool(name, [x], output, kernel, stride, padding, largest=True, ceil=module.ceil_mode)
     plain = getattr(module, "divisor_override", None) is None and (module.count_include_pad or padding == (0, 0))
     require(plain, " with these options")
-    return Pool(name, [x], value, kernel, stride, padding, 1 / (kernel[0] * kernel[1]))
+    sizes = zip(x.shape[1:], output.shape[1:], kernel, stride, padding, strict=True)
+    require(all((m - 1) * s + k <= n + 2 * p for n, m, k, s, p in sizes), " with ceil_mode and windows over the border")
+    return Pool(name, [x], output, kernel, stride, padding, 1 / (kernel[0] * kernel[1]))
 
 
 def _fold(network: Network) -> None:

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sltt.interop.c_buffers import find_fused, kind_of, padded, plan
-from sltt.interop.c_network import Affine, Fire, Network, Operation, Pool, Spread, Sum, Taps, Value, Weights
+from sltt.interop.c_network import Affine, Fire, Keep, Network, Operation, Pool, Spread, Sum, Taps, Value, Weights
 
 _WORDS = ("input", "number", "weight", "row", "factor", "state")
 _INTEGERS = ("int8_t", "int32_t", "int8_t", "uint32_t", "int16_t", "int16_t")
 _TYPES = {"float32": dict.fromkeys(_WORDS, "float"), "int8": dict(zip(_WORDS, _INTEGERS, strict=True))}
+_KINDS = {"values": "number", "small": "input", "kept": "state", "spikes": "input"}  # of buffers; of one spike
 _BYTES = {"float": 4, "int32_t": 4, "uint32_t": 4, "int16_t": 2, "int8_t": 1}
 
 
@@ -41,13 +42,19 @@ class Program:
         parameters = [(name, tensor) for op in network.neurons for name, tensor in op.arrays().items()]
         self.each = {name for name, tensor in parameters if len(tensor) > 1} - {"start"}  # those given by channel
         self.has = {name for name, _ in parameters} | {"shift" for op in network.neurons if op.shift}
+        given = f", const {name}_input *input"
+        at_reset, at_step = (given, "") if network.once else ("", given)
+        self.reset = f"{name}_reset({name}_net *net{at_reset})"
+        self.step = f"{name}_step({name}_net *net{at_step}, {name}_logit *logits)"
         self.fused = find_fused(network)
         self.buffers, self.places = plan(network, self.fused)
         self.fields = self._fields()
-        self.steps = [line for op in network.operations for line in self._call(op)]
+        calls = [self._call(op) for op in network.operations]
+        self.resets = [line for op in network.neurons for line in self._start(op)]
+        self.resets += [line for lines in calls[: network.once] for line in lines]
+        self.steps = [line for lines in calls[network.once :] for line in lines]
         if (buffer := self.places.get(network.output)) is not None:
             self.steps.append(f"memcpy(logits, net->{buffer.name}, {network.output.size} * sizeof *logits);")
-        self.resets = [line for op in network.neurons for line in self._start(op)]
         self.ram, self.flash = (sum(sizes.values()) for sizes in self.by_layer().values())
         self.ram += -self.ram % 4
 
@@ -64,7 +71,7 @@ class Program:
         """Return NAME.c."""
         name, T = self.name, self.network.steps
         arrays = {f"static const {k} {key}[{len(v)}]": lines_of(v, k) for key, (k, v, _) in self.constants.items()}
-        body = "\n".join(f"    {line}" for line in self.steps)
+        reset, step = ("".join(f"    {line}\n" for line in lines) for lines in (self.resets, self.steps))
         code = [
             f"/* {name}: one time step of a spiking network, called {T} times for a sample; see {name}.h.\n\n"
             "   Images are [height][width][channels]. Spikes are bits; layers add the weights of active inputs alone.\n"
@@ -73,10 +80,8 @@ class Program:
             "\n".join(f"{array};" for array in arrays),
             *self._functions(),
             "/* The layers. */\n\n" + "\n".join(self.layers),
-            f"void {name}_reset({name}_net *net)\n{{\n    memset(net, 0, sizeof *net);\n"
-            + "".join(f"    {line}\n" for line in self.resets)
-            + "}",
-            f"void {name}_step({name}_net *net, const {name}_input *input, {name}_logit *logits)\n{{\n{body}\n}}",
+            f"void {self.reset}\n{{\n    memset(net, 0, sizeof *net);\n{reset}}}",
+            f"void {self.step}\n{{\n{step}}}",
             *([self._quantise()] if self.network.integers else []),
             *([self._events()[1]] if self.events else []),
             "/* Weights and parameters. */",
@@ -87,6 +92,11 @@ class Program:
     def header(self) -> str:
         """Return NAME.h."""
         name, N = self.name, self.name.upper()
+        how = "The largest sum" if self.network.output.size > 1 else "The mean"
+        begin, given = "", f": {N}_INPUTS inputs"
+        if self.network.once:
+            begin, given = f", whose input of {N}_INPUTS values all time steps see", ""
+        fits = ": a sum fits in 32 bits" if self.network.integers else ""
         channels, height, width = self.network.input.shape
         scales = f"""#define {N}_INPUT_SCALE {_literal(self.network.input_scale)} /* an input of 1 stands for this */
 #define {N}_LOGIT_SCALE {_literal(self.network.logit_scale)} /* a logit of 1 stands for this */
@@ -117,13 +127,11 @@ typedef struct {{
 {fields}
 }} {name}_net;
 
-/* Begin a sample. */
-void {name}_reset({name}_net *net);
+/* Begin a sample{begin}. */
+void {self.reset};
 
-/* Take one time step: {N}_INPUTS inputs to {N}_CLASSES logits. The largest sum over {N}_STEPS steps is the prediction{
-            ": it fits in 32 bits" if self.network.integers else ""
-        }. */
-void {name}_step({name}_net *net, const {name}_input *input, {name}_logit *logits);
+/* Take one time step{given} to {N}_CLASSES logits. {how} over {N}_STEPS steps is the prediction{fits}. */
+void {self.step};
 {quantise if self.network.integers else ""}{self._events()[0] if self.events else ""}
 #ifdef __cplusplus
 }}
@@ -203,7 +211,7 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         """List the arrays of the struct, wide types first so that nothing is padded between them."""
         kind, neurons = self.types["state"], self.network.neurons
         fields = [(kind, f"{self.names[op]}_{s}", op.output.size, op.name) for op in neurons for s in op.states]
-        kinds = {"values": self.types["number"], "small": self.types["input"], "spikes": "uint32_t"}
+        kinds = {kind: self.types[word] for kind, word in _KINDS.items()} | {"spikes": "uint32_t"}
         fields += [(kinds[b.kind], b.name, b.size, b.layer) for b in self.buffers]
         for op in [op for op in self.network.operations if isinstance(op, Taps)]:
             size = -(-op.inputs[0].size // 32) if op.output.spikes else op.inputs[0].size
@@ -240,8 +248,7 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
 
     def _function(self, name: str, x: Value, out: Value) -> str:
         """Note that the network calls a function, from values of the type of x to those of out; return its name."""
-        kinds = {"small": "input", "spikes": "input", "values": "number"}
-        types = {word: self.types[kinds[kind_of(self.network, v)]] for word, v in (("in", x), ("out", out))}
+        types = {word: self.types[_KINDS[kind_of(self.network, v)]] for word, v in (("in", x), ("out", out))}
         text = _PARTS[name][1]
         bits = [re.sub(r"\D", "", types[word]) for word in types if re.search(rf"\b{word.upper()}\b", text)]
         suffix = "".join(f"_{b}" for b in bits if b)
@@ -272,6 +279,16 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             currents = places[0] + offset * (before is None)
             call = f"{self._function('lif', x, x)}({', '.join([layer, currents, 'i', out, *given, states['v']])});"
             return _for_each(size // channels, [self._pixel(before, places[0]), call] if before else [call])
+        if isinstance(op, Keep):
+            if x is self.network.input:
+                return [f"memcpy({out}, input, {size} * sizeof *input);"]
+            before = self.fused.get(op)
+            function = self._function("keep" if self.network.integers else "add", x, op.output)
+            how = op.shift if self.network.integers else 1  # 1 begins a sum
+            if before is None:
+                return [f"{function}({places[0]}, {out}, {size}, {how});"]
+            call = f"{function}({places[0]}, {out}{offset}, {channels}, {how});"
+            return _for_each(size // channels, [self._pixel(before, places[0]), call])
         if isinstance(op, Affine):
             gain = self._constant(op, "gain", op.gain.expand(channels), "weight")
             shift = self._constant(op, "shift", op.shift.expand(channels))

@@ -39,8 +39,9 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
     """Return the graph of a network in evaluation mode: `nir.write(path, to_nir(model, x))`.
 
     `IF`, `LIF`, `PLIF` and `CubaLIF`; linear layers and convolutions, with the BatchNorm behind them folded into their
-    weights; average pooling, flatten, and sums, which are several edges into a node; `Recurrent` of these neurons and
-    layers, which is a cycle. A `Delay` is a node for each tap, and so is the linear layer or convolution that reads it.
+    weights; average pooling, flatten (also as `mean` and `view`), and sums, which are several edges into a node;
+    `Recurrent` of these neurons and layers, which is a cycle. A `Delay` is a node for each tap, and so is the linear
+    layer or convolution that reads it.
 
     Args:
         model: the network of one time step.

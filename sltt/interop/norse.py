@@ -3,7 +3,6 @@
 # pyright: reportMissingImports=false
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -72,7 +71,7 @@ def _check(module: Any, batch: int, kept: bool) -> str | None:
 
 
 def _spikes(module: Any) -> bool:
-    return isinstance(module, SNNCell | SNNRecurrentCell) and not isinstance(module, norse.LICell)
+    return isinstance(module, SNNCell | SNNRecurrentCell) and not isinstance(module, norse.LICell | norse.LIBoxCell)
 
 
 def _translate(keeper: KeepState) -> nn.Module:
@@ -85,12 +84,11 @@ def _translate(keeper: KeepState) -> nn.Module:
 
 def _translate_cell(module: Any) -> nn.Module:
     p = module.p
+    require(type(module) in _STATES, f"holds a {type(module).__name__}, of other dynamics than LIFBoxCell and LIFCell")
     reset: dict[str, Any] = {"v_threshold": read_constant("v_th", p.v_th), "surrogate": _surrogate(p)}
     if type(module) is norse.IAFCell:
         # IAFCell itself marks its v_reset, which is its first membrane potential, to require a gradient
         return leaky(1.0, v_reset=read_constant("v_reset", p.v_reset.detach()), **reset)
-    known = type(module) in (norse.LIFBoxCell, norse.LIFCell)
-    require(known, f"holds a {type(module).__name__}, of other dynamics than LIFBoxCell and LIFCell")
     rest = read_constant("v_leak", p.v_leak)
     if type(module) is norse.LIFCell or p.reset_method is reset_value:
         reset["v_reset"] = read_constant("v_reset", p.v_reset)
@@ -145,10 +143,9 @@ _STATES = {
 }
 
 
-def _constants(cell: Any) -> Iterator[Any]:
-    yield cell.dt
-    yield from (getattr(cell.p, name, None) for name in ("v_th", "v_reset", "v_leak", "tau_mem_inv", "tau_syn_inv"))
-    yield from (getattr(cell.p, name, None) for name in ("method", "alpha", "reset_method"))
+def _constants(cell: Any) -> list[Any]:
+    names = "v_th v_reset v_leak tau_mem_inv tau_syn_inv method alpha reset_method"
+    return [cell.dt, *(getattr(cell.p, name, None) for name in names.split())]
 
 
 def _advance(keeper: KeepState) -> Any:
@@ -158,13 +155,11 @@ def _advance(keeper: KeepState) -> Any:
     modules: list[Any] = [*whole] if several else [whole]
     passes = [_passes_state(type(module)) for module in modules]
     outer = [whole, *(module for module, p in zip(modules, passes, strict=True) if p)]
+    cells: list[Any] = [make_adapter(_Cell, m, _translate_cell, _constants) if _spikes(m) else None for m in modules]
     if any(runs_hooks(m) or own_forward(m, type(m)) for m in outer) or getattr(whole, "return_hidden", False):
         return None
     if not all(isinstance(module, SNNCell) for module in outer[1:]):
         return None
-    cells: list[Any] = [
-        make_adapter(_Cell, m, _translate_cell, _constants) if type(m) in _STATES else None for m in modules
-    ]
 
     def advance(x: Tensor, steps: int, cut: bool, *_: Any) -> Tensor:
         state = keeper.state

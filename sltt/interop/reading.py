@@ -31,8 +31,9 @@ class Call:
     Attributes:
         path: of the layer in the network; of an operation, its name in the trace, which no layer has.
         place: how messages name the call.
-        kind: the class in LAYERS that the layer computes as, "sum", "factor", "input" or "output"; None for others.
-        layer: for a function, the layer that does the same; of a "factor", the number.
+        kind: the class in LAYERS that the layer computes as, "sum", "factor", "shift", "input", "image" (an input
+            without channels gets one), "output"; or None.
+        layer: for a function, the layer that does the same; of a "factor" or a "shift", the number.
         inputs: the calls whose outputs it reads.
         shape: of the output [B, ...].
     """
@@ -91,13 +92,13 @@ class _Reader(fx.Interpreter):
     def __init__(self, model: nn.Module):
         super().__init__(model, graph=trace(model))
         self.paths = dict(model.named_modules())
-        self.calls: dict[fx.Node, Call] = {}
+        self.calls: dict[Any, Call] = {}  # by node
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor) and n.op != "get_attr":
             inputs = [self.calls[node] for node in n.all_input_nodes if node in self.calls]
-            kind, layer = self._layer(n, inputs)
+            kind, layer = self._layer(n, inputs, value.shape)
             if n.op == "call_module":
                 path, place = str(n.target), describe(str(n.target), layer)
             else:
@@ -105,11 +106,17 @@ class _Reader(fx.Interpreter):
                 place = f"the operation {path} in {describe(caller, self.paths[caller])}"
                 while path in self.paths:
                     path += "_"
+            if (
+                kind in ADAPTIVE and value.ndim == 2 and n.op != "call_module"
+            ):  # a mean, which drops the dimensions that pooling keeps
+                shape = torch.Size([*value.shape, *[1] * (len(inputs[0].shape) - 2)])
+                inputs = [self.calls.setdefault((n, "pool"), Call(f"{path}_pool", place, kind, layer, inputs, shape))]
+                kind, layer = nn.Flatten, nn.Flatten()
             self.calls[n] = inputs[0] if kind in NOTHING else Call(path, place, kind, layer, inputs, value.shape)
         return value
 
-    def _layer(self, n: fx.Node, inputs: list[Call]) -> tuple[Any, Any]:
-        """Return the kind and the layer of a call."""
+    def _layer(self, n: fx.Node, inputs: list[Call], shape: torch.Size) -> tuple[Any, Any]:
+        """Return the kind and the layer of a call whose output has this shape."""
         if n.op in ("placeholder", "output"):
             return "input" if n.op == "placeholder" else "output", None
         if n.op == "call_module":
@@ -126,6 +133,26 @@ class _Reader(fx.Interpreter):
                 return "factor", float(numbers[0])
             if name in ("truediv", "itruediv", "div") and given[1] is numbers[0]:
                 return "factor", 1 / numbers[0]
+            if name in ("add", "iadd"):
+                return "shift", float(numbers[0])
+            if name in ("sub", "isub") and given[1] is numbers[0]:
+                return "shift", -float(numbers[0])
+        if (
+            len(inputs) == 1
+            and name in ("view", "reshape", "squeeze")
+            and len(shape) == 2
+            and shape[0] == inputs[0].shape[0]
+        ):
+            return nn.Flatten, nn.Flatten()
+        if name == "unsqueeze" and inputs[0].kind == "input" and shape[1] == 1:
+            return "image", None
+        if len(inputs) == 1 and name == "mean" and n.kwargs.keys() <= {"dim", "keepdim"}:
+            dims: Any = n.kwargs.get("dim", (*n.args, None)[1])
+            size = len(inputs[0].shape)
+            dims = {d % size for d in ([dims] if isinstance(dims, int) else dims or ())}
+            if size in (3, 4) and dims == {*range(2, size)}:
+                kind = nn.AdaptiveAvgPool1d if size == 3 else nn.AdaptiveAvgPool2d
+                return kind, kind(1)
         return None, None
 
 
@@ -149,6 +176,7 @@ def trace(model: nn.Module, tracer: type[fx.Tracer] = Tracer, remedy: str = "") 
     except Exception as error:  # of any kind, since symbols run through the network's own code
         remedy = f"Write its forward without control flow that depends on values{remedy}"
         reason = " ".join(str(error).split())
+        remedy += "; x.shape[0] for len(x)" * ("'len'" in reason)
         raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx: {reason}. {remedy}") from error
 
 

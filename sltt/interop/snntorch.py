@@ -8,16 +8,16 @@ reach the neurons that the network has.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from snntorch import DeltaLeaky, Leaky, SpikingNeuron, Synaptic
+from snntorch import DeltaLeaky, Lapicque, Leaky, SpikingNeuron, Synaptic
 from torch import nn
 
 from sltt import surrogates
 from sltt.interop.adapted import BeforeReset, make_adapter
 from sltt.interop.conversion import ConversionError, leaky, read_constant, require, synaptic
+from sltt.neurons import IntegrateAndFire
 from sltt.sequence.state import register, role_of, set_role
 
 
@@ -42,27 +42,61 @@ def _check(module: Any, batch: int, kept: bool) -> str | None:
 
 
 def _translate(module: Any) -> nn.Module:
-    require(type(module) in (Leaky, Synaptic), "has other dynamics than Leaky and Synaptic")
+    kind, resets, delayed = type(module), module.reset_mechanism, getattr(module, "reset_delay", True)
+    arguments = _arguments(module)
+    beta = 1 - module.time_step / (module.R * module.C) if kind is Lapicque else module.beta
+    decay, threshold = read_constant("beta", beta), arguments["v_threshold"]
+    # the reset of a step before is that of a spike that has no gradient any more
+    reset: dict[str, Any] = {"v_reset": 0.0, "detach_reset": delayed}
+    if resets == "zero":
+        require(not delayed or kind is Leaky, "resets the next input, too: use reset_mechanism='subtract'")
+    else:
+        require(resets == "subtract", f"has no reset that ours have ({resets})")
+        require(delayed, "fires once more, without a spike, if still above its threshold (reset_delay=False)")
+        # after the decay of the next time step
+        reset = {"detach_reset": True, **({} if decay == 1 else {"subtract": threshold / max(decay, 1e-9)})}
+    if kind is Synaptic:
+        return synaptic(decay, read_constant("alpha", module.alpha), 1.0, **reset, **arguments)
+    return leaky(decay, decay_input=kind is Lapicque, **reset, **arguments)
+
+
+def _arguments(module: Any) -> dict[str, Any]:
+    require(type(module) in (Leaky, Lapicque, Synaptic), "has other dynamics than Leaky, Lapicque and Synaptic")
     require(module.init_hidden and not module.output, "gives its state with its spikes: use init_hidden=True")
     require(not module.inhibition, "lets one neuron of the layer fire only (inhibition=True)")
     require(not module.state_quant, "rounds its membrane potential (state_quant)")
     require(read_constant("graded_spikes_factor", module.graded_spikes_factor) == 1, "has spikes that are not 0 or 1")
-    decay, threshold = read_constant("beta", module.beta), read_constant("threshold", module.threshold)
-    arguments = {"v_threshold": threshold, "surrogate": _surrogate(module.spike_grad)}
-    if type(module) is Synaptic:
-        return _synaptic(module, decay, arguments)
-    if module.reset_mechanism == "zero" and threshold > 0:
-        # the reset of a step before is that of a spike that has no gradient any more
-        return leaky(decay, v_reset=0.0, detach_reset=module.reset_delay, **arguments)
-    require(module.reset_mechanism == "subtract", f"has no reset that ours have ({module.reset_mechanism})")
-    require(module.reset_delay, "fires once more, without a spike, if still above its threshold (reset_delay=False)")
-    later = {} if decay == 1 else {"subtract": threshold / max(decay, 1e-9)}  # after the decay of the next time step
-    return leaky(decay, detach_reset=True, **later, **arguments)
+    require(type(module) is not Lapicque or read_constant("R", module.R) == 1, "scales its input (R is not 1)")
+    threshold = read_constant("threshold", module.threshold)
+    require(threshold > 0, f"has the threshold {threshold:g}, which is not positive")
+    return {"v_threshold": threshold, "surrogate": _surrogate(module.spike_grad)}
+
+
+class _Beta(IntegrateAndFire):
+    """A `Leaky` that runs in our kernels, and has no counterpart to convert to: it learns β, or has no reset."""
+
+    def __init__(self, module: Any):
+        resets = module.reset_mechanism
+        require(module.beta.numel() == 1 and resets != "subtract", "learns a β that its reset depends on")
+        rest = None if resets == "none" else 0.0
+        super().__init__(v_reset=rest, detach_reset=module.reset_delay, **_arguments(module))
+        self.layer, self.subtract = (module,), 0.0
+
+    def decay(self) -> Any:
+        beta = self.layer[0].beta.clamp(0, 1)
+        return beta if beta.requires_grad else beta.item()
+
+
+def _find_ours(module: Any) -> nn.Module:
+    own = type(module) is Leaky and (module.beta.requires_grad or module.reset_mechanism == "none")
+    return _Beta(module) if own else _translate(module)
 
 
 def _constants(module: Any) -> tuple[Any, ...]:
-    tensors = module.beta, module.threshold, module.graded_spikes_factor
-    flags = module.reset_mechanism, module.reset_delay, module.inhibition, module.state_quant, module.output
+    states = module._non_persistent_buffers_set
+    tensors = [t for name, t in (module._parameters | module._buffers).items() if name not in states]
+    delayed = getattr(module, "reset_delay", True)
+    flags = module.reset_mechanism, delayed, module.inhibition, module.state_quant, module.output
     return *tensors, *(t.requires_grad for t in tensors), module.spike_grad, *flags
 
 
@@ -70,16 +104,6 @@ def _decay(module: Any) -> Any:
     """Return β, of a membrane potential that spikes do not set to zero: u[t] = β u[t−1] + x[t] − θ s[t−1]."""
     plain = type(module) is Leaky and module.reset_mechanism in ("subtract", "none") and not module.state_quant
     return module.beta.clamp(0, 1) if plain else None
-
-
-def _synaptic(module: Any, decay: float, arguments: dict[str, Any]) -> nn.Module:
-    at_once = module.reset_mechanism == "zero" and not module.reset_delay and arguments["v_threshold"] > 0
-    require(
-        at_once or (decay == 1 and module.reset_mechanism == "subtract" and module.reset_delay),
-        "resets together with the input of the next time step: use reset_mechanism='zero' with reset_delay=False",
-    )
-    reset: dict[str, Any] = {"v_reset": 0.0} if at_once else {"detach_reset": True}
-    return synaptic(decay, read_constant("alpha", module.alpha), 1.0, **reset, **arguments)
 
 
 def _surrogate(function: Any) -> surrogates.Surrogate:
@@ -101,6 +125,9 @@ _SURROGATES: dict[str, Callable[[float], surrogates.Surrogate]] = {
 }
 
 
+def _advance(module: Any) -> Any:
+    return make_adapter(BeforeReset, module, "mem syn" if type(module) is Synaptic else "mem", _find_ours, _constants)
+
+
 register(SpikingNeuron, _states, reset=_reset, spikes=True, check=_check, translate=_translate, decay=_decay)
-_advance = partial(make_adapter, BeforeReset)
-set_role(Leaky, replace(role_of(SpikingNeuron), advance=lambda module: _advance(module, "mem", _translate, _constants)))
+set_role(SpikingNeuron, replace(role_of(SpikingNeuron), advance=_advance))

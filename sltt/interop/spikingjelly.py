@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from spikingjelly.activation_based import base, layer, neuron, surrogate
@@ -107,6 +106,7 @@ for _kind in vars(layer).values():  # whose step mode "s" is the forward of PyTo
 register(
     base.MemoryModule, _states, reset=lambda module: module.reset(), spikes=_spikes, check=_check, translate=_translate
 )
-_advance = partial(make_adapter, AfterReset)
-_role = replace(role_of(base.MemoryModule), advance=lambda module: _advance(module, "v", _translate, _constants))
-set_role(neuron.BaseNode, _role)
+_advance = lambda module: make_adapter(AfterReset, module, "v", _translate, _constants)  # noqa: E731
+_role = replace(role_of(base.MemoryModule), advance=_advance)
+for _kind in (neuron.BaseNode, neuron.SimpleBaseNode):
+    set_role(_kind, _role)

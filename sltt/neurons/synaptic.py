@@ -30,6 +30,7 @@ class CubaLIF(Neuron):
         detach_reset: no gradient through the spike in the reset.
         surrogate: stands in for the derivative of the spike.
         half_state: keep the states in the input's type also where that has 16 bits.
+        subtract: r that a soft reset subtracts in place of V_th, as of `LIF`.
 
     Source: Cramer et al., TNNLS 2022 (arXiv 1910.07407), there with exp(−1/τ) for the decays.
     """
@@ -46,6 +47,7 @@ class CubaLIF(Neuron):
         detach_reset: bool = False,
         surrogate: Surrogate = Triangle(),
         half_state: bool = False,
+        subtract: float | None = None,
     ):
         super().__init__()
         self.tau = None if tau is None else valid_tau(tau)
@@ -56,6 +58,7 @@ class CubaLIF(Neuron):
         self.detach_reset = flag("detach_reset", detach_reset)
         self.surrogate = instance("surrogate", surrogate, Surrogate)
         self.half_state = flag("half_state", half_state)
+        self.subtract = subtract if subtract is None else number("subtract", subtract, above=0)
         self.start = {"v": self.v_reset or 0.0, "i": 0.0}
 
     def decay(self) -> float:
@@ -79,9 +82,10 @@ class CubaLIF(Neuron):
         v_reset: float | None,
         detach_reset: bool,
         surrogate: Surrogate,
+        subtract: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         i = synaptic_decay * i + x
-        reset = {"v_threshold": v_threshold, "v_reset": v_reset, "detach_reset": detach_reset}
+        reset = {"v_threshold": v_threshold, "v_reset": v_reset, "detach_reset": detach_reset, "subtract": subtract}
         s, v = lif_step(v, gain * i, decay=decay, surrogate=surrogate, **reset)
         return s, v, i
 

@@ -96,14 +96,14 @@ def _choose(run: Run, x: Tensor, fold: Any, kind: Any, rule: Any) -> Fold:
             except Exception as error:  # of any kind: it is the user's code
                 return Fold(why=f"does not run so ({type(error).__name__}: {error})")
         n = min(chosen.trained if chosen.trained > 1 else chosen.forward, run.sequence.steps)
-        if layout.unproved is None or n <= layout.tried.get(kind, 1):
+        if layout.unproved is None or n <= layout.tried.get(kind, 0 if x.is_cpu else 1):
             return chosen
         twin = copy_apart(run.model)
         if (pairs := watch_samples(run, twin, n)) is not None:
             find = unwrapped(run.model).get_submodule
             layout.pairs[kind] = {find(norm): layout.layers[find(neuron)] for norm, neuron in pairs.items()}
             layout.channels_last |= {kind} if takes_channels_last(run, twin) else set()
-        else:
+        elif n > 1:  # one step is watched for the memory format and the pairs only
             if weights > TRIED and fold == "auto":
                 size = f"{weights / 1e6:.0f} MB of weights"
                 return Fold(why=f"{layout.unproved}, and {size} are too many to try it on copies")
@@ -111,7 +111,7 @@ def _choose(run: Run, x: Tensor, fold: Any, kind: Any, rule: Any) -> Fold:
                 layout.refused = find_difference(run, n, *((rule.step, rule.run_trial) if rule else (Step, run_steps)))
             except PlainError:
                 return Fold()
-    layout.tried[kind], layout.steady = n, layout.refused is None
+    layout.tried[kind], layout.steady = n, layout.refused is None and (n > 1 or pairs is not None)
     return Fold(why=layout.refused) if layout.refused else chosen
 
 

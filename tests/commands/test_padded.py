@@ -1,6 +1,8 @@
 """Every command on sequences of several lengths."""
 
+import csv
 import json
+import re
 
 import pytest
 import torch
@@ -80,3 +82,12 @@ def test_the_loss_is_that_of_the_real_steps_in_batches_of_any_size():
         return sltt.evaluate(model, data, "train", steps=6, batch_size=batch_size, device="cpu").loss
 
     assert loss(7) == pytest.approx(loss(30), rel=1e-6)
+
+
+def test_an_export_to_c_is_as_accurate(here, capsys):
+    assert run(capsys, "train", *RECIPE, "--run", "run")[0] == 0
+    code, shown, err = run(capsys, "export", "run", "--to", "c")
+    assert (code, err) == (0, "")
+    found = re.search(r"accuracy +([\d.]+)% in C, ([\d.]+)% in PyTorch, on 10 validation", shown)
+    (epoch,) = csv.DictReader((here / "run" / "metrics.csv").read_text().splitlines())
+    assert {float(one) for one in found.groups()} == {100 * float(epoch["validation_accuracy"])}

@@ -102,6 +102,7 @@ def test_a_profile_names_the_t_of_its_layers_and_the_paths(capsys):
         "device": "cpu", "batch": 8, "trained": False, "costs": [{**cost, "steps": 16}, {**cost, "steps": 4}],
         "layers": [{"name": "0", "operations": linear, "firing_rate": None, "spikes": None}, neurons],
         "paths": [{**path, "saved_seconds": 0.1, "dense_seconds": 0.4}], "fits": [],
+        "own_code": ["1 (Alpha) has other dynamics than Leaky"],
         "energy": {"energy": [{"of one sample": "Dense", "SNN": 1234.5, "ANN": None}], "ratios": []},
     }  # fmt: skip
     print_profile(found, Console())
@@ -111,6 +112,7 @@ def test_a_profile_names_the_t_of_its_layers_and_the_paths(capsys):
     assert ["SLTT", "16", *["0.01"] * 9] in rows
     assert ["SLTT", "4", *["0.250"] * 5, "1.00e+00", "2.00e+00", "1"] in rows
     assert "SLTT, T = 4: one time step in a call, since the network has hooks on 0 (Linear)" in out
+    assert "not in our kernels: 1 (Alpha) has other dynamics than Leaky" in out
     assert ["0", "16,000", "100.0%", "16,000", "MAC", "73.6"] in rows
     assert ["1", "0.125", "1,234"] in rows
     assert "sparse in 1 of 4" in " ".join(out.split())

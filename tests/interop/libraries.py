@@ -29,7 +29,7 @@ def snn(name, recurrent=False, **kwargs):
         sizes = {"linear_features": size} if recurrent else {}
         sizes |= {"input_size": size, "hidden_size": size} if name == "SLSTM" else {"beta": 0.8}
         # snnTorch's own surrogates give float32 for any input
-        return getattr(snntorch, name)(spike_grad=sltt.surrogates.ArcTan(), init_hidden=True, **sizes, **kwargs)
+        return getattr(snntorch, name)(spike_grad=sltt.surrogates.ArcTan(), init_hidden=True, **sizes | kwargs)
 
     def reset(model):
         for m in model.modules():
@@ -38,7 +38,7 @@ def snn(name, recurrent=False, **kwargs):
 
     def detach(model):
         for m in model.modules():
-            for state in ("spk", "syn", "mem"):
+            for state in ("spk", "syn", "mem", "syn_exc", "syn_inh"):
                 if hasattr(m, state):
                     setattr(m, state, getattr(m, state).detach())
 
@@ -94,8 +94,17 @@ CASES = {
     "jelly PLIF": (jelly, "ParametricLIFNode", {"v_reset": None}),
     "jelly KLIF": (jelly, "KLIFNode", {}),
     "snn Leaky": (snn, "Leaky", {}),
-    "snn Leaky, zero": (snn, "Leaky", {"reset_mechanism": "zero", "reset_delay": False}),
+    "snn Leaky, zero": (snn, "Leaky", {"reset_mechanism": "zero"}),
+    "snn Leaky, zero, at once": (snn, "Leaky", {"reset_mechanism": "zero", "reset_delay": False}),
+    "snn Leaky, none": (snn, "Leaky", {"reset_mechanism": "none"}),
+    "snn Leaky, learned": (snn, "Leaky", {"reset_mechanism": "zero", "learn_beta": True}),
+    "snn Leaky, learned threshold": (snn, "Leaky", {"learn_beta": True, "learn_threshold": True}),
+    "snn Lapicque": (snn, "Lapicque", {"threshold": 0.2}),
+    "snn Lapicque, zero": (snn, "Lapicque", {"threshold": 0.2, "reset_mechanism": "zero"}),
     "snn Synaptic": (snn, "Synaptic", {"alpha": 0.5}),
+    "snn Synaptic, zero": (snn, "Synaptic", {"alpha": 0.5, "reset_mechanism": "zero"}),
+    "snn Synaptic, at once": (snn, "Synaptic", {"alpha": 0.5, "reset_mechanism": "zero", "reset_delay": False}),
+    "snn Alpha": (snn, "Alpha", {"alpha": 0.9, "threshold": 0.05}),
     "snn RLeaky": (snn, "RLeaky", {"recurrent": True}),
     "snn RSynaptic": (snn, "RSynaptic", {"alpha": 0.5, "recurrent": True}),
     "snn SLSTM": (snn, "SLSTM", {"threshold": 0.1, "reset_mechanism": "subtract"}),

@@ -9,14 +9,20 @@ import torch
 from torch import nn
 
 import sltt
-from sltt.interop.adapted import Adapter
+from sltt.interop.adapted import Adapter, find_own_code
 from tests.conftest import LOSS, batch
-from tests.interop.libraries import CASES, gradients_of, network_of
+from tests.interop.libraries import CASES, gradients_of, network_of, norse
 
 RULES = [sltt.SLTT(), sltt.SLTT(fold=1), sltt.BPTT(fold=3), sltt.TBPTT(window=2), sltt.BPTT(segment=2)]
-ADAPTED = [name for name in CASES if name.split()[1].rstrip(",") in ("LIF", "IF", "PLIF", "Leaky", "LIFBox", "IAF")]
-OWN = "jelly LIF, soft", "snn Leaky, zero", "sinabs LIF with current"
-ADAPTED = [name for name in ADAPTED if name not in OWN]  # theirs store potentials, or have another equation
+KINDS = "LIF", "IF", "PLIF", "Leaky", "Lapicque", "Synaptic", "LIFBox", "IAF"
+OWN = (
+    "jelly LIF, soft",
+    "sinabs LIF with current",
+    "snn Leaky, learned threshold",
+    "snn Lapicque, zero",
+    "snn Synaptic, zero",
+)
+ADAPTED = [name for name in CASES if name.split()[1].rstrip(",") in KINDS and name not in OWN]
 
 
 @contextlib.contextmanager
@@ -56,6 +62,18 @@ def test_gradients_and_states_are_those_of_their_own_code(case):
         torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-8)
 
 
+OTHERS = {f"norse {name}": (norse, name, {}) for name in ("LIFRefracCell", "LIFExCell", "LSNNCell")}
+
+
+@pytest.mark.parametrize("case", [*CASES, *OTHERS])
+def test_neurons_that_their_own_code_runs_are_named_with_a_reason(case):
+    library, name, settings = (CASES | OTHERS)[case]
+    model, x, _ = network_of(library(name, **settings))
+    sltt.unroll(model, x, fold=1)
+    found = find_own_code(model)
+    assert [one.split()[0].removesuffix(".module") for one in found] == ([] if case in ADAPTED else ["1", "3"])
+
+
 def jelly_network(**settings):
     neuron, layer = (pytest.importorskip(f"spikingjelly.activation_based.{name}") for name in ("neuron", "layer"))
     torch.manual_seed(0)
@@ -76,11 +94,12 @@ def test_layers_of_spikingjelly_are_those_of_pytorch():
         sltt.SLTT()(jelly, x, y, LOSS)
 
 
+@pytest.mark.parametrize("resets", ["subtract", "zero", "none"])
 @pytest.mark.parametrize("name", ["beta", "threshold"])
-def test_a_constant_of_snntorch_that_is_changed_has_its_effect(name):
+def test_a_constant_of_snntorch_that_is_changed_has_its_effect(name, resets):
     """In the middle of a sequence, and where no counter of changes sees it."""
     library = CASES["snn Leaky"][0]
-    model, x, y = network_of(library("Leaky"))
+    model, x, y = network_of(library("Leaky", reset_mechanism=resets))
     found = []
 
     def shrink(module, args):

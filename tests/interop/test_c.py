@@ -17,7 +17,7 @@ from torch import nn
 import sltt
 from sltt.analysis import measure_energy
 from sltt.commands import main
-from sltt.commands.export import CORTEX, _count_instructions
+from sltt.commands.export import CORTEX, _measure
 from sltt.interop import to_c
 from sltt.interop.c import Exported, pixels_first
 from sltt.models.resnet import Block
@@ -66,6 +66,32 @@ class Sums(nn.Module):
         s = self.first(self.one(x))
         y = self.second(self.two(s) + self.three(s)) + s
         return self.head((y + self.third(self.one(x) + y)).flatten(1))
+
+
+class Written(nn.Module):
+    """What people write instead of layers, with one output."""
+
+    def __init__(self, image: bool):
+        super().__init__()
+        self.image, conv = image, nn.Conv2d if image else nn.Conv1d
+        self.conv, self.pool = conv(3, 8, 3), (nn.MaxPool2d if image else nn.MaxPool1d)(2, ceil_mode=True)
+        self.next, self.neuron, self.last = (
+            conv(8, 6, 3, bias=False),
+            sltt.LIF(v_threshold=0.3),
+            sltt.LIF(v_threshold=0.1),
+        )
+        self.one, self.two = nn.Linear(6, 1), nn.Linear(6 * (9 if image else 3), 1, bias=False)
+
+    def forward(self, x):
+        x = self.pool(self.neuron(self.conv(0.25 + (x - 0.5) + 0.25)))
+        x = self.last(self.next(x))
+        mean = torch.mean(x, dim=(-1, 2)) if self.image else x.mean(-1, keepdim=True).squeeze(-1)
+        return self.one(mean.view(mean.size(0), -1)) + self.two(x.reshape(x.shape[0], -1)) - 0.5
+
+
+class Unsqueezed(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.unsqueeze(1))
 
 
 def networks() -> dict[str, tuple[nn.Module, tuple[int, ...], int | None]]:
@@ -120,6 +146,17 @@ def more_networks() -> dict[str, Any]:
     for layer in chain[::2]:
         layer.weight.data *= 3
     found["small neurons of each kind"] = nn.Sequential(*chain, nn.Linear(12, 3)), (8, 4, 12), None
+    grey = [nn.Conv2d(1, 8, 3), sltt.LIF(v_threshold=0.3), nn.Flatten(), nn.Linear(8 * 12, 3)]
+    found["without channels"] = Unsqueezed(*grey), (6, 4, 8, 4), None
+    found["one output"] = Written(True), (6, 4, 3, 11, 11), None
+    found["one output of a signal"] = Written(False), (6, 4, 3, 11), None
+    found["kept sums"] = Sums(), (4, 2, 5, 5), 5
+    found["kept where there is room"] = sltt.models.MLP([16, 64, 10]), (4, 16), 5
+    found["kept for a delay"] = (
+        nn.Sequential(sltt.Delay([1, 0]), *dilated[2:], nn.Linear(8 * 12 * 9, 5)),
+        (4, 4, 12, 9),
+        5,
+    )
     late = [sltt.Delay([0, 3]), nn.Conv2d(4, 12, 3, padding=1), sltt.LIF(v_threshold=0.3), sltt.Delay([2, 0, 5])]
     late += [nn.Conv2d(36, 40, 3, groups=4), sltt.LIF(v_threshold=0.2), sltt.Delay([0]), sltt.Delay([1, 4])]
     late += [nn.AvgPool2d(2), sltt.Delay([0, 1]), nn.Flatten(), sltt.Delay([0, 2]), nn.Linear(1280, 33)]
@@ -133,7 +170,7 @@ def more_networks() -> dict[str, Any]:
 
 
 SIZES = {
-    "digits": (sltt.models.DigitsNet, torch.randn(4, 1, 8, 8), 4, 17_000),
+    "digits": (sltt.models.DigitsNet, torch.randn(4, 1, 8, 8), 4, 21_000),
     "digits-events": (lambda: sltt.models.DigitsNet(2, width=16), torch.ones(2, 4, 2, 16, 16), None, 34_000),
     "nmnist": (lambda: sltt.models.VGG(((32,), (64,), (128,)), 2, 10), torch.ones(2, 4, 2, 34, 34), None, 150_000),
 }
@@ -170,8 +207,8 @@ def compiled(tmp_path_factory):
         settle(model, x, steps)
         whole = x if steps is None else x.expand(steps, *x.shape)
         for weights in ("float32", "int8"):
-            name = f"n{i}_{weights}"
-            exported = to_c(model, x, folder / name, name=name, steps=steps, weights=weights)
+            name, ram = f"n{i}_{weights}", {"float32": 650, "int8": 500}[weights] if "room" in key else None
+            exported = to_c(model, x, folder / name, name=name, steps=steps, weights=weights, ram=ram)
             assert len(repr(exported)) < 200 + len(str(folder))
             cases[key, weights] = Case(model.eval(), whole, exported, name)
     names = [case.name for case in cases.values()]
@@ -196,10 +233,11 @@ def run(case: Case, library: Any) -> torch.Tensor:
     net = np.full(case.exported.ram // 4, 1 << 30, dtype=np.int32)
     logits = np.zeros((*case.x.shape[:2], network.output.size), np.int32 if network.integers else np.float32)
     for b in range(logits.shape[1]):
-        getattr(library, f"{name}_reset")(net.ctypes.data_as(ctypes.c_void_p))
         for t in range(len(logits)):
-            places = [a.ctypes.data_as(ctypes.c_void_p) for a in (net, inputs[b, t], logits[t, b])]
-            getattr(library, f"{name}_step")(*places)
+            at, given, out = (a.ctypes.data_as(ctypes.c_void_p) for a in (net, inputs[b, t], logits[t, b]))
+            if t == 0:
+                getattr(library, f"{name}_reset")(at, *[given] * bool(network.once))
+            getattr(library, f"{name}_step")(at, *[given] * (not network.once), out)
     return torch.from_numpy(logits)
 
 
@@ -222,6 +260,26 @@ def test_c_in_integers_is_the_reference_to_the_last_bit(key, compiled):
     expected = sltt.unroll(case.model, case.x).mean(0)
     apart = (got.mean(0, dtype=torch.float64) * case.exported.network.logit_scale - expected).std()
     assert apart < (0.1 if key == "finer units" else 0.5) * expected.std()
+
+
+ONCE = {
+    "DigitsNet": ["features.0 (Conv2d)", "the output of features.0 (Conv2d)"],
+    "kept sums": ["one (Conv2d)", "the output of one (Conv2d)"] * 2,
+    "kept where there is room": ["the input"],
+    "kept for a delay": ["the input"],
+    "events": [],
+}
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("key", ONCE)
+def test_layers_before_the_first_states_of_a_static_input_run_once(key, weights, compiled):
+    case = compiled[0][key, weights]
+    network, folder = case.exported.network, case.exported.folder
+    assert [op.name for op in network.operations[: network.once]] == ONCE[key]
+    assert "{N}" not in (folder / f"{case.name}.h").read_text()
+    step = (folder / f"{case.name}.c").read_text().partition(f"{case.name}_step(")[2].partition("}")[0]
+    assert ("input" in step) == (not ONCE[key])
 
 
 def test_no_sum_of_integers_leaves_32_bits(tmp_path):
@@ -323,7 +381,9 @@ def test_the_command_exports_a_run_and_says_what_it_costs(recipe, tmp_path, monk
     assert main(["export", str(folder), "--to", "c", "--out", "int8", "--name", "small", "--weights", "int8"]) == 0
     shown = capsys.readouterr().out
     for place, name in ((folder / "c", recipe.replace("-", "_")), (tmp_path / "int8", "small")):
-        assert re.search(rf"RAM +[\d,]+ bytes, sizeof\({name}_net\)\noperations .* sums and .*\ninstructions", shown)
+        assert re.search(
+            rf"RAM +[\d,]+ bytes, sizeof\({name}_net\), .*stack\noperations .* sums and .*\ninstructions", shown
+        )
         subprocess.run(["make", "-s"], cwd=place, check=True)
         assert ("_event(" in (place / f"{name}.h").read_text()) == (recipe != "digits")
     floats, integers = re.findall(r"accuracy +([\d.]+)% in C, ([\d.]+)% in PyTorch, on 143 validation samples", shown)
@@ -372,9 +432,7 @@ int main(void)
 {
     for (int t = 0; t < SAMPLES * DIGITS_STEPS; t++) {
         digits_logit got[DIGITS_CLASSES];
-        if (t % DIGITS_STEPS == 0)
-            digits_reset(&net);
-        digits_step(&net, inputs + t / DIGITS_STEPS * DIGITS_INPUTS, got);
+        step(t / DIGITS_STEPS, t % DIGITS_STEPS, got);
         for (int k = 0; k < DIGITS_CLASSES; k++) {
             uint32_t bits;
             memcpy(&bits, got + k, 4);
@@ -405,7 +463,8 @@ def test_the_digits_run_on_a_cortex_m4_with_the_same_bits(weights, tmp_path):
             pytest.skip(f"{program} is not installed")
     model, x = sltt.models.DigitsNet(width=16), torch.randn(8, 1, 8, 8)
     settle(model, x, 4)
-    folder = to_c(model, x, tmp_path / "digits", name="digits", steps=4, weights=weights).folder
+    exported = to_c(model, x, tmp_path / "digits", name="digits", steps=4, weights=weights)
+    folder = exported.folder
     (folder / "driver.c").write_text(DRIVER)
     (folder / "start.c").write_text(START)
     here, there = ["./here"], ["qemu-system-arm", "-M", "mps2-an386", "-nographic", "-semihosting", "-kernel", "there"]
@@ -420,6 +479,15 @@ def test_the_digits_run_on_a_cortex_m4_with_the_same_bits(weights, tmp_path):
     assert shown[0] == shown[1]
     assert "digits: 4 samples, 0 of 160 logits differ" in shown[0]
     assert len(set(shown[0].splitlines())) > 20
-    counted, energy = _count_instructions(folder, "digits"), measure_energy(model, x, steps=4)
+    energy, measured = measure_energy(model, x, steps=4), _measure(folder, "digits")
+    flash, stack, counted = (int(re.sub(r"\D", "", one.partition(" a sample")[0])) for one in measured)
     operations = energy.total("effective_acs") + energy.total("effective_macs")
-    assert 2 < int(counted.partition(" ")[0].replace(",", "")) / operations < 12
+    assert 2 < counted / operations < 12
+    assert 1500 < flash - exported.flash < 5000
+    frames = ["arm-none-eabi-gcc", *CORTEX, "-fstack-usage", "-c", "-o", "digits.o", "digits.c"]
+    subprocess.run(frames, cwd=folder, check=True)
+    frames = dict(re.findall(r":(\w+)[.\w]*\t(\d+)", (folder / "digits.su").read_text()))
+    of_step, of_conv, of_rows = (
+        int(frames[one]) for one in ("digits_step", f"conv{'_8' * (weights == 'int8')}", "add_rows")
+    )
+    assert of_step + of_rows <= stack <= of_step + of_conv + of_rows + 8

@@ -17,10 +17,10 @@ class Own(sltt.LIF):
 
 
 REFUSED = {
-    "GroupNorm": (nn.GroupNorm(2, 6), r"0 \(GroupNorm\)"),
+    "GroupNorm": (nn.GroupNorm(2, 6), r"0 \(GroupNorm\) \(use BatchNorm\)"),
     "a neuron of one's own": (Own(), r"0 \(Own\)"),
     "RunningMax": (sltt.RunningMax(nn.MaxPool1d(1)), r"0 \(RunningMax\)"),
-    "an activation": (nn.ReLU(), r"0 \(ReLU\)"),
+    "an activation": (nn.ReLU(), r"0 \(ReLU\) \(use neurons\)"),
 }
 
 
@@ -36,19 +36,24 @@ def test_bad_options_of_layers_and_operations_are_named_all_at_once(tmp_path):
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.head = nn.Conv2d(1, 2, 3, padding_mode="reflect"), nn.Linear(72, 3)
+            self.conv, self.head = nn.Conv2d(1, 2, 3, padding_mode="reflect"), nn.Linear(36, 3)
             self.pool = nn.AdaptiveAvgPool2d(5)
             self.neuron = sltt.LIF()
 
         def forward(self, x):
-            return self.head((self.neuron(self.conv(x)) * x[:, :, 2:, 2:]).flatten(1))
+            return self.head((self.neuron(self.conv(x)) * x[:, :, 2:, 2:]).mean(1).flatten(1))
 
-    expected = r"conv \(Conv2d\), which pads by other than zeros; the operation getitem in the model \(Odd\)"
+    expected = r"conv \(Conv2d\), which pads by other than zeros; the operation getitem in the model \(Odd\);.* mean in"
     with pytest.raises(ValueError, match=expected):
         to_c(Odd(), torch.randn(2, 2, 1, 8, 8), tmp_path / "a")
     odd = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(4), sltt.LIF(), nn.Flatten(), nn.Linear(32, 3))
     with pytest.raises(ValueError, match=r"1 \(AdaptiveAvgPool2d\), whose windows have several sizes"):
         to_c(odd, torch.randn(2, 2, 1, 8, 8), tmp_path / "a")
+
+
+class Len(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.reshape(len(x), -1))
 
 
 def test_bad_input_is_refused_with_the_remedy(tmp_path):
@@ -61,10 +66,15 @@ def test_bad_input_is_refused_with_the_remedy(tmp_path):
 
     for name in ("2d", 3, 'x"', "x\n", "layer1_x"):
         refused(f"name must be a name in C, .* got {re.escape(repr(name))}; such as my_network", model, x, name=name)
+    refused(r"traced by torch.fx: .* values; x.shape\[0\] for len\(x\)", Len(*model), x)
     refused("exists: choose another folder", model, x, folder=tmp_path)
     refused("steps must be at least 1, got 0", model, x[0], steps=0)
     refused("at least one time step", model, x[:0])
-    refused(r"of 2 classes or more, got \[2, 1\]: train it", nn.Sequential(nn.Linear(6, 1), sltt.LIF()), x)
+    refused(
+        r"expected .* \[B, classes\], got \[2, 2, 4\]: put a linear layer last",
+        nn.Sequential(nn.Conv1d(1, 2, 3), sltt.LIF()),
+        x[:, :, None],
+    )
     refused("weights must be one of 'float32', 'int8', got 'int4'", model, x, weights="int4")
     refused("ram must be at least 1, got 0", model, x, ram=0)
     taken = r"network takes 92 bytes of RAM in float32, more than 91; {} takes 36 of them: make it smaller, or use we"
@@ -97,13 +107,30 @@ def test_changes_in_place_that_a_trace_does_not_show_are_refused(tmp_path):
         to_c(InPlace(), torch.randn(2, 2, 6), tmp_path / "a")
 
 
-def test_integers_that_change_a_layer_are_named_in_a_warning(tmp_path, caplog):
+CHANGED = {None: "", 0: "of the spikes of 1 (LIF)", 2: "of the spikes of 3 (IF)", 4: "of the spread of the logits"}
+
+
+@pytest.mark.parametrize("place", CHANGED)
+def test_only_the_layer_that_integers_change_is_named_in_a_warning(place, tmp_path, caplog):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8, bias=False), sltt.LIF(), nn.Linear(8, 3))
-    with torch.no_grad():
-        model[0].weight[:, 0] = 100.0  # one large weight takes the scale of the channel: the others round to 0
-        model[0].weight[:, 1:] = 0.35
+    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(v_threshold=0.3), nn.Linear(8, 8), sltt.IF(), nn.Linear(8, 3))
     x = torch.rand(4, 20, 6) + 0.5
     x[..., 0] = 0
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.abs_()
+            layer.bias[0] = -100.0  # silent
+        if place is not None:
+            model[place].weight[:, 0] = 100.0  # of an input of zeros: takes the scale, and the others round to 0
     to_c(model, x, tmp_path / "a", weights="int8")
-    assert "1 (LIF) falls silent in int8: it fires at a rate of 0, before" in caplog.text
+    warnings = [record.getMessage() for record in caplog.records]
+    assert [f"% {CHANGED[place]}: train with quantised='int8'" in warning for warning in warnings] == [True][
+        : place is not None
+    ]
+
+
+def test_a_logit_that_is_the_same_for_all_samples_is_not_named(tmp_path, caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(v_threshold=100.0), nn.Linear(8, 1))
+    to_c(model, torch.rand(8, 6), tmp_path / "a", steps=5, weights="int8")
+    assert not caplog.records

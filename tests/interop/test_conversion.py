@@ -94,7 +94,7 @@ def test_neurons_of_snntorch(kwargs):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"beta": 0.7, "reset_mechanism": "zero", "reset_delay": False}, {"beta": 1.0}], ids=str
+    "kwargs", [{"beta": 0.7, "reset_mechanism": "zero", "reset_delay": False}, {"beta": 1.0}, {"beta": 0.8}], ids=str
 )
 def test_neurons_of_snntorch_with_a_synaptic_current(kwargs):
     snntorch = pytest.importorskip("snntorch")
@@ -265,6 +265,7 @@ def refusals():
     for kwargs, message in (
         ({"learn_beta": True}, "learns beta"),
         ({"learn_threshold": True}, "learns threshold"),
+        ({"threshold": 0.0}, "the threshold 0, which is not positive"),
         ({"beta": torch.tensor([0.1, 0.2])}, "another beta for each neuron"),
         ({"beta": 0.0}, "keeps 0 of its membrane potential"),
         ({"output": True}, "gives its state with its spikes"),
@@ -278,8 +279,11 @@ def refusals():
     ):
         arguments = {"beta": 0.5, "init_hidden": True, "reset_mechanism": "zero", **kwargs}
         yield "snntorch", lambda s, arguments=arguments: s.Leaky(**arguments), message
-    yield "snntorch", lambda s: s.Synaptic(0.5, 0.5, init_hidden=True), "resets together with the input"
-    yield "snntorch", lambda s: s.Alpha(0.6, 0.5, init_hidden=True), "other dynamics than Leaky and Synaptic"
+    zero = {"init_hidden": True, "reset_mechanism": "zero"}
+    yield "snntorch", lambda s: s.Synaptic(0.5, 0.5, **zero), "resets the next input, too"
+    yield "snntorch", lambda s: s.Lapicque(0.5, **zero), "resets the next input, too"
+    yield "snntorch", lambda s: s.Lapicque(R=5.0, C=0.5, init_hidden=True), r"scales its input .R is not 1"
+    yield "snntorch", lambda s: s.Alpha(0.6, 0.5, init_hidden=True), "other dynamics than Leaky, Lapicque and Synaptic"
     for kwargs, message in (
         ({"num_timesteps": None, "batch_size": 4}, "num_timesteps=1"),
         ({"train_alphas": True}, "learns its decay"),

@@ -378,3 +378,14 @@ def test_spikingjelly_reads_equal_spikes():
     theirs = exchange.import_from_nir(to_nir(model, x[0], dt=DT), dt=DT)
     functional.reset_net(theirs)
     assert_equal_spikes(theirs, model, x)
+
+
+class Mean(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).mean((2, -1)).view(x.size(0), -1)
+
+
+def test_means_and_views_are_pooling_and_flatten(tmp_path):
+    model, x = Mean(nn.Conv2d(2, 4, 3), sltt.LIF(v_threshold=0.2)), torch.rand(6, 3, 2, 6, 6)
+    nir.write(tmp_path / "mean.nir", to_nir(model, x[0]))
+    torch.testing.assert_close(sltt.unroll(from_nir(tmp_path / "mean.nir"), x), sltt.unroll(model, x))

@@ -429,12 +429,13 @@ class Images(nn.Sequential):
         return y.view(len(x), -1).view(len(x), 3, 8, 8) if self.views else y
 
 
+@pytest.mark.parametrize("room", [None, 0])  # 0: one step in a call
 @pytest.mark.parametrize(
     ("make", "last"),
     [(lambda: nn.Sequential(*Images()), True), (Images, True), (lambda: Images(views=True), False)],
     ids=["known", "own", "views"],
 )
-def test_images_run_channels_last_where_a_network_takes_them_so(make, last, monkeypatch):
+def test_images_run_channels_last_where_a_network_takes_them_so(make, last, room, monkeypatch):
     """In each batch alike, the first one too; a loss may view a dense output."""
 
     def square(y, target):
@@ -446,8 +447,9 @@ def test_images_run_channels_last_where_a_network_takes_them_so(make, last, monk
     for batch, y in ((x, target), (x[:, :1], target[:1]), (x, target)):  # a smaller one between changes nothing
         seen.clear()
         model.zero_grad()
-        found.append(gradients(model, sltt.SLTT(), batch, y, square)[0])  # of a copy, whose first batch it is
-        sltt.SLTT()(model, batch, y, square)
+        with kernels.using(fold_memory=room):
+            found.append(gradients(model, sltt.SLTT(), batch, y, square)[0])  # of a copy, whose first batch it is
+            sltt.SLTT()(model, batch, y, square)
         assert seen[-1] == last
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[0], gradient(model))

@@ -78,7 +78,7 @@ def test_the_exported_integers_are_the_rounded_weights_and_c_gives_the_logits(tm
     made = subprocess.run(["make", "-s"], cwd=exported.folder, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     assert "0 of" in made.stdout  # C is `exported.network` to the last bit
-    first, _, last = exported.network.operations
+    first, *_, last = exported.network.operations
     for op, layer in ((first, model[0]), (last, model[4])):
         integers, floats = (w.flatten(1) / w.flatten(1).abs().amax(1, keepdim=True) for w in (op.weight, layer.weight))
         sign = model[1].weight.sign()[:, None] if layer is model[0] else 1  # BatchNorm is folded
