@@ -35,5 +35,5 @@ def test_a_command_builds_fabric_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["--model.width", "2", "--epochs", "1", "--steps", "1", "--batch_size", "512", "--device", "cpu"]
     assert main(["train", "digits", *words, "--run", "a"]) == 0
-    assert built == [("cpu", None, "ddp", 32)]
+    assert built == [("cpu", None, 32)]
     assert "run a\n" in capsys.readouterr().out
