@@ -124,13 +124,13 @@ TRAINING = {
     "clip_norm": number(0, -1).but("none"), "norm_weight_decay": number(-1).but("none"),
     "norm_bias_lr": number(0, -1), "ema": number(0, 1.0, -0.5).but("none"),
     "precision": CHOICE, "channels_last": FLAG.but("none"), "seed": whole(-1), "workers": whole(-1), "device": CHOICE,
-    "devices": whole(0, -1).but("none"), "strategy": CHOICE,
+    "devices": whole(0, -1).but("none"),
     "compile": CHOICE, "checkpoint_minutes": number(-1), "resume": FLAG,
     "phases": Kind({"number": 7, "of a number": [3], "text": "ab"}, "phase"),
 }  # fmt: skip
 EVALUATION = (
     "model", "data", "loss", "steps", "batch_size", "precision", "channels_last", "workers", "device", "devices",
-    "strategy", "compile",
+    "compile",
 )  # fmt: skip
 
 SGD, MATRIX = partial(torch.optim.SGD, lr=0.1), sltt.metrics.ConfusionMatrix()
@@ -190,7 +190,7 @@ OTHER_CALLS = [
     ("DigitsNet(neuron: instance)", partial(models.DigitsNet, neuron=sltt.LIF()), ValueError, "neuron must be a class"),
     ("DigitsNet of a sequence", lambda: models.DigitsNet(3)(IMAGES_8[None]), ValueError, "goes through a rule"),
     ("DigitsNet of few channels", lambda: models.DigitsNet(1)(IMAGES_8), ValueError, r"expected one time step \[B, 1"),
-    ("DigitsNet of 2 pixels", lambda: models.DigitsNet(3)(IMAGES_8[..., :2]), ValueError, "at least 4 pixels"),
+    ("DigitsNet of 2 pixels", lambda: models.DigitsNet(3)(IMAGES_8[..., :2]), ValueError, "at least 4, got"),
     ("loss of one dimension", lambda: LOSS(torch.randn(3), Y), ValueError, r"expected logits \[B, C\]"),
     ("agreement(rules: one)", lambda: analysis.agreement(network(), X, Y, LOSS, sltt.SLTT()), ValueError, "rules must"),
     ("memory_parts(rule)", lambda: analysis.memory_parts(network(), X, Y, LOSS, "SLTT"), ValueError, "rule must be"),

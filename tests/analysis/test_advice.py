@@ -3,6 +3,7 @@ import math
 import types
 
 import pytest
+from torch import nn
 
 import sltt
 from sltt.analysis import Agreement, Trial, advice
@@ -80,7 +81,7 @@ def test_a_training_that_dies_leaves_the_others_in_the_trial(monkeypatch, capsys
 
     monkeypatch.setattr(agreement, "measure_split", lambda *args, **kwargs: types.SimpleNamespace(loss=2.0))
     monkeypatch.setattr(agreement, "_train", train)
-    rules, built = [sltt.SLTT(), sltt.BPTT()], types.SimpleNamespace(model=None, data=None)
+    rules, built = [sltt.SLTT(), sltt.BPTT()], sltt.training.settings.Settings(nn.Linear(2, 2), sltt.data.Digits())
     found = agreement._run_trial(None, lambda *words: built, rules, 2, 1, 2, Console())
     assert found.losses == {"SLTT()": [0.5, 0.5], "BPTT()": [float("inf")] * 2}
     assert "trial: BPTT(), seed 1 died: the loss is inf" in " ".join("".join(capsys.readouterr()).split())

@@ -34,7 +34,7 @@ class Accelerator(CPUAccelerator):
         pass
 
 
-def make_fabric(device, devices, strategy, precision):
+def make_fabric(device, devices, precision):
     mixed = {"plugins": [MixedPrecision("bf16-mixed", "gpu")]} if precision == "bf16-mixed" else {}
     return Fabric(strategy=SingleDeviceStrategy(torch.device("gpu", 0), Accelerator()), **mixed)
 
