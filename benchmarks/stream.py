@@ -1,10 +1,11 @@
 """Spoken digits in ten minutes of audio: a decision every 100 ms, by a run of the recipe `speech`.
 
     sltt train speech --data.root data/free-spoken-digit-dataset --run runs/speech
-    python benchmarks/stream.py runs/speech [--data.root …] [--minutes 10]
+    python benchmarks/stream.py runs/speech [--data.root …] [--minutes 10] [--rate 0.05] [--train]
 
-Test recordings follow each other, with half a second of faint noise between them. The network decides
-by its mean logits since speech began. A recording counts as right if the last decision in it is its digit.
+Test recordings follow each other, with half a second of faint noise between them; with --train, those of the training,
+by which `--rate` was chosen. The network decides by its mean logits since speech began. A recording counts as right if
+the last decision in it is its digit.
 """
 
 import argparse
@@ -28,8 +29,8 @@ class Frames:
     Loudness, the mean over a recording in the training, is here a running mean over frames that are no silence.
     """
 
-    def __init__(self, recordings: list[Tensor]):
-        self.bank = mel_bank(40)
+    def __init__(self, recordings: list[Tensor], rate: float):
+        self.bank, self.rate = mel_bank(40), rate
         frames = [self.log_mel(one) for one in recordings]
         loudness = torch.stack([one.mean() for one in frames])
         values = torch.cat([(one - one.mean())[:60] for one in frames])
@@ -49,7 +50,7 @@ class Frames:
         loud = frames.mean(1)
         for i, level in enumerate(loud):
             if level > self.silence:
-                self.loudness = 0.95 * self.loudness + 0.05 * level
+                self.loudness += self.rate * (level - self.loudness)
             frames[i] -= self.loudness
         return (frames - self.mean) / self.std, bool((loud > self.silence).float().mean() > 0.5)
 
@@ -59,15 +60,19 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--data.root", dest="root", type=Path, default=Path("data/free-spoken-digit-dataset"))
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--rate", type=float, default=0.05, help="of the running mean of loudness, for each frame")
+    parser.add_argument("--train", action="store_true")
     asked = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     files = sorted(asked.root.glob("recordings/*.wav"))
     test = [path for path in files if int(path.stem.split("_")[2]) < 5]
-    frames = Frames([read_wav(path) for path in files if path not in test])
+    known = [path for path in files if path not in test]
+    frames = Frames([read_wav(path) for path in known], asked.rate)
+    played = known if asked.train else test
     parts, spans, at = [], [], 0  # spans in chunks
     while at < asked.minutes * 60 * RATE:
-        path = test[int(torch.randint(len(test), ()))]
+        path = played[int(torch.randint(len(played), ()))]
         spoken, gap = read_wav(path), 3e-4 * torch.randn(RATE // 2)
         spans.append(((at + len(gap)) / HOP / STEPS, (at + len(gap) + len(spoken)) / HOP / STEPS, int(path.stem[0])))
         parts += [gap, spoken]
