@@ -1,7 +1,7 @@
 """Spoken digits in ten minutes of audio: a decision every 100 ms, by a run of the recipe `speech`.
 
     sltt train speech --data.root data/free-spoken-digit-dataset --run runs/speech
-    python benchmarks/stream.py runs/speech [--data.root …] [--minutes 10] [--rate 0.05] [--train]
+    python benchmarks/stream.py runs/speech [--data.root …] [--minutes 10] [--rate 0.1] [--train]
 
 Test recordings follow each other, with half a second of faint noise between them; with --train, those of the training,
 by which `--rate` was chosen. The network decides by its mean logits since speech began. A recording counts as right if
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--data.root", dest="root", type=Path, default=Path("data/free-spoken-digit-dataset"))
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--rate", type=float, default=0.05, help="of the running mean of loudness, for each frame")
+    parser.add_argument("--rate", type=float, default=0.1, help="of the running mean of loudness, for each frame")
     parser.add_argument("--train", action="store_true")
     asked = parser.parse_args()
     torch.manual_seed(0)
