@@ -106,9 +106,8 @@ class _Reader(fx.Interpreter):
                 place = f"the operation {path} in {describe(caller, self.paths[caller])}"
                 while path in self.paths:
                     path += "_"
-            if (
-                kind in ADAPTIVE and value.ndim == 2 and n.op != "call_module"
-            ):  # a mean, which drops the dimensions that pooling keeps
+            # a mean drops the dimensions that pooling keeps
+            if kind in ADAPTIVE and value.ndim == 2 and n.op != "call_module":
                 shape = torch.Size([*value.shape, *[1] * (len(inputs[0].shape) - 2)])
                 inputs = [self.calls.setdefault((n, "pool"), Call(f"{path}_pool", place, kind, layer, inputs, shape))]
                 kind, layer = nn.Flatten, nn.Flatten()

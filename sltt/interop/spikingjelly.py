@@ -106,7 +106,8 @@ for _kind in vars(layer).values():  # whose step mode "s" is the forward of PyTo
 register(
     base.MemoryModule, _states, reset=lambda module: module.reset(), spikes=_spikes, check=_check, translate=_translate
 )
-_advance = lambda module: make_adapter(AfterReset, module, "v", _translate, _constants)  # noqa: E731
-_role = replace(role_of(base.MemoryModule), advance=_advance)
+_role = replace(
+    role_of(base.MemoryModule), advance=lambda module: make_adapter(AfterReset, module, "v", _translate, _constants)
+)
 for _kind in (neuron.BaseNode, neuron.SimpleBaseNode):
     set_role(_kind, _role)
