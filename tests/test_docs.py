@@ -24,7 +24,6 @@ MEASURES = [
     "memory_parts",
     "neurobench",
     "peak_memory",
-    "propose",
 ]
 
 

@@ -1,8 +1,7 @@
 """Measurements of a network and a rule: memory, time, operations, energy, firing rates, agreement with exact BPTT."""
 
 from sltt.analysis.advice import Trial as Trial, advice as advice
-from sltt.analysis.agreement import Agreement as Agreement, Proposal as Proposal, agreement as agreement
-from sltt.analysis.agreement import propose as propose
+from sltt.analysis.agreement import Agreement as Agreement, agreement as agreement
 from sltt.analysis.budget import PeakModel as PeakModel, fit_peak as fit_peak
 from sltt.analysis.energy import Energy as Energy, LayerOperations as LayerOperations, measure_energy as measure_energy
 from sltt.analysis.energy import neurobench as neurobench

@@ -2,8 +2,6 @@
 
 import copy
 import functools
-import glob
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,20 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltt.analysis.iteration import memory_parts
 from sltt.checks import instance, sequence
-from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Mixed, Rule
+from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Rule
 from sltt.rules.batch import StepLoss
-from sltt.rules.mixed import Window, layer_order
 from sltt.sequence.copies import copy_model
-from sltt.sequence.steps import time_steps
 
 # Below this cosine the direction of a step is more than 18° off.
 AGREES = 0.95
-# A `Mixed` that takes more than this share of the memory is not worth its windows.
-SAVES = 0.9
-# A difference of two cosines that nobody would choose by.
-SAME = 0.01
 # The loss is scaled by this power of two, as in a training with float16, which rounds small gradients to zero.
 SCALE = 2.0**12
 
@@ -98,73 +89,6 @@ def cheaper_rules(model: nn.Module, steps: int) -> list[Rule]:
         return [spatial, *truncated]
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """A `Mixed` that agrees with exact BPTT and takes less memory than truncated BPTT that agrees, or than BPTT.
-
-    Attributes:
-        windows: of the layers of neurons by name, for `Mixed(windows)`; the other layers have SLTT.
-        agreement: of its gradient with that of exact BPTT.
-        memory: bytes of a batch at the peak.
-    """
-
-    windows: dict[str, Window]
-    agreement: Agreement
-    memory: int
-
-
-def propose(
-    model: nn.Module,
-    x: Tensor,
-    target: Any,
-    loss: StepLoss,
-    found: Sequence[Agreement],
-    *,
-    steps: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> Proposal | None:
-    """Return the `Mixed` of least memory with a cosine of 0.95; None where SLTT or OTTT has it, or none saves a tenth.
-
-        found = agreement(model, x, y, loss, [SLTT(), TBPTT(2)])
-        if proposal := propose(model, x, y, loss, found):
-            rule = Mixed(proposal.windows)
-
-    All layers below the last one with a window keep their graph, so they have one too, unless that hardly changes the
-    cosine. Which is the last is found by bisection: for the shortest window with which truncated BPTT agrees, and for
-    the next longer one, "all" after the longest, in fewer layers. Where the network does not part in two, and in the
-    last layer, windows save nothing and are not tried.
-
-    See `agreement` for the arguments. Memory is that of the model's own type.
-
-    Args:
-        found: what `agreement` found on this batch for SLTT and windows of 2, 4, 8, …, and maybe for OTTT.
-    """
-    cosines = {a.rule: a.least for a in found}
-    if cosines.get(repr(OTTT()), 0.0) >= AGREES:
-        return None
-    lengths = windows(time_steps(x, steps).steps)
-    agreeing = [rule for rule in lengths if cosines.get(repr(rule), 0.0) >= AGREES]
-    advised = agreeing[0] if agreeing else BPTT()
-    if isinstance(advised, SLTT):
-        return None
-    tried: list[Window] = [*(rule.window for rule in agreeing if isinstance(rule, TBPTT)), "all"]
-    candidates = _candidates(_Exact(model, x, target, loss, steps, dtype), tried[:2])
-    if not candidates:
-        return None
-
-    twin = copy_model(model)
-
-    @functools.cache
-    def memory(rule: Rule) -> int:
-        with _fork(x):
-            return memory_parts(twin, x, target, loss, rule, steps=steps).batch
-
-    best = min(candidates, key=memory)
-    if memory(best) > SAVES * memory(advised):
-        return None
-    return Proposal(dict(best.windows), candidates[best], memory(best))
-
-
 class _Exact:
     """The gradient of exact BPTT on one batch, and how far others agree with it."""
 
@@ -214,33 +138,6 @@ class _Exact:
             how = {"backward": lambda value: (value * self.scale).backward(), "update": lambda: None}
             rule(*arguments, steps=self.steps, **how)
         return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
-
-
-def _candidates(exact: _Exact, lengths: Sequence[Window]) -> dict[Mixed, Agreement]:
-    """Return for each window the `Mixed` that agrees and ends nearest to the input, if nearer than the last."""
-    with _fork(exact.x):
-        layers = layer_order(copy_model(exact.model), time_steps(exact.x, exact.steps))
-    names = [glob.escape(name) for name in layers]  # Mixed takes patterns
-    ends = [i for i, parts in enumerate(layers.values()) if parts and i + 1 < len(layers)]
-    found: dict[Mixed, Agreement] = {}
-
-    @functools.cache
-    def measure(first: int, last: int, window: Window) -> tuple[Mixed, Agreement]:
-        rule = Mixed(dict.fromkeys(names[first : last + 1], window))
-        return rule, exact.compare(rule)
-
-    def agrees(last: int, window: Window) -> bool:
-        return measure(0, last, window)[1].least >= AGREES
-
-    for window in lengths:
-        fewest = bisect_left(ends, True, key=functools.partial(agrees, window=window))
-        if fewest < len(ends):
-            last, ends = ends[fewest], ends[:fewest]
-            rule, whole = measure(0, last, window)
-            alone, part = measure(last, last, window)
-            enough = part.least >= max(AGREES, whole.least - SAME)
-            found[alone if enough else rule] = part if enough else whole
-    return found
 
 
 def _fork(x: Tensor) -> AbstractContextManager[None]:

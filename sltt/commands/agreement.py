@@ -16,18 +16,17 @@ from typing import Any
 
 from sltt import kernels
 from sltt.analysis.advice import LESS, Trial, advice, choose_rule
-from sltt.analysis.agreement import AGREES, SAVES, Agreement, Proposal, agreement, cheaper_rules, propose
+from sltt.analysis.agreement import AGREES, Agreement, agreement, cheaper_rules
 from sltt.commands.failures import cause
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers
 from sltt.commands.prepared import Prepared
 from sltt.commands.results import Gathered, gather, give
-from sltt.commands.rule_texts import mixed_options
 from sltt.commands.tables import Table, number
 from sltt.commands.verdict import advice_on
 from sltt.data import Data
 from sltt.metrics import finite_scores, name_of
 from sltt.neurons import LIF
-from sltt.rules import BPTT, TBPTT, Mixed, Rule
+from sltt.rules import BPTT, TBPTT, Rule
 from sltt.training.console import Console
 from sltt.training.evaluation import measure_split
 from sltt.training.fit import Fit, train
@@ -60,7 +59,7 @@ def run(words: Sequence[str]) -> None:
 
 
 def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console) -> list[dict[str, Any]]:
-    """Return rows of `agreement.json` over τ, T and training epochs: rules beside BPTT, a proposal, and the advice."""
+    """Return rows of `agreement.json` over τ, T and training epochs: rules beside BPTT, and the advice."""
     rows, own, trials = [], recipe.build(), {}
     taus: list[float | None] = asked.taus or [None]
     steps: list[int] = asked.steps or [own.steps]
@@ -77,18 +76,13 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
             arguments = ready.model, *ready.batch(asked.samples), ready.loss
             rules = cheaper_rules(ready.model, T)
             found = agreement(*arguments, rules, steps=ready.repeat)
-            proposal = propose(*arguments, found, steps=ready.repeat)
             memory = functools.cache(lambda rule, ready=ready: ready.memory(size, rule).batch)
-            rivals = sorted(
-                _contestants(rules, found, proposal),
-                key=lambda r, of=memory: of(r) / (LESS if repr(r) == "BPTT()" else 1),
-            )
+            rank = lambda r, of=memory: of(r) / (LESS if repr(r) == "BPTT()" else 1)  # noqa: E731
+            rivals = sorted(_contestants(rules, found), key=rank)
             if asked.trial and (tau, T) not in trials:
                 trials[tau, T] = rivals, _run_trial(here, build, rivals, T, asked.trial, asked.seeds, report)
-            # after more epochs the gradients may propose others than those that were tried
+            # after more epochs, other windows may agree than those that were tried
             rivals, tried = trials.get((tau, T), (rivals, None))
-            mixed = [r for r in rivals if isinstance(r, Mixed)]
-            found += agreement(*arguments, mixed, steps=ready.repeat)
             compared = {a.rule: a for a in found}
             ranked = [compared.get(repr(r), EXACT) for r in rivals]
             rule = choose_rule(ranked, tried)
@@ -105,8 +99,7 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
                     "trial": tried and vars(tried) | {"learned": {name: tried.shares(name) for name in tried.losses}},
                     "memory": costs,
                     "rule": rule,
-                    "proposal": proposal and _proposal_json(proposal),
-                    "advice": f"{said}{_mixed_note(rule, mixed)}",
+                    "advice": said,
                 }
             )
     return rows
@@ -132,11 +125,10 @@ def _train(here: Session, built: Any, steps: int, epochs: int, rule: Rule, repor
         return train(here, replace(built, epochs=epochs, steps=steps, rule=rule, **run))
 
 
-def _contestants(rules: Sequence[Rule], found: Sequence[Agreement], proposal: Proposal | None) -> list[Rule]:
-    """List the rules to try: SLTT, OTTT where it knows the network, a window and a `Mixed` that agree, and BPTT."""
+def _contestants(rules: Sequence[Rule], found: Sequence[Agreement]) -> list[Rule]:
+    """List the rules to try: SLTT, OTTT where it knows the network, the shortest window that agrees, and BPTT."""
     agrees = next((r for r, a in zip(rules, found, strict=True) if a.least >= AGREES), None)
-    mixed = [Mixed(proposal.windows)] if proposal else []
-    return [*(r for r in rules if not isinstance(r, TBPTT) or r is agrees), *mixed, BPTT()]
+    return [*(r for r in rules if not isinstance(r, TBPTT) or r is agrees), BPTT()]
 
 
 def _run_trial(
@@ -209,16 +201,3 @@ def print_agreement(rows: Sequence[Mapping[str, Any]], report: Console) -> None:
     gradient_table(rows[-1]).show(report)
     for row in rows:
         report.line(f"{where(row)}: {row['advice']}")
-
-
-def _proposal_json(proposal: Proposal) -> dict[str, Any]:
-    return {**vars(proposal), "agreement": vars(proposal.agreement), "options": mixed_options(proposal.windows)}
-
-
-def _mixed_note(rule: str, mixed: Sequence[Mixed]) -> str:
-    """Say which `Mixed` is advised, or that there is none in place of a rule of more memory."""
-    if advised := [r for r in mixed if repr(r) == rule]:
-        return f" On the command line: {mixed_options(advised[0].windows)}"
-    if mixed or rule in ("SLTT()", "OTTT()"):  # memory enough
-        return ""
-    return f" No Mixed with a cosine of {AGREES} takes {1 - SAVES:.0%} less memory."

@@ -1,9 +1,6 @@
 """Rules as options of the commands: SLTT:k=1,TBPTT:window=4."""
 
-import json
 import re
-import shlex
-from collections.abc import Mapping
 
 
 def rules(text: str) -> list[str]:
@@ -23,14 +20,6 @@ def rule_options(text: str) -> list[str]:
         raise ValueError(f"expected a rule such as BPTT, SLTT:k=1 or TBPTT:window=4, got {text!r}")
     pairs = (setting.split("=", 1) for setting in settings)
     return ["--rule", name, *(word for key, value in pairs for word in (f"--rule.{key}", value))]
-
-
-def mixed_options(windows: Mapping[str, int | str]) -> str:
-    """Write a `Mixed` as options of `sltt train`: --rule Mixed --rule.windows '{features.2: all}'."""
-    # unquoted, YAML reads names such as 2 or on as something else than text
-    names = [name if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", name) else json.dumps(name) for name in windows]
-    listed = ", ".join(f"{name}: {window}" for name, window in zip(names, windows.values(), strict=True))
-    return f"--rule Mixed --rule.windows {shlex.quote(f'{{{listed}}}')}"
 
 
 def _split(text: str, separator: str) -> list[str]:

@@ -10,14 +10,11 @@ from torch import Tensor, nn
 from sltt._torch import WRAPPERS
 from sltt.rules.base import Rule
 from sltt.rules.batch import Batch, Output
-from sltt.sequence.hooks import keep_hooks
 from sltt.sequence.layout import Layer, Layout
 from sltt.sequence.once import hand_over
 from sltt.sequence.reach import graph_nodes, operations
-from sltt.sequence.run import Run
 from sltt.sequence.state import detach_module, state_tensors
 from sltt.sequence.step import Step
-from sltt.sequence.steps import Sequence
 
 Window = int | Literal["all"]
 _WRAPPERS = re.compile(rf"^({'|'.join(map(re.escape, WRAPPERS))})+")
@@ -120,31 +117,6 @@ def _outermost_layer(name: str, layers: Iterable[str]) -> str:
 def neuron_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers that can have a window, by name: the modules with a state that a gradient flows through."""
     return {layer.name: layer.module for layer in Layout(model).keepers if layer.differentiable}
-
-
-def layer_order(model: nn.Module, sequence: Sequence) -> dict[str, bool]:
-    """Return the layers of neurons in the order in which a time step runs them, and whether the network parts at each.
-
-    Where it does not, since something goes around the layer's output, `Mixed` cannot free what is above it.
-    """
-    outputs: dict[str, list[Any]] = {}
-    layers = neuron_layers(model)
-    hooks = [
-        module.register_forward_hook(lambda *call, name=name: outputs.setdefault(name, []).append(call[-1]))
-        for name, module in layers.items()
-        if _outermost_layer(name, layers) == name
-    ]
-    with keep_hooks(*hooks), Run(model, sequence) as run:
-        logits = run(sequence.input(range(1)))
-        return {name: len(found) == 1 and _parts(logits, found[0]) for name, found in outputs.items()}
-
-
-def _parts(logits: Tensor, output: Any) -> bool:
-    """Return whether the graph of `logits` meets what is behind a layer's output in that output only."""
-    if not isinstance(output, Tensor) or output.grad_fn is None:
-        return False
-    node = output.grad_fn
-    return operations(graph_nodes([logits.grad_fn], stop=[node]) & graph_nodes([node])) == {node}
 
 
 class _Cut(Step):
