@@ -93,7 +93,6 @@ CONSTRUCTORS = [
     (data.Latency, {}, {"low": number(), "high": number(0, -1)}),
     (data.Delta, {}, {"threshold": number(0, -1)}),
     (data.Mixup, {"data": []}, {"alpha": number(0, -1)}),
-    (data.Cutout, {}, {"length": whole(0, -1)}),
     (data.EventAugmentation, {}, {
         "flip": FLAG, "roll": whole(-1), "rotate": number(-1), "shear": number(-1), "cutout": whole(-1),
     }),

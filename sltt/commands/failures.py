@@ -25,22 +25,15 @@ REMEDIES = {
     r"PermissionError|Read-only file system": (
         "choose a folder that you may write to, with --run, --save or --out; for frames of events, with --data.cache"
     ),
-    r"IsADirectory|NotADirectory|FileExists|Is a directory|Not a directory": (
-        "a file stands where a folder is to be, or a folder where a file is to be: give another path"
-    ),
     r"CUDA error|CUBLAS|cuDNN|device-side assert": (
         "CUDA_LAUNCH_BLOCKING=1 shows the operation; --device cpu shows whether the network and the data are right"
     ),
     r"gloo.*by peer|remote process exited": (
         "another process ended: its output says why, unless it was killed, as for want of memory"
     ),
-    r"[Aa]ddress already in use|MASTER_PORT|[Tt]imed? ?out": (
-        "see that all processes were started, with one address; MASTER_PORT sets another port"
-    ),
     r"shapes cannot be multiplied|to have \d+ channels|must match the size|size mismatch|Expected \d[^ ]*D": (
         "the network does not fit the data: compare the options --model.… and --data.…"
     ),
-    r"ModuleNotFoundError|ImportError": "install what is missing, or correct the import",
 }
 
 

@@ -64,18 +64,6 @@ def lines(
 
 
 @rc_context(STYLE)
-def rates(rates: Sequence[float], losses: Sequence[float], suggestion: float | None) -> Figure:
-    """Return the loss over the learning rate, with a mark at the rate that is suggested."""
-    figure, axes = _figure(3.4)
-    axes.plot(rates, losses, color=COLOURS[0])
-    if suggestion is not None:
-        axes.axvline(suggestion, color=COLOURS[3], linestyle="--", linewidth=1)
-        axes.annotate(f" {suggestion:.2g}", (suggestion, max(losses)), color=COLOURS[3], va="top")
-    axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
-    return figure
-
-
-@rc_context(STYLE)
 def stacked_bars(parts: Mapping[str, Sequence[float]], rows: Sequence[str], x: str) -> Figure:
     """Return a horizontal bar for each row, of several parts."""
     figure, axes = _figure(0.9 + 0.5 * (len(parts) > 1) + 0.35 * len(rows))  # a legend takes half an inch

@@ -7,17 +7,15 @@ those of sltt train: --rule, --batch_size, --optimizer.…
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 from sltt.analysis.rates import FALLS, RateTest, find_learning_rate
 from sltt.commands.parsing import CommandOptions, count
 from sltt.commands.prepared import Prepared
-from sltt.commands.results import give
 from sltt.commands.tables import Table, number
-from sltt.training.console import Console
+from sltt.training.console import Console, as_json
 from sltt.training.session import session
 
-SHOWN = 12  # rows of the table
+SHOWN = 12  # rows of the table, at most
 
 
 def options() -> CommandOptions:
@@ -25,7 +23,7 @@ def options() -> CommandOptions:
     parser.add_argument("--smallest", type=float, default=1e-5, help="first learning rate; default: 1e-5")
     parser.add_argument("--largest", type=float, default=1.0, help="last learning rate; default: 1")
     parser.add_argument("--batches", type=count, default=100, help="number of batches; default: 100")
-    parser.add_output()
+    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -48,27 +46,19 @@ def run(words: Sequence[str]) -> None:
         found = find_learning_rate(*given, steps=ready.repeat, clip_norm=built.clip_norm, **rates)
     about = {"recipe": recipe.name, "rule": repr(stage.rule), "steps": stage.steps}
     about |= {"optimizer": type(ready.optimizer).__name__}
-    give({**about, "batch_size": built.batch_size, **asdict(found)}, known, "lr.json", lambda to: _print(found, to))
+    if known.json:
+        print(as_json({**about, "batch_size": built.batch_size, **asdict(found)}))
+    else:
+        _print(found, Console())
 
 
 def _print(found: RateTest, report: Console) -> None:
-    last, floor, rows = len(found.rates) - 1, min(0.0, *found.losses), []
-    scale = 30 / (max(found.losses) - floor or 1.0)
-    for i in sorted({round(n * last / (SHOWN - 1)) for n in range(SHOWN)}):
-        rate, loss = number(found.rates[i], ".2g"), number(found.losses[i], ".4f")
-        rows.append({"learning rate": rate, "loss": loss, "": "█" * round(scale * (found.losses[i] - floor))})
-    Table(rows).show(report)
-    report.line(advice(vars(found)))
-
-
-def advice(found: dict[str, Any]) -> str:
-    """Return the rate to take, in words."""
-    if found["suggestion"] is None:
-        return (
-            f"The loss falls by less than {FALLS:.0%} at these rates: try others, by --smallest and --largest, or more "
-            "--batches."
-        )
-    return (
-        f"Take --optimizer.lr {found['suggestion']:.2g}: there the loss falls fastest. It is lowest at "
-        f"{found['lowest']:.2g}; larger rates are too large."
+    pairs = [*zip(found.rates, found.losses, strict=True)][:: -(-len(found.rates) // SHOWN)]
+    Table([{"learning rate": number(rate, ".2g"), "loss": number(loss, ".4f")} for rate, loss in pairs]).show(report)
+    report.line(
+        f"The loss falls by less than {FALLS:.0%} at these rates: try others, by --smallest and --largest, or more "
+        "--batches."
+        if found.suggestion is None
+        else f"Take --optimizer.lr {found.suggestion:.2g}: there the loss falls fastest. It is lowest at "
+        f"{found.lowest:.2g}; larger rates are too large."
     )

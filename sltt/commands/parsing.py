@@ -25,7 +25,7 @@ from sltt.training.average import select_weights
 from sltt.training.batches import seed_everything
 from sltt.training.checkpoints import load_best, load_weights, start_from
 from sltt.training.files import CONFIG
-from sltt.training.named import check_modules, check_named
+from sltt.training.named import check_named
 from sltt.training.runs import MADE_IN, is_run, load_call, read_config
 from sltt.training.settings import Settings, names_of
 
@@ -164,10 +164,8 @@ def build_run(
             raise UsageError(f"--code {code} is no folder: name the one with the code of the run's classes")
         take_code(code)
     settings = {name: one for name, one in settings.items() if name not in unread}
-    check_modules(run, settings, code)
-    config = parse(parser, settings, words)
-    check_named(run, config)
-    return build(parser, config)
+    check_named(run, settings, code)
+    return build(parser, parse(parser, settings, words))
 
 
 def load_run(

@@ -50,7 +50,7 @@ def scores_cell(scores: Sequence[float | None], metric: str = "accuracy") -> Cel
 
 
 KINDS = {  # of the files that commands write: the attribute of `Gathered`
-    "compare": "comparisons", "profile": "profiles", "agreement": "agreements", "fscil": "fewshots", "lr": "rates",
+    "compare": "comparisons", "profile": "profiles", "agreement": "agreements", "fscil": "fewshots",
 }  # fmt: skip
 
 
@@ -71,7 +71,6 @@ class Gathered:
     profiles: list[dict[str, Any]] = field(default_factory=list)
     agreements: list[dict[str, Any]] = field(default_factory=list)
     fewshots: list[dict[str, Any]] = field(default_factory=list)
-    rates: list[dict[str, Any]] = field(default_factory=list)
     runs: dict[Path, Curve] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -92,7 +91,7 @@ def gather(folders: Sequence[Path]) -> Gathered:
         if not runs and not there:
             raise ValueError(
                 f"{folder} has nothing to report: expected the folder of a run, or one that sltt compare, profile, "
-                "agreement, fscil or lr wrote with --save"
+                "agreement or fscil wrote with --save"
             )
         for path, kind in there:
             try:

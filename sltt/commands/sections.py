@@ -10,7 +10,6 @@ from sltt.commands.agreement import agreement_table, gradient_table, where
 from sltt.commands.compare import comparison_table, ratio_tables
 from sltt.commands.failures import cause
 from sltt.commands.fscil import score_table
-from sltt.commands.lr import advice
 from sltt.commands.page import Chart, Section
 from sltt.commands.profile import cost_tables, energy_tables, layer_table
 from sltt.commands.results import Gathered, run_names, scores_text
@@ -40,7 +39,6 @@ def sections(found: Gathered) -> list[Section]:
         made += [_costs(one, colours), _energy(one)]
     made += [_agreement(one, found) for one in found.agreements]
     made += [_few_shots(one, colours) for one in found.fewshots]
-    made += [_rates(one) for one in found.rates]
     if found.runs:
         made.append(_spikes(found))
     for place, section in enumerate(made, 1):  # two profiles do not write to the same file
@@ -175,20 +173,6 @@ def _few_shots(found: dict[str, Any], colours: dict[str, str]) -> Section:
         figures.lines(lines, colours, "classes seen", "test accuracy", percent=True),
     )
     return Section(f"Few-shot classes: {found['recipe']}", text, [score_table(found["rows"])], [chart])
-
-
-def _rates(found: dict[str, Any]) -> Section:
-    text = [
-        f"{found['optimizer']} with {found['rule']}, batches of {found['batch_size']}: the learning rate rises from "
-        f"batch to batch. {advice(found)}"
-    ]
-    drawn = figures.rates(found["rates"], found["losses"], found["suggestion"])
-    rows = [
-        {"learning rate": number(rate, ".2g"), "loss, moving average": number(loss, ".4f")}
-        for rate, loss in zip(found["rates"], found["losses"], strict=True)
-    ]
-    chart = Chart("rates", "Loss over the learning rate", drawn)
-    return Section(f"Learning rate: {found['recipe']}", text, [Table(rows, "rates")], [chart])
 
 
 def _spikes(found: Gathered) -> Section:

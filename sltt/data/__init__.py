@@ -8,8 +8,7 @@ from sltt.data.encodings import Delta as Delta, Encoded as Encoded, Encoding as 
 from sltt.data.encodings import Poisson as Poisson
 from sltt.data.events import CIFAR10DVS as CIFAR10DVS, NMNIST as NMNIST, DVSGesture as DVSGesture
 from sltt.data.events import EventFolder as EventFolder
-from sltt.data.images import CIFAR10 as CIFAR10, CIFAR100 as CIFAR100, Cutout as Cutout, ImageFolder as ImageFolder
-from sltt.data.images import Mixup as Mixup
+from sltt.data.images import CIFAR10 as CIFAR10, CIFAR100 as CIFAR100, ImageFolder as ImageFolder, Mixup as Mixup
 from sltt.data.own import from_datasets as from_datasets
 from sltt.data.recall import Recall as Recall
 from sltt.data.sequential import SequentialDigits as SequentialDigits

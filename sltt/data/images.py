@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,22 +17,6 @@ from sltt.data.augment import clear_square
 from sltt.data.base import Data, Splits, hold_out
 
 Transform = Callable[[Any], Tensor]
-
-
-class Cutout:
-    """Set a square of an image [C, H, W] to zero; its centre is anywhere in the image, so its sides may be cut off.
-
-    Args:
-        length: side of the square in pixels.
-
-    Source: DeVries & Taylor 2017 (arXiv 1708.04552).
-    """
-
-    def __init__(self, length: int):
-        self.length = whole_number("length", length, least=1)
-
-    def __call__(self, image: Tensor) -> Tensor:
-        return clear_square(image, self.length)
 
 
 class Mixup(Dataset[tuple[Tensor, int]]):
@@ -87,7 +72,7 @@ class _Images(Data):
             root: folder of the data.
             validation: share of the training images held out to select the best epoch; 0 trains on everything.
             augment: change training images: those of CIFAR are padded by 4 pixels, cropped to 32 × 32 at random,
-                flipped, and get Cutout, as in the SLTT paper.
+                flipped, and get Cutout (DeVries & Taylor 2017), as in the SLTT paper.
             cutout: side of the Cutout square in pixels; 0 is no Cutout.
             download: fetch the data into `root` where it is not there.
             randaugment: so many random distortions of magnitude 9 of 30, after the flip (Cubuk et al. 2020).
@@ -139,7 +124,7 @@ class _Images(Data):
         if augment and self.randaugment:
             distortions.append(v2.RandAugment(self.randaugment))
         if augment and self.cutout:
-            holes.append(Cutout(self.cutout))
+            holes.append(partial(clear_square, side=self.cutout))
         if augment and self.erase:
             holes.append(v2.RandomErasing(self.erase))
         normalised = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(self.mean), list(self.std))]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from torch import nn
 
 from sltt.callbacks import Callback
@@ -38,8 +38,8 @@ KINDS = (
 OURS = str(Path(__file__).parents[1]), str(Path(os.__file__).parent), "site-packages", "dist-packages"
 
 
-def check_modules(run: Path, settings: Mapping[str, Any], code: Path | None = None) -> None:
-    """Raise ValueError, before anything is imported, where the settings of a run name a module that they may not."""
+def check_named(run: Path, settings: Mapping[str, Any], code: Path | None = None) -> None:
+    """Raise ValueError where the settings of a run name code that they may not; no other module is imported."""
     if "config" in settings:
         raise ValueError(f"the settings of {run} have the key config, by which the parser would read another file")
     # from now on, in the whole process: the parser refuses what its own list denies, instead of warning
@@ -51,7 +51,10 @@ def check_modules(run: Path, settings: Mapping[str, Any], code: Path | None = No
                 raise ValueError(f"the settings of {run} have the text {text!r}, which the parser would read again")
         parts = text.strip().split(".")
         if len(parts) > 1 and all(part.isidentifier() for part in parts):
-            _check_module(run, parts[:-1], code, is_class=key.endswith("class_path"))
+            is_class = key.endswith("class_path")
+            _check_module(run, parts[:-1], code, is_class)
+            if callable(named := locate(text.strip())) or is_class:
+                _check_kind(run, text, named)
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -85,20 +88,6 @@ def _lies_within(run: Path, path: Path) -> bool:
     """Return whether a file or folder is there and part of a run, by its name or by where a link leads."""
     names = os.path.abspath, os.path.realpath
     return path.exists() and any(Path(one(path)).is_relative_to(one(run)) for one in names)
-
-
-def check_named(run: Path, value: Any) -> None:
-    """Raise ValueError where parsed settings of a run name code that is no setting, such as os.system."""
-    value = vars(value) if isinstance(value, Namespace) else value
-    if isinstance(value, Mapping):
-        if isinstance(path := value.get("class_path"), str):
-            _check_kind(run, path, locate(path))
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for one in value:
-            check_named(run, one)
-    elif callable(value):
-        _check_kind(run, repr(value), value)
 
 
 def _check_kind(run: Path, path: str, value: Any) -> None:

@@ -83,15 +83,13 @@ def _network(run: Path, config: dict[str, Any]) -> nn.Module:
         )
     from jsonargparse import ArgumentParser
 
-    from sltt.training.named import check_modules, check_named
+    from sltt.training.named import check_named
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model", type=nn.Module)
     settings = {"model": config["model"]}
-    check_modules(run, settings)
-    parsed = parser.parse_object(settings)
-    check_named(run, parsed)
-    return parser.instantiate(parsed).model
+    check_named(run, settings)
+    return parser.instantiate(parser.parse_object(settings)).model
 
 
 def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: Sequence[int] | None = None) -> Tensor:

@@ -63,9 +63,9 @@ def test_gradients_agree_as_far_as_they_do(here, capsys, samples):
 
 
 def test_a_learning_rate_is_found(here, capsys):
-    code, _, err = run(capsys, "lr", *RECIPE, "--batches", "12", "--save", "out")
+    code, out, err = run(capsys, "lr", *RECIPE, "--batches", "12", "--json")
     assert (code, err) == (0, "")
-    assert len(found(here, "lr.json")["rates"]) == 12
+    assert len(json.loads(out)["rates"]) == 12
 
 
 def test_fewer_steps_than_a_sequence_has_are_refused(here, capsys):

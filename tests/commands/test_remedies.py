@@ -2,7 +2,6 @@
 
 import errno
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -56,11 +55,9 @@ def own_fault():
         (lambda: torch.empty(10**15), "use a smaller --batch_size"),
         (lambda: bytearray(10**17), "use a smaller --batch_size"),
         (lambda: list(DataLoader(Killed(), num_workers=1)), "use fewer --workers"),
-        (lambda: list(DataLoader(Faulty(), num_workers=1)), "correct {here}/test_remedies.py, line 28, in __getitem__"),
+        (lambda: list(DataLoader(Faulty(), num_workers=1)), "correct {here}/test_remedies.py, line 27, in __getitem__"),
         (out_of_space, "free some space"),
-        (lambda: Path().write_text(""), "give another path"),
         (no_permission, "choose a folder that you may write to"),
-        (lambda: __import__("no_such_module"), "install what is missing"),
         (lambda: nn.Linear(3, 2)(torch.zeros(2, 4)), "the network does not fit the data"),
         (lambda: nn.Conv2d(3, 2, 1)(torch.zeros(2, 4, 5, 5)), "the network does not fit the data"),
         (misused, "`sltt train --help` explains the options"),

@@ -121,7 +121,7 @@ def test_a_profile_names_the_t_of_its_layers_and_the_paths(capsys):
 
 def test_a_report_without_its_packages_says_what_to_install(here, capsys, monkeypatch):
     (here / "a").mkdir()
-    (here / "a" / "lr.json").write_text("{}")
+    (here / "a" / "fscil.json").write_text("{}")
     for name in {"matplotlib", *(one for one in sys.modules if one.startswith("matplotlib."))}:
         monkeypatch.setitem(sys.modules, name, None)
     for name in ("sections", "page", "figures"):

@@ -51,11 +51,11 @@ PLAIN, CROPPED = ["ToDtype", "Normalize"], ["RandomHorizontalFlip", "ToDtype", "
 @pytest.mark.parametrize(
     ("data", "of_training", "of_others"),
     [
-        (CIFAR10(), ["RandomCrop", *CROPPED, "Cutout"], PLAIN),
+        (CIFAR10(), ["RandomCrop", *CROPPED, "partial"], PLAIN),
         (CIFAR10(augment=False), PLAIN, PLAIN),
         (
             CIFAR10(randaugment=2, erase=0.5),
-            ["RandomCrop", "RandomHorizontalFlip", "RandAugment", *PLAIN, "Cutout", "RandomErasing"],
+            ["RandomCrop", "RandomHorizontalFlip", "RandAugment", *PLAIN, "partial", "RandomErasing"],
             PLAIN,
         ),
         (ImageFolder("images", size=28), ["RandomResizedCrop", *CROPPED], ["Resize", "CenterCrop", *PLAIN]),
