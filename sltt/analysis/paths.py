@@ -1,4 +1,4 @@
-"""Find the layers that run sparse, computing on active inputs only, and the time that this saves."""
+"""Find the layers that run sparse, computing on active inputs only."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -28,8 +28,6 @@ class LayerPath:
         calls: how often it ran.
         sparse_forward: in how many of them the forward computes on active inputs only.
         sparse_gradient: in how many of them the weight gradient does.
-        saved_seconds: time that these save on the processor of `kernels/layers/costs.py`, by its model.
-        dense_seconds: time of these if they ran dense, by the same model.
     """
 
     name: str
@@ -37,8 +35,6 @@ class LayerPath:
     calls: int = 0
     sparse_forward: int = 0
     sparse_gradient: int = 0
-    saved_seconds: float = 0.0
-    dense_seconds: float = 0.0
 
 
 def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> list[LayerPath]:
@@ -66,10 +62,6 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
             return
         path.sparse_forward += call.sparse_forward
         path.sparse_gradient += call.sparse_gradient
-        times = kernels.layer_seconds(call.layer, call.dtype, call.spikes.density)
-        for (dense, on_spikes), sparse in zip(times, (call.sparse_forward, call.sparse_gradient), strict=True):
-            path.saved_seconds += sparse * (dense - on_spikes)
-            path.dense_seconds += sparse * dense
 
     layout = Layout(model).layers
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LAYERS)]

@@ -69,7 +69,7 @@ def profile(
       `Fold` of its time steps.
     * layers: of the largest T, in the order of the model: operations in the inference of one sample, of a convolution
       or linear layer; firing rate, and spikes in all time steps, of a layer of neurons.
-    * paths: of a training batch of the largest T: which layers run sparse, and what that saves.
+    * paths: of a training batch of the largest T: which layers run sparse.
     * own_code: neurons of other libraries that run by their own code, and why.
     * fits: for each rule, if there is a budget in bytes: the largest batch with the recipe's T, and the largest T
       with the recipe's batch, None where there is no limit. Of a run of that batch, the bytes that the model predicts
@@ -176,19 +176,16 @@ def layer_table(found: Mapping[str, Any]) -> Table:
 
 
 def _path_table(found: Mapping[str, Any]) -> Table:
-    rows: list[Row] = []
-    for one in found["paths"]:
-        share = one["saved_seconds"] / one["dense_seconds"] if one["dense_seconds"] else None
-        rows.append(
-            {
-                "layer": one["name"],
-                "inputs ≠ 0": number(one["density"], ".1%"),
-                "forward": _way(one["sparse_forward"], one["calls"]),
-                "weight gradient": _way(one["sparse_gradient"], one["calls"]),
-                "saved": number(share, ".0%", none=""),
-            }
-        )
-    return Table(rows, title="layers on active inputs only (sparse), or dense; saved: share of their time")
+    rows: list[Row] = [
+        {
+            "layer": one["name"],
+            "inputs ≠ 0": number(one["density"], ".1%"),
+            "forward": _way(one["sparse_forward"], one["calls"]),
+            "weight gradient": _way(one["sparse_gradient"], one["calls"]),
+        }
+        for one in found["paths"]
+    ]
+    return Table(rows, title="layers on active inputs only (sparse), or dense")
 
 
 def _way(sparse: int, calls: int) -> Cell:

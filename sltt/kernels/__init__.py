@@ -8,7 +8,6 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 # ruff: noqa: F401
 
 from sltt.kernels.derivatives import differentiable_once
-from sltt.kernels.layers.costs import seconds as layer_seconds
 from sltt.kernels.layers.layers import Operation, is_small, operation_of, run_layer, spike_call
 from sltt.kernels.layers.values import convolution_gradients
 from sltt.kernels.layers.weights import Weights

@@ -59,12 +59,6 @@ def fast_gradients(layer: Layer, dtype: torch.dtype) -> bool:
     return winograd.supports(layer, dtype) and _dense_unit(dtype) != "AMX"
 
 
-def seconds(layer: Layer, dtype: torch.dtype, density: float) -> list[tuple[float, float]]:
-    """Return estimates, dense and sparse, for the forward and for the weight gradient; the input gradient is dense."""
-    times = _nanoseconds(layer, dtype, calls=1)
-    return [(dense / 1e9, (spikes * density + rest) / 1e9) for dense, spikes, rest in times]
-
-
 def _nanoseconds(layer: Layer, dtype: torch.dtype, calls: int) -> list[tuple[float, float, float]]:
     """Return times of forward and weight gradient: dense; sparse, of spikes everywhere; sparse, of the rest."""
     forward, gradient = _DENSE[_dense_unit(dtype)]
