@@ -1,6 +1,5 @@
 """Compare a rule's gradient with that of exact BPTT: the paper's Fig. 3, for any network and data."""
 
-import copy
 import functools
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -52,7 +51,6 @@ def agreement(
     rules: Sequence[Rule] = (SLTT(),),
     *,
     steps: int | None = None,
-    dtype: torch.dtype | None = None,
 ) -> list[Agreement]:
     """Compare the gradients of `rules` on one batch with that of BPTT; the model is left as it was.
 
@@ -66,11 +64,10 @@ def agreement(
         loss: of one time step.
         rules: what to compare. All see the same random numbers, so the same dropout.
         steps: T for a static input.
-        dtype: compute in this type, such as float64, where spikes do not flip by rounding; None keeps the model's.
     """
     for rule in sequence("rules", rules, "rules, such as [sltt.SLTT()]"):
         instance("a rule", rule, Rule)
-    exact = _Exact(model, x, target, loss, steps, dtype)
+    exact = _Exact(model, x, target, loss, steps)
     return [exact.compare(rule) for rule in rules]
 
 
@@ -92,17 +89,8 @@ def cheaper_rules(model: nn.Module, steps: int) -> list[Rule]:
 class _Exact:
     """The gradient of exact BPTT on one batch, and how far others agree with it."""
 
-    def __init__(
-        self, model: nn.Module, x: Tensor, target: Any, loss: StepLoss, steps: int | None, dtype: torch.dtype | None
-    ):
-        if dtype is not None:
-            model = copy_model(model).to(dtype)
-            loss = copy.deepcopy(loss).to(dtype) if isinstance(loss, nn.Module) else loss
-            x = x.to(dtype) if x.is_floating_point() else x
-            target = target.to(dtype) if isinstance(target, Tensor) and target.is_floating_point() else target
-        self.model, self.x, self.target, self.loss = model, x, target, loss
-        self.steps = steps
-        self.scale = SCALE
+    def __init__(self, model: nn.Module, x: Tensor, target: Any, loss: StepLoss, steps: int | None):
+        self.model, self.x, self.target, self.loss, self.steps, self.scale = model, x, target, loss, steps, SCALE
 
     @functools.cached_property
     def gradients(self) -> dict[str, Tensor]:
@@ -119,7 +107,7 @@ class _Exact:
         attached: list[Any] = [m for m in model.modules() if getattr(m, "detach_reset", True) is False]
         for neuron in attached:
             neuron.detach_reset = True
-        return _Exact(model, self.x, self.target, self.loss, self.steps, None) if attached else self
+        return _Exact(model, self.x, self.target, self.loss, self.steps) if attached else self
 
     def compare(self, rule: Rule) -> Agreement:
         exact = self.gradients  # first, since it finds the scale

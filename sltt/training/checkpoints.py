@@ -1,29 +1,19 @@
 """Checkpoints: files of `torch.save`, written whole or not at all, read without running code from them."""
 
 import logging
-import time
 import zipfile
 from io import BufferedRandom
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from sltt.callbacks import Callback
 from sltt.checks import to_python
-from sltt.losses import prediction_of
 from sltt.parallel.processes import Processes
 from sltt.training.average import select_weights
-from sltt.training.description import describe
 from sltt.training.files import BEST, LAST, write_atomically
-from sltt.training.phases import stage_at
-from sltt.training.progress import Progress
-from sltt.training.runs import refuse_links, write_table
-from sltt.training.safeguards import check_weights
-
-if TYPE_CHECKING:
-    from sltt.training.loop import Loop
+from sltt.training.runs import refuse_links
 
 log = logging.getLogger("sltt")
 FORMAT = "sltt-checkpoint-1"
@@ -31,62 +21,6 @@ FORMAT = "sltt-checkpoint-1"
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, with the reason."""
-
-
-def save_state(loop: "Loop", *names: str) -> None:
-    """Save what a training needs to go on as if it had never stopped, under these names, in the first process.
-
-    Raises FloatingPointError for weights that are not finite.
-    """
-    check_weights(loop.learner.model)
-    content = {
-        **loop.learner.state_dict(),
-        "rules": [stage.rule.state_dict() for stage in loop.stages],
-        "callbacks": [[_name(one), one.state_dict()] for one in loop.callbacks],
-        "progress": vars(loop.state.sum_over(loop.processes)),
-        "fingerprint": loop.fingerprint,
-        "task": {
-            "steps": stage_at(loop.stages, max(loop.state.epoch - 1, 0)).steps,
-            "static": loop.splits.static,
-            "classes": loop.splits.classes,
-            "prediction": prediction_of(loop.settings.loss),
-        },
-        "config": loop.config,
-    }
-    if loop.processes.rank == 0:
-        for name in names:
-            save_checkpoint(loop.folder / name, content)
-        write_table(loop.folder, loop.state.history)
-    loop.processes.wait()  # a process that went on might end, and its launcher the first one while it writes
-    loop.saved = time.monotonic()
-
-
-def restore_state(loop: "Loop", checkpoint: dict[str, Any]) -> None:
-    """Take over all that a checkpoint of `save_state` holds."""
-    saved_callbacks = checkpoint["callbacks"]
-    if checkpoint["fingerprint"] != loop.fingerprint:
-        raise CheckpointError(
-            f"the run {loop.folder} was trained on the split {checkpoint['fingerprint']}, but the data now gives "
-            f"{loop.fingerprint}: restore its samples and settings, or start a new run with --weights"
-        )
-    before, now = [name for name, _ in saved_callbacks], [_name(one) for one in loop.callbacks]
-    if before != now:
-        raise CheckpointError(
-            f"the run {loop.folder} was trained with callbacks {', '.join(before) or 'none'}, and is to go on with "
-            f"{', '.join(now) or 'none'}: give the same ones, in Python by sltt.fit(…, callbacks=[…], resume=True)"
-        )
-    for stage, state in zip(loop.stages, checkpoint["rules"], strict=False):
-        stage.rule.load_state_dict(state)
-    for callback, (_, state) in zip(loop.callbacks, saved_callbacks, strict=True):
-        callback.load_state_dict(state)
-    loop.state = Progress(**checkpoint["progress"]).take_part(loop.processes.rank)
-    loop.learner.load(checkpoint, loop.folder / LAST)
-
-
-def _name(callback: Callback) -> str:
-    """Return the class of a callback with its arguments."""
-    arguments = {**describe(callback, [], ""), "class": type(callback).__name__}
-    return f"{arguments.pop('class')}({', '.join(f'{name}={value}' for name, value in arguments.items())})"
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from sltt.training import runs, safeguards
 from sltt.training.batches import check_crop, keep_generators, seed_everything
 from sltt.training.card import write_card
 from sltt.training.check import check
-from sltt.training.checkpoints import load_checkpoint, load_selected, restore_state, start_from
+from sltt.training.checkpoints import load_checkpoint, load_selected, start_from
 from sltt.training.console import Console
 from sltt.training.description import describe
 from sltt.training.graphs import CudaGraph
@@ -95,7 +95,7 @@ def train(here: Session, settings: Settings, name: str = "run") -> Fit:
         seed_everything(settings.seed)
         loop = Loop(Learner(here, settings), splits, made, config, report)
         if checkpoint:
-            restore_state(loop, checkpoint)
+            loop.restore(checkpoint)
         if resume and config and here.processes.rank == 0:
             runs.write_config(made, config)
         loop.run()

@@ -10,14 +10,16 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from sltt.callbacks import Moment
+from sltt.callbacks import Callback, Moment
 from sltt.data import Splits
+from sltt.losses import prediction_of
 from sltt.metrics import higher_is_better, name_of
 from sltt.parallel.signals import Interrupt
 from sltt.training.batch_loop import BatchLoop
 from sltt.training.batches import EpochSampler, finish_loaders, train_loader
-from sltt.training.checkpoints import save_state
+from sltt.training.checkpoints import CheckpointError, save_checkpoint
 from sltt.training.console import Console
+from sltt.training.description import describe
 from sltt.training.evaluation import measure
 from sltt.training.files import BEST, LAST
 from sltt.training.learner import Learner
@@ -25,7 +27,7 @@ from sltt.training.logs import logs
 from sltt.training.phases import Stage, stage_at
 from sltt.training.progress import Metrics, Progress, epoch_row
 from sltt.training.runs import write_table
-from sltt.training.safeguards import extreme_layers, rising_loss
+from sltt.training.safeguards import check_weights, extreme_layers, rising_loss
 
 
 class Loop:
@@ -92,7 +94,7 @@ class Loop:
                 if signal or due:
                     state.seconds = time.monotonic() - began
                     state.firing, state.score = batches.firing.state_dict(), batches.score.state()
-                    save_state(self, LAST)
+                    self._save(LAST)
                     interrupt.stop(signal, self.folder)
         state.firing = batches.firing.state_dict()
         seconds = time.monotonic() - began
@@ -137,9 +139,57 @@ class Loop:
         improved = self.state.end_epoch(row, validation, 1 if higher_is_better(self.settings.metric) else -1)
         self.state.pending = bool(self.callbacks)
         # the best before the last: that one says that there is a best
-        save_state(self, *[BEST] * improved, LAST)
+        self._save(*[BEST] * improved, LAST)
         self._show_callbacks()
         return row
+
+    def _save(self, *names: str) -> None:
+        """Save what a training needs to go on as if it had never stopped, under these names, in the first process.
+
+        Raises FloatingPointError for weights that are not finite.
+        """
+        check_weights(self.learner.model)
+        content = {
+            **self.learner.state_dict(),
+            "rules": [stage.rule.state_dict() for stage in self.stages],
+            "callbacks": [[_describe_callback(one), one.state_dict()] for one in self.callbacks],
+            "progress": vars(self.state.sum_over(self.processes)),
+            "fingerprint": self.fingerprint,
+            "task": {
+                "steps": stage_at(self.stages, max(self.state.epoch - 1, 0)).steps,
+                "static": self.splits.static,
+                "classes": self.splits.classes,
+                "prediction": prediction_of(self.settings.loss),
+            },
+            "config": self.config,
+        }
+        if self.processes.rank == 0:
+            for name in names:
+                save_checkpoint(self.folder / name, content)
+            write_table(self.folder, self.state.history)
+        self.processes.wait()  # a process that went on might end, and its launcher the first one while it writes
+        self.saved = time.monotonic()
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Take over all that a checkpoint holds."""
+        saved_callbacks = checkpoint["callbacks"]
+        if checkpoint["fingerprint"] != self.fingerprint:
+            raise CheckpointError(
+                f"the run {self.folder} was trained on the split {checkpoint['fingerprint']}, but the data now gives "
+                f"{self.fingerprint}: restore its samples and settings, or start a new run with --weights"
+            )
+        before, now = [name for name, _ in saved_callbacks], [_describe_callback(one) for one in self.callbacks]
+        if before != now:
+            raise CheckpointError(
+                f"the run {self.folder} was trained with callbacks {', '.join(before) or 'none'}, and is to go on with "
+                f"{', '.join(now) or 'none'}: give the same ones, in Python by sltt.fit(…, callbacks=[…], resume=True)"
+            )
+        for stage, state in zip(self.stages, checkpoint["rules"], strict=False):
+            stage.rule.load_state_dict(state)
+        for callback, (_, state) in zip(self.callbacks, saved_callbacks, strict=True):
+            callback.load_state_dict(state)
+        self.state = Progress(**checkpoint["progress"]).take_part(self.processes.rank)
+        self.learner.load(checkpoint, self.folder / LAST)
 
     def _show_callbacks(self) -> None:
         """Show the last epoch to callbacks that have not seen it. It is saved: a callback that fails loses no epoch."""
@@ -147,7 +197,7 @@ class Loop:
             with self._locate_errors(lambda: "callback", self.state.epoch):
                 self._call("on_epoch")
             self.state.pending = False
-            save_state(self, LAST)
+            self._save(LAST)
 
     def _show(self, row: dict[str, Any], training: Metrics) -> None:
         self.report.row(row)
@@ -192,3 +242,9 @@ class Loop:
                     f"--resume {quote(str(self.folder))}, in Python with resume=True"
                 )
             raise
+
+
+def _describe_callback(callback: Callback) -> str:
+    """Return the class of a callback with its arguments."""
+    arguments = {**describe(callback, [], ""), "class": type(callback).__name__}
+    return f"{arguments.pop('class')}({', '.join(f'{name}={value}' for name, value in arguments.items())})"

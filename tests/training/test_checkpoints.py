@@ -5,17 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from sltt.training import checkpoints, files
+from sltt.training import checkpoints, files, loop
 from sltt.training.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from tests.training.blobs import Blobs, equal, train
 
 
 def test_a_checkpoint_within_an_epoch_by_time(tmp_path, monkeypatch):
     names = []
-    real = checkpoints.save_checkpoint
-    monkeypatch.setattr(
-        checkpoints, "save_checkpoint", lambda path, content: (names.append(path.name), real(path, content))
-    )
+    monkeypatch.setattr(loop, "save_checkpoint", lambda path, _: (names.append(path.name), save_checkpoint(path, _)))
     train(tmp_path / "run", epochs=1, checkpoint_minutes=0)
     assert names == [*["last.ckpt"] * 4, "best.ckpt", "last.ckpt"]
     names.clear()

@@ -10,7 +10,7 @@ from torch import nn
 
 import sltt
 from sltt.callbacks import Callback, EarlyStopping
-from sltt.training import checkpoints
+from sltt.training import loop
 from sltt.training.batches import EpochSampler
 from sltt.training.checkpoints import CheckpointError, load_checkpoint
 from sltt.training.console import Console
@@ -264,7 +264,7 @@ def test_a_rules_own_generator_continues(tmp_path):
 
 def test_a_run_killed_between_its_two_checkpoints_still_knows_the_best(tmp_path, monkeypatch):
     train(tmp_path / "whole", epochs=2)
-    real, written = checkpoints.save_checkpoint, []
+    real, written = loop.save_checkpoint, []
 
     def dies(path, content):
         if len(written) == 1:
@@ -272,7 +272,7 @@ def test_a_run_killed_between_its_two_checkpoints_still_knows_the_best(tmp_path,
         written.append(path.name)
         real(path, content)
 
-    monkeypatch.setattr(checkpoints, "save_checkpoint", dies)
+    monkeypatch.setattr(loop, "save_checkpoint", dies)
     with pytest.raises(SystemExit):
         train(tmp_path / "part", epochs=2)
     monkeypatch.undo()
