@@ -12,7 +12,7 @@ from sltt.checks import folder, instance
 from sltt.interop.conversion import check_finite, check_names, describe
 from sltt.kernels import using
 from sltt.neurons import Delay, Neuron, Recurrent
-from sltt.pooling import RunningMax
+from sltt.neurons.pooling import RunningMax
 from sltt.sequence.copies import copy_model
 from sltt.sequence.state import reset, state_names
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from sltt.dropout import Dropout
 from sltt.interop.conversion import check_names, describe, has_hooks, require
+from sltt.neurons.dropout import Dropout
 from sltt.sequence.hooks import own_forward
 from sltt.sequence.state import Stateful, reset
 

@@ -114,7 +114,7 @@ class _Integrate(IntegrateAndFire):
         return alpha if alpha.requires_grad else alpha.item()
 
 
-class _Run(AfterReset):
+class _Squeezed(AfterReset):
     def __call__(self, x: Tensor, steps: int, cut: bool, how: Any = None) -> Tensor | None:
         spikes = super().__call__(x, steps, cut, how)
         if spikes is not None:
@@ -138,5 +138,5 @@ register(
     translate=_translate,
     decay=_decay,
 )
-_role = replace(role_of(StatefulLayer), advance=lambda m: make_adapter(_Run, m, "v_mem", _Integrate, _constants))
+_role = replace(role_of(StatefulLayer), advance=lambda m: make_adapter(_Squeezed, m, "v_mem", _Integrate, _constants))
 set_role(StatefulLayer, _role)

@@ -11,13 +11,13 @@ from torch import Tensor, fx, nn
 
 from sltt.checks import folder, instance, number, sequence
 from sltt.data import Data
-from sltt.dropout import Dropout
 from sltt.interop.activations import QCFS, Balanced, percentiles
 from sltt.interop.reading import call_name, calling_module, check_hooks
 from sltt.interop.tracing import NEURONS, NONLINEAR, Calls
 from sltt.models.base import NeuronFactory, neuron_maker
 from sltt.neurons import IF
-from sltt.pooling import RunningMax
+from sltt.neurons.dropout import Dropout
+from sltt.neurons.pooling import RunningMax
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.steps import check_input
 

@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 
 from sltt.checks import whole_number
-from sltt.dropout import Dropout
 from sltt.models.base import NeuronFactory, check_frame, neuron_maker, run_features
 from sltt.neurons import LIF
+from sltt.neurons.dropout import Dropout
 
 
 class DigitsNet(nn.Module):

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from sltt.checks import flag, whole_numbers
-from sltt.dropout import Dropout
 from sltt.models.base import Delays, NeuronFactory, delays_before, neuron_maker
 from sltt.neurons import LIF, Recurrent
+from sltt.neurons.dropout import Dropout
 
 
 class MLP(nn.Module):

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from sltt.checks import whole_number
-from sltt.dropout import Dropout
 from sltt.models.base import NeuronFactory, check_frame, neuron_maker, stage_blocks
 from sltt.neurons import LIF
+from sltt.neurons.dropout import Dropout
 from sltt.sequence.once import once
 from sltt.sequence.pairs import normalise_and_fire
 

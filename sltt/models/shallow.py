@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltt.checks import number, whole_number, whole_numbers
-from sltt.dropout import Dropout
 from sltt.models.base import NeuronFactory, check_frame, neuron_maker
 from sltt.neurons import LIF
-from sltt.pooling import RunningMax
+from sltt.neurons.dropout import Dropout
+from sltt.neurons.pooling import RunningMax
 from sltt.sequence.once import once
 from sltt.sequence.pairs import normalise_and_fire, run_layers
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from sltt.checks import sequence, whole_number, whole_numbers
-from sltt.dropout import Dropout
 from sltt.models.base import Delays, NeuronFactory, check_frame, delays_before, neuron_maker, run_features
 from sltt.neurons import LIF
+from sltt.neurons.dropout import Dropout
 
 _OF_IMAGES = nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d
 

@@ -68,7 +68,7 @@ def _run_watched(kind: type, step: CustomStep, leaves: list[Tensor]) -> tuple[Te
     """Return the function's results on `leaves`, whose operations are watched."""
     problem = functools.partial(_problem, kind)
     x, *others = leaves
-    watch, results = _Watch(leaves), ()
+    watch, results = _StepOperations(leaves), ()
     try:
         with watch:
             results = step(x, others[: step.states], others[step.states :])
@@ -87,7 +87,7 @@ def _run_watched(kind: type, step: CustomStep, leaves: list[Tensor]) -> tuple[Te
     return results
 
 
-class _Watch(DispatchMode):
+class _StepOperations(DispatchMode):
     """Looks at the operations of a function; `found` is what is wrong with one, and the remedy."""
 
     def __init__(self, inputs: list[Tensor]):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sltt import kernels
 from sltt._torch import DispatchMode, _disable_current_modes, _DropoutNd, wrapped_module
-from sltt.dropout import Dropout
+from sltt.neurons.dropout import Dropout
 from sltt.rules.batch import Batch, Fold
 from sltt.sequence.copies import copy_model
 from sltt.sequence.hooks import without_marked_hooks
@@ -59,7 +59,7 @@ def _spread(like: Tensor, shift: Any = 0.0) -> Tensor:
     return (1.7 * places + shift).sin().view_as(like).to(like)
 
 
-class _Watch(DispatchMode):
+class _ReadsAndDraws(DispatchMode):
     """Sees whether operations read the value of a tensor, or draw random numbers; `found` says so."""
 
     found: str | None = None
@@ -80,7 +80,7 @@ class _Opened(Step):
     """Time steps whose neurons pass on what they read; `watch` sees the other operations."""
 
     def __init__(self) -> None:
-        self.watch = _Watch()
+        self.watch = _ReadsAndDraws()
 
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         self.watch.ours = True

@@ -9,11 +9,11 @@ from torch import Tensor
 from sltt import kernels
 from sltt._torch import _BatchNorm, _DropoutNd
 from sltt.checks import flag
-from sltt.dropout import Dropout
 from sltt.losses import OfMean, is_per_step
 from sltt.neurons import IntegrateAndFire, Neuron, Recurrent
 from sltt.neurons.base import check_forward
-from sltt.pooling import RunningMax
+from sltt.neurons.dropout import Dropout
+from sltt.neurons.pooling import RunningMax
 from sltt.rules.base import Rule
 from sltt.rules.batch import Batch, Fold, Output, step_loss
 from sltt.rules.folding import choose_fold, fold_of
@@ -82,7 +82,7 @@ class RateBased(Rule):
         return Fold() if self.steady else choose_fold(network, self.fold, loss=loss)  # of steps without a graph
 
     def step(self) -> Step:
-        return _Recording("steady" if self.steady else "step")
+        return _RateStep("steady" if self.steady else "step")
 
     def _run_steady(self, batch: Batch) -> Output:
         logits = batch.rates()
@@ -106,12 +106,12 @@ class RateBased(Rule):
         return Output(value.detach(), logits)
 
 
-class _Recording(Step):
+class _RateStep(Step):
     """Layers in the T steps, which gather what the rate pass needs; in it; or in a pass of steady currents."""
 
     def __init__(self, what: str):
-        self.what = what  # the method of `_Layer` that runs: "step", "rate" or "steady"
-        self.gathered: dict[Layer, _Layer] = {}
+        self.what = what  # the method of `_RateLayer` that runs: "step", "rate" or "steady"
+        self.gathered: dict[Layer, _RateLayer] = {}
 
     def handler(self, layer: Layer, folds: bool) -> Any:
         if (made := _make_layer(layer, self.what == "steady", self.run.sequence.steps)) is None:
@@ -147,7 +147,7 @@ def _with_value(value: Tensor, x: Tensor) -> Tensor:
     return value + (x - x.detach()).to(value.dtype)
 
 
-class _Layer:
+class _RateLayer:
     """Sums of a layer over the T = `steps` steps, for the rate pass.
 
     `step(x)` runs the layer in one of the T steps, `rate(x)` in the rate pass, and `steady(x)` in a rate pass without
@@ -173,7 +173,7 @@ class _Layer:
         return self.calls
 
 
-class _NeuronLayer(_Layer):
+class _NeuronLayer(_RateLayer):
     """Neurons, whose rate and its derivatives are gathered."""
 
     def __init__(self, layer: Layer, steps: int):
@@ -258,7 +258,7 @@ class _Rate(torch.autograd.Function):
         return grad * by_input, None, None, None, *of_parameters
 
 
-class _RecurrentLayer(_Layer):
+class _RecurrentLayer(_RateLayer):
     """Recurrence, whose rate pass reads the mean of the spikes that came back; no gradient goes round."""
 
     back: Tensor | float = 0.0
@@ -282,7 +282,7 @@ class _RecurrentLayer(_Layer):
         )
 
 
-class _PoolLayer(_Layer):
+class _PoolLayer(_RateLayer):
     """A pooling of sums over time: the mean of what it gives is the pooling of the mean input."""
 
     def step(self, x: Tensor) -> Tensor:
@@ -297,7 +297,7 @@ class _PoolLayer(_Layer):
         return self.rate(x)
 
 
-class _NormLayer(_Layer):
+class _NormLayer(_RateLayer):
     """BatchNorm, whose rate pass normalises as the T steps did, by the means over time of their statistics.
 
     Time averages, so the deviation of the mean input is smaller, and would make the gradient too large.
@@ -334,7 +334,7 @@ class _NormLayer(_Layer):
         return (x * scale.view(form) + shift.view(form)).to(x.dtype)
 
 
-def _make_layer(layer: Layer, steady: bool, steps: int) -> _Layer | None:
+def _make_layer(layer: Layer, steady: bool, steps: int) -> _RateLayer | None:
     """Return what a layer sums; None if it runs as it is. Raise ValueError naming one without a rate pass."""
     module = layer.module
     # the class whose forward runs the neuron's `step`, and nothing else that a gradient passes

@@ -31,7 +31,7 @@ class TraceStep(CreditStep):
     def __init__(self, decay: float | None, inputs: bool, credit: bool = True):
         super().__init__(credit)
         self.decay, self.inputs = decay, inputs
-        self.operations: dict[Layer, _Operations] = {}
+        self.operations: dict[Layer, _TracedForward] = {}
 
     @cached_property
     def traces(self) -> Traces:
@@ -117,9 +117,9 @@ class TraceStep(CreditStep):
             traces.leave(neuron, y)
         return y
 
-    def _operations_of(self, layer: Layer) -> "_Operations":
+    def _operations_of(self, layer: Layer) -> "_TracedForward":
         if layer not in self.operations:
-            self.operations[layer] = _Operations(layer, self.traces, self.run)
+            self.operations[layer] = _TracedForward(layer, self.traces, self.run)
         return self.operations[layer]
 
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
@@ -147,7 +147,7 @@ class TraceStep(CreditStep):
         return output
 
 
-class _Operations(TorchFunctionMode):
+class _TracedForward(TorchFunctionMode):
     """Gives what a layer computes from its weights the gradient of their traces."""
 
     def __init__(self, layer: Layer, traces: Traces, run: Run):

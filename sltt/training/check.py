@@ -25,7 +25,7 @@ from sltt.sequence.state import Stateful
 from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence, time_steps
 
-Call = tuple[str, Tensor | None, Tensor | None]  # of a module: its name, what sample 0 gave it and got
+ModuleCall = tuple[str, Tensor | None, Tensor | None]  # of a module: its name, what sample 0 gave it and got
 
 
 def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None = None) -> None:
@@ -202,9 +202,9 @@ def _find_mixing(model: nn.Module, sequence: Sequence) -> str | None:
     return None
 
 
-def _run(model: nn.Module, x: Tensor, seed: int) -> list[Call]:
+def _run(model: nn.Module, x: Tensor, seed: int) -> list[ModuleCall]:
     """Return the calls of modules in a call of the network, in the order in which they end."""
-    seen: list[Call] = []
+    seen: list[ModuleCall] = []
 
     def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         read, gave = (_first_row(one, len(x)) for one in (inputs[0] if inputs else None, output))
