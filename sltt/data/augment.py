@@ -1,22 +1,9 @@
 """Augmentations for sequences of event frames [T, 2, H, W]: what is drawn is drawn once for all frames."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from sltt.checks import flag, number, whole_number
-
-
-def roll(x: Tensor, pixels: int) -> Tensor:
-    """Shift by up to `pixels` in each direction; what leaves one side enters on the other."""
-    dy, dx = torch.randint(-pixels, pixels + 1, (2,)).tolist()
-    return x.roll((dy, dx), (-2, -1))
-
-
-def cutout(x: Tensor, length: int) -> Tensor:
-    """Remove the events of a square whose side is 1 to `length` pixels and whose centre is anywhere."""
-    return clear_square(x, int(torch.randint(1, length + 1, ())))
 
 
 def clear_square(x: Tensor, side: int) -> Tensor:
@@ -57,10 +44,11 @@ class EventAugmentation:
         if self.flip:
             x = v2.RandomHorizontalFlip()(x)
         changes = (
-            (self.roll, partial(roll, pixels=self.roll)),
+            # what leaves one side enters on the other
+            (self.roll, lambda x: x.roll(torch.randint(-self.roll, self.roll + 1, (2,)).tolist(), (-2, -1))),
             (self.rotate, v2.RandomAffine([-self.rotate, self.rotate])),
             (self.shear, v2.RandomAffine([0, 0], shear=[-self.shear, self.shear])),
-            (self.cutout, partial(cutout, length=self.cutout)),
+            (self.cutout, lambda x: clear_square(x, int(torch.randint(1, self.cutout + 1, ())))),
         )
         moves = [change for most, change in changes if most]
         return moves[int(torch.randint(len(moves), ()))](x) if moves else x
