@@ -81,28 +81,6 @@ def test_the_tables_of_the_documentation_are_those_of_the_results():
     assert set(tables.TABLES) <= names
 
 
-def test_a_log_is_stale_where_its_sources_have_changed_or_a_part_of_it_is_older(tmp_path):
-    logs, log, source = (
-        load("logs"),
-        tmp_path / "docs" / "results" / "layers.json",
-        tmp_path / "sltt" / "kernels" / "a.py",
-    )
-    for file in (log, source, log.parent / "paper" / "k-digits.json"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("1")
-    logs.mark(log, tmp_path)  # goes on with a log of unknown code
-    assert list(logs.stale(tmp_path)) == ["layers.json", "paper/k-digits.json"]
-    log.unlink()
-    for _ in range(2):  # in parts, of one version
-        logs.mark(log, tmp_path)
-        log.write_text("2")
-    assert list(logs.stale(tmp_path)) == ["paper/k-digits.json"]
-    assert "PyTorch" in logs.marks(tmp_path)["layers"]["hardware"]
-    source.write_text("2")
-    assert "python benchmarks/sparse.py" in logs.stale(tmp_path)["layers.json"]
-    assert all((sltt_ / one).exists() for _, sources in logs.LOGS.values() for one in sources for sltt_ in [logs.ROOT])
-
-
 def test_two_rules_are_equal_where_two_one_sided_tests_say_so():
     tables = load("tables")
     first, second = [0.981, 0.984, 0.979, 0.983], [0.98, 0.982, 0.984, 0.979, 0.981]
@@ -151,22 +129,3 @@ def test_every_command_of_the_paper_is_one_that_sltt_takes():
         pairs = zip(words[::2], words[1::2], strict=True)
         options = [word for pair in pairs if pair[0] not in own for word in pair]
         Recipe(f"sltt {kind}", recipe, options).resolve()
-
-
-def test_biases_are_chosen_for_a_firing_rate():
-    sequences = load("open_neuromorphic")
-    assert sequences.firing(sequences.work_of("tiny@20")) == pytest.approx([0.2, 0.2], abs=0.01)
-
-
-def test_a_ratio_is_that_to_the_faster_memory_format_of_the_same_turns():
-    cases = {"SLTT": 1.0, "SpikingJelly SLTT": 4.0, "SpikingJelly SLTT, channels last": 2.0}
-    rows = [{"case": case, "seconds": t, "times": [t, t], "began": 0} for case, t in cases.items()]
-    other = {**rows[0], "case": "SpikingJelly SLTT", "began": 1}
-    over_peer = load("peer_tables").over_peer
-    assert [over_peer([other, *rows], row).replace(" (", "|").partition("|")[0] for row in rows] == [
-        "0.50",
-        "2.00",
-        "1",
-    ]
-    assert over_peer(rows, rows[0]).endswith("), channels last")
-    assert not over_peer([other, *rows[:2]], rows[0]).endswith("channels last")

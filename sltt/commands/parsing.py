@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import itertools
+import json
 import os
 import re
 import sys
@@ -294,7 +295,7 @@ def build(parser: ArgumentParser, config: Namespace) -> Settings:
 
 def resolve(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """Return a configuration as a run keeps it: plain values, without the folder."""
-    values = yaml.safe_load(parser.dump(config, skip_unset=False))
+    values = json.loads(parser.dump(config, format="json", skip_unset=False, skip_validation=True))
     return {name: value for name, value in values.items() if name not in ("run", "resume")}
 
 

@@ -259,9 +259,10 @@ def test_statistics_of_a_norm_change_while_graphs_wait():
 @pytest.mark.parametrize("rule", [sltt.SLTT(fold=1), sltt.OTTT(fold=1), sltt.SLTT(), sltt.OTTT()], ids=repr)
 def test_memory_does_not_grow_with_time(rule):
     model = nn.Sequential(*chain(None, [0, 2], [1, 3], sizes=(6, 64, 64, 3))).float()
-    x, y = torch.randn(400, 64, 6), torch.randint(3, (64,))
-    peaks = [measured(rule, model, x[:t], y, mean_logits=True) for t in (100, 400)]
-    assert peaks[1] <= 1.02 * peaks[0]
+    x, y = torch.randn(200, 64, 6), torch.randint(3, (64,))
+    steps = (40, 120) if rule.fold == 1 else (100, 200)  # of several calls
+    peaks = [measured(rule, model, x[:t], y, mean_logits=True) for t in steps]
+    assert peaks[1] <= 1.002 * peaks[0]
 
 
 def test_recurrent_weights_have_their_traces_in_steps_without_a_backward():
