@@ -64,7 +64,6 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
     taus: list[float | None] = asked.taus or [None]
     steps: list[int] = asked.steps or [own.steps]
     at_epochs: list[int] = asked.at_epochs
-    size = own.size
     one_step = {"fold_memory": 0} if own.rule.fold == 1 else {}  # all rules take the recipe's fold
     with session(own) as here, kernels.using(**one_step):
         for tau, T, epochs in itertools.product(taus, steps, at_epochs):
@@ -76,7 +75,7 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
             arguments = ready.model, *ready.batch(asked.samples), ready.loss
             rules = cheaper_rules(ready.model, T)
             found = agreement(*arguments, rules, steps=ready.repeat)
-            memory = functools.cache(lambda rule, ready=ready: ready.memory(size, rule).batch)
+            memory = functools.cache(lambda rule, ready=ready: ready.memory(own.size, rule).batch)
             rank = lambda r, of=memory: of(r) / (LESS if repr(r) == "BPTT()" else 1)  # noqa: E731
             rivals = sorted(_contestants(rules, found), key=rank)
             if asked.trial and (tau, T) not in trials:
@@ -87,9 +86,7 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
             ranked = [compared.get(repr(r), EXACT) for r in rivals]
             rule = choose_rule(ranked, tried)
             costs = {repr(r): memory(r) for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")}
-            said = advice(
-                ranked, tried, costs, fold=ready.fold.trained, epochs=epochs, samples=size, training=own.epochs
-            )
+            how = {"fold": ready.fold.trained, "epochs": epochs, "samples": own.size, "training": own.epochs}
             rows.append(
                 {
                     "tau": tau,
@@ -99,7 +96,7 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
                     "trial": tried and vars(tried) | {"learned": {name: tried.shares(name) for name in tried.losses}},
                     "memory": costs,
                     "rule": rule,
-                    "advice": said,
+                    "advice": advice(ranked, tried, costs, **how),
                 }
             )
     return rows

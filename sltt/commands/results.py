@@ -49,9 +49,8 @@ def scores_cell(scores: Sequence[float | None], metric: str = "accuracy") -> Cel
     return Cell(scores_text(scores, metric), statistics.mean(known) if known else None)
 
 
-KINDS = {  # of the files that commands write: the attribute of `Gathered`
-    "compare": "comparisons", "profile": "profiles", "agreement": "agreements", "fscil": "fewshots",
-}  # fmt: skip
+# of the files that commands write, the attribute of `Gathered`
+KINDS = {"compare": "comparisons", "profile": "profiles", "agreement": "agreements", "fscil": "fewshots"}
 
 
 @dataclass(frozen=True)
