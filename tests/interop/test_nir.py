@@ -67,6 +67,36 @@ def test_a_network_read_back_gives_the_same_outputs(neuron, file, tmp_path):
     torch.testing.assert_close(sltt.unroll(back, x), expected, rtol=1e-9, atol=1e-9)
 
 
+class Joined(nn.Module):
+    """Branches that `torch.cat` joins, as images and as vectors, and a readout."""
+
+    def __init__(self, decay_input):
+        super().__init__()
+        self.one, self.two, self.next = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(9, 5, 1)
+        self.pool, self.vector, self.head = nn.AvgPool2d(3), nn.Linear(72, 6), nn.Linear(9 * 4 + 5 * 4 + 6, 3)
+        self.neurons = nn.ModuleList(sltt.LIF(tau=2.0, v_threshold=0.4) for _ in range(3))
+        self.readout = sltt.LI(3.0, decay_input)
+
+    def forward(self, x):
+        first, second, third = self.neurons
+        y = first(torch.cat([torch.cat([self.one(x), self.two(x)], 1), x], -3))
+        images = [self.pool(y).flatten(1), self.pool(second(self.next(y))).flatten(1)]
+        return self.readout(self.head(torch.cat((*images, third(self.vector(x.flatten(1)))), dim=1)))
+
+
+@pytest.mark.parametrize("decay_input", [False, True])
+def test_what_is_joined_is_a_node_for_each_part(decay_input):
+    model, x = Joined(decay_input).double(), torch.randn(9, 3, 2, 6, 6, dtype=torch.float64)
+    back, expected = from_nir(to_nir(model, x[0], dt=DT), dt=DT).double(), sltt.unroll(model, x)
+    torch.testing.assert_close(sltt.unroll(back, x), expected, rtol=1e-9, atol=1e-9)
+    model.head.weight.data[:, 30:50] = 0
+    assert not torch.allclose(sltt.unroll(model, x), expected)
+    model.readout = nn.Identity()
+    model.head = nn.Identity()
+    with pytest.raises(ValueError, match=r"the operation output in .*, which reads what is joined: only layers with w"):
+        to_nir(model, x[0])
+
+
 @pytest.mark.parametrize("taps", [[3, 0, 1], [2]], ids=str)
 def test_taps_are_nodes_and_so_are_the_weights_behind_them(taps):
     k = len(taps)
@@ -80,7 +110,7 @@ def test_taps_are_nodes_and_so_are_the_weights_behind_them(taps):
     assert 0 < expected.mean() < 1
     torch.testing.assert_close(sltt.unroll(from_nir(graph, dt=DT).double(), x), expected, rtol=1e-9, atol=1e-9)
     if k > 1:
-        with pytest.raises(ValueError, match=r"1 \(LIF\), which reads several taps, as only layers with weights"):
+        with pytest.raises(ValueError, match=r"the operation output in .*, which reads what is joined: only layers w"):
             to_nir(nn.Sequential(sltt.Delay(taps), sltt.LIF()), x[0])
 
 

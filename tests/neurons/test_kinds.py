@@ -94,6 +94,13 @@ def ternary(x):
         yield s
 
 
+def leaky_integrator(x):
+    v = torch.zeros_like(x[0])
+    for x_t in x:
+        v = (1 - 1 / 3) * v + (1 - (1 - 1 / 3)) * x_t
+        yield v
+
+
 CUBA = {"tau": 3.0, "tau_syn": 2.0, "gain": 0.7, "v_threshold": 0.8}
 EQUATIONS = {
     "CubaLIF": (lambda: sltt.CubaLIF(**CUBA), cuba),
@@ -104,6 +111,7 @@ EQUATIONS = {
     "ChannelLIF": (lambda: sltt.ChannelLIF(6, tau=3.0, v_threshold=0.8), channel),
     "IntegerLIF": (lambda: sltt.IntegerLIF(3, tau=3.0, v_threshold=0.8), integer),
     "TernaryLIF": (lambda: sltt.TernaryLIF(tau=3.0, v_threshold=0.8), ternary),
+    "LI": (lambda: sltt.LI(tau=3.0, decay_input=True), leaky_integrator),
 }
 
 
@@ -120,7 +128,7 @@ def test_spikes_and_gradients_equal_the_equations(make, equations):
     assert torch.equal(spikes, expected)
     gradient = torch.autograd.grad((expected * weights).sum(), [x, *learned])
     torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-12)
-    assert len(expected.unique()) == {"IntegerLIF": 4, "TernaryLIF": 3}.get(type(neuron).__name__, 2)
+    assert len(expected.unique()) == {"IntegerLIF": 4, "TernaryLIF": 3, "LI": x.numel()}.get(type(neuron).__name__, 2)
 
 
 KINDS = {
