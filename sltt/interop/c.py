@@ -60,7 +60,8 @@ def to_c(
 
     The C has no dependency but <stdint.h> and <string.h>, allocates nothing, and computes layers that read spikes on
     active inputs alone. The network runs in evaluation mode. [Layers](to-a-microcontroller.md#layers) are convolutions,
-    linear layers, BatchNorm, pooling, sums, delays, `LIF`, `IF`, `PLIF`, `ChannelLIF`, `CubaLIF`, `ALIF`, `Recurrent`.
+    linear layers, BatchNorm, pooling, sums, `torch.cat`, delays, `LIF`, `IF`, `PLIF`, `ChannelLIF`, `CubaLIF`, `ALIF`,
+    `LI`, `Recurrent`.
 
     Args:
         model: maps one time step [B, ...] to logits [B, classes], or [B, classes, H, W] of the pixels of an image.

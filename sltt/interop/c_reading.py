@@ -144,24 +144,24 @@ class _Reader:
         given = module.arguments()
         counts = {value.numel() for value in given.values() if isinstance(value, Tensor)}
         x = x if counts <= {1, x.shape[0]} else self.vector(x)
-
-        def vector(value: Any) -> Tensor:
-            return torch.as_tensor(value).detach().double().flatten()
-
-        reset_to, decay = given.get("v_reset"), vector(given["decay"])
+        reset_to, decay = given.get("v_reset"), _flat(given["decay"])
         rest = reset_to or 0.0
-        threshold = vector(given["threshold"] if "threshold" in given else given["v_threshold"]) - rest
+        threshold = _flat(given["threshold"] if "threshold" in given else given["v_threshold"]) - rest
         if isinstance(module.surrogate, Above):
             threshold = torch.nextafter(threshold.float(), torch.tensor(torch.inf)).double()
-        if (gain := 1 - decay if given.get("decay_input") else vector(given.get("gain", 1.0))).ne(1).any():
+        if (gain := 1 - decay if given.get("decay_input") else _flat(given.get("gain", 1.0))).ne(1).any():
             x = self._affine(name, x, gain, torch.zeros(1))
-        fire = Fire(name, [x], Value(x.shape, spikes=True), decay, threshold, vector(module.first_states()["v"]) - rest)
+        fire = Fire(name, [x], Value(x.shape, spikes=True), decay, threshold, _flat(module.first_states()["v"]) - rest)
         fire.hard = reset_to is not None
         if isinstance(module, CubaLIF):
-            fire.synapse = vector(given["synaptic_decay"])
+            fire.synapse = _flat(given["synaptic_decay"])
         if isinstance(module, ALIF):
-            fire.adaptation, fire.rise = vector(given["threshold_decay"]), vector(given["beta"])
+            fire.adaptation, fire.rise = _flat(given["threshold_decay"]), _flat(given["beta"])
         return self._add(fire)
+
+
+def _flat(value: Any) -> Tensor:
+    return torch.as_tensor(value).detach().double().flatten()
 
 
 def _image(shape: torch.Size) -> tuple[int, int, int]:

@@ -241,7 +241,7 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
 
     def _layer(self, kind: str, op: Operation, **fields: Any) -> str:
         """Note the constant that describes a layer, and return its address."""
-        given = "\n".join(_lines([f".{field} = {value}," for field, value in fields.items()]))
+        given = _lines([f".{field} = {value}," for field, value in fields.items()])
         self.layers.append(f"/* {op.name} */\nstatic const {kind} {self.names[op]} = {{\n{given}\n}};")
         return f"&{self.names[op]}"
 
@@ -404,18 +404,10 @@ def lines_of(values: Tensor, kind: str) -> str:
     """Return the numbers of an array in lines."""
     array = values.detach().flatten().numpy()
     if kind == "float":
-        return "\n".join(_lines([f"{text}f," for text in array.astype("float32").astype(str)]))
-    if kind == "uint32_t":
-        return "\n".join(_lines([f"0x{word:08x}," for word in array.astype("int64").tolist()]))
-    return "\n".join(_lines([f"{number}," for number in array.astype("int64").tolist()]))
+        return _lines([f"{text}f," for text in array.astype("float32").astype(str)])
+    return _lines([f"0x{n:08x}," if kind == "uint32_t" else f"{n}," for n in array.astype("int64").tolist()])
 
 
-def _lines(texts: list[str], width: int = 116) -> list[str]:
-    lines, line, length = [], [], 0
-    for text in texts:
-        if length + len(text) + 1 > width:
-            lines.append("    " + " ".join(line))
-            line, length = [], 0
-        line.append(text)
-        length += len(text) + 1
-    return [*lines, "    " + " ".join(line)]
+def _lines(texts: list[str]) -> str:
+    each = 115 // max(map(len, texts)) or 1
+    return "\n".join("    " + " ".join(texts[i : i + each]) for i in range(0, len(texts), each))

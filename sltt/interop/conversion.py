@@ -137,7 +137,6 @@ _NEAREST = {
     "operation sub": "x + (-1.0) * y",
     "operation squeeze": "an output [B, 1]",
     "transpose": "Conv on all pixels",
-    "upsample": "Conv on all pixels",
 }
 
 
@@ -145,14 +144,6 @@ def add_remedies(problems: list[str]) -> list[str]:
     """Return what an export cannot take, each with the nearest that it can."""
     found = [[near for word, near in _NEAREST.items() if word in p.split(" in ")[0].lower()] for p in problems]
     return [p + "".join(f" (use {near})" for near in nearest) for p, nearest in zip(problems, found, strict=True)]
-
-
-def one_output(found: Any) -> torch.Tensor:
-    """Return what a network gives, if it is one tensor."""
-    if not isinstance(found, torch.Tensor):
-        got = f"expected a network that gives its logits alone, got {type(found).__name__}"
-        raise ValueError(f"{got}: give one tensor; torch.cat((a, b), 1) makes one of two heads")
-    return found
 
 
 def require(condition: bool, otherwise: str) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import folder, instance
-from sltt.interop.conversion import check_finite, check_names, describe, one_output
+from sltt.interop.conversion import check_finite, check_names, describe
+from sltt.interop.reading import ONE_TENSOR
 from sltt.kernels import using
 from sltt.neurons import Delay, Neuron, Recurrent
 from sltt.pooling import RunningMax
@@ -97,7 +98,8 @@ class _Step(nn.Module):
         }
         reset(model)
         with torch.no_grad(), using(compile="off"):
-            one_output(model(x))
+            if not isinstance(logits := model(x), Tensor):
+                raise ValueError(f"expected one tensor of logits, got {type(logits).__name__}: {ONE_TENSOR}")
         self.states = self._current()
         reset(model)
 
@@ -115,15 +117,11 @@ class _Step(nn.Module):
         return tuple(torch.cat(state, 1) if isinstance(state, tuple) else state for state in states)
 
 
-class _Sequence(nn.Module):
-    """All time steps as a function of their inputs."""
+class _Sequence(nn.Sequential):
+    """All time steps of a network as a function of their inputs."""
 
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        reset(self.model)
-        logits = torch.stack([self.model(frame) for frame in x.unbind()])
-        reset(self.model)
+    def forward(self, input: Tensor) -> Tensor:
+        reset(self)
+        logits = torch.stack([super(_Sequence, self).forward(x) for x in input.unbind()])
+        reset(self)
         return logits

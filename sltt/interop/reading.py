@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sltt.dropout import Dropout
-from sltt.interop.conversion import check_names, describe, has_hooks, one_output, require
+from sltt.interop.conversion import check_names, describe, has_hooks, require
 from sltt.sequence.hooks import own_forward
 from sltt.sequence.state import Stateful, reset
 
+ONE_TENSOR = "torch.cat((a, b), 1) makes one of two heads"
 WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 AVERAGES, ADAPTIVE = (nn.AvgPool1d, nn.AvgPool2d), (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
 MAXIMA = (nn.MaxPool1d, nn.MaxPool2d)
@@ -59,8 +60,10 @@ def read(model: nn.Module, x: Tensor) -> list[Call]:
     reset(model)
     reader = _Reader(model)
     with torch.no_grad():
-        found = one_output(reader.run(x))
+        found = reader.run(x)
         reset(model)
+        if not isinstance(found, Tensor):
+            raise ValueError(f"expected one tensor of logits, got {type(found).__name__}: {ONE_TENSOR}")
         if not torch.allclose(found, model(x), rtol=1e-3, atol=1e-5):
             problem = f"{type(model).__name__} changes a tensor in place, or draws random numbers, unseen in its trace"
             raise ValueError(f"{problem}: write z = z + x for z += x, and nn.Dropout for F.dropout")

@@ -306,7 +306,7 @@ class LI(Neuron):
 
         v[t] = λ v[t−1] + x[t]                     λ = 1 − 1/τ
 
-    With `decay_input`, x[t]/τ replaces x[t]. The logits of the last time step then count all steps.
+    With `decay_input`, x[t]/τ replaces x[t]. SLTT drops the gradient through the leak; BPTT and OTTT keep it.
 
     Args:
         tau: membrane time constant τ in time steps, greater than 1.

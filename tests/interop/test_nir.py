@@ -1,6 +1,7 @@
 """Networks as NIR graphs, and back."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -384,19 +385,43 @@ def assert_equal_spikes(theirs, model, x):
         assert torch.equal(out, spikes)
 
 
-@pytest.mark.filterwarnings("ignore:nirtorch.load is being deprecated:DeprecationWarning")
-@pytest.mark.parametrize("recurrent", [False, True])
-def test_norse_reads_equal_spikes(recurrent):
-    norse = pytest.importorskip("norse.torch")
-    model, x = linear_network(recurrent, v_reset=0.0, decay_input=True)  # Norse takes R = 1, and resets to 0
-    assert_equal_spikes(norse.from_nir(to_nir(model, x[0], dt=DT), dt=DT), model, x)
+# the networks of linear layers and convolutions that other libraries read with equal spikes, in the settings of theirs
+READ = {
+    "LIF": (lambda lif: [nn.Linear(6, 8), lif()], (6,), "norse snntorch"),
+    "IF": (lambda lif: [nn.Linear(6, 8), sltt.IF(v_reset=0.0)], (6,), "norse"),
+    "CubaLIF": (lambda lif: [nn.Linear(6, 8), sltt.CubaLIF(2.0, 3.0, v_reset=0.0)], (6,), "norse snntorch"),
+    "Recurrent": (lambda lif: [sltt.Recurrent(lif(), nn.Linear(6, 6, bias=False))], (6,), "norse"),
+    "Conv1d": (lambda lif: [nn.Conv1d(2, 3, 3), lif()], (2, 6), "snntorch"),
+    "Conv2d": (lambda lif: [nn.Conv2d(2, 3, 3), lif()], (2, 6, 6), "norse snntorch"),
+    "AvgPool2d": (lambda lif: [nn.AvgPool2d(2), nn.Conv2d(2, 4, 2), lif()], (2, 6, 6), "snntorch"),
+    "Flatten": (lambda lif: [nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(64, 5), lif()], (2, 6, 6), ""),
+    "Delay": (lambda lif: [sltt.Delay([2]), nn.Linear(6, 8), lif()], (6,), ""),
+    "LI": (lambda lif: [nn.Linear(6, 8), lif(), sltt.LI(2.0, decay_input=True)], (6,), ""),
+}
 
 
-def test_snntorch_reads_equal_spikes():
-    pytest.importorskip("snntorch")
-    read = pytest.importorskip("snntorch.import_nir").import_from_nir
-    model, x = linear_network(v_reset=0.0)  # snnTorch takes R = tau/dt, with dt = 1e-4, and resets to 0
-    assert_equal_spikes(read(to_nir(model, x[0], dt=1e-4)), model, x)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("library", ["norse", "snntorch"])
+@pytest.mark.parametrize("layer", READ)
+def test_other_libraries_read_the_layers_of_the_table(layer, library):
+    pytest.importorskip(library)
+    layers, shape, expected = READ[layer]
+    model = nn.Sequential(*layers(lambda: sltt.LIF(tau=2.0, v_reset=0.0, decay_input=library == "norse")))
+    x, equal = 4 * torch.randn(9, 3, *shape), False
+    assert layer == "LI" or 0.02 < sltt.unroll(model, x).mean() < 0.9
+    try:
+        graph = to_nir(model, x[0])
+        if library == "norse":
+            theirs = pytest.importorskip("norse.torch").from_nir(graph, dt=1e-4)
+        else:
+            theirs = pytest.importorskip("snntorch.import_nir").import_from_nir(graph)
+        assert_equal_spikes(theirs, model, x)
+        equal = True
+    except (AssertionError, RuntimeError, ValueError, KeyError, TypeError):
+        pass
+    assert equal == (library in expected)
+    row = " | ".join("yes" if one in expected else "no" for one in ("norse", "snntorch"))
+    assert f"| `{layer}` | {row} |" in Path("docs/interop.md").read_text()
 
 
 def test_spikingjelly_reads_equal_spikes():
