@@ -407,7 +407,7 @@ def test_other_libraries_read_the_layers_of_the_table(layer, library):
     pytest.importorskip(library)
     layers, shape, expected = READ[layer]
     model = nn.Sequential(*layers(lambda: sltt.LIF(tau=2.0, v_reset=0.0, decay_input=library == "norse")))
-    x, equal = 4 * torch.randn(9, 3, *shape), False
+    x, equal = 8 * torch.randn(9, 3, *shape), False
     assert layer == "LI" or 0.02 < sltt.unroll(model, x).mean() < 0.9
     try:
         graph = to_nir(model, x[0])
