@@ -161,6 +161,18 @@ def test_every_rule_trains_every_neuron(kinds, rule):
     assert found.count_nonzero() > len(found) / 5
 
 
+@pytest.mark.parametrize("rule", [sltt.BPTT(), sltt.BPTT(fold=4), sltt.OTTT()], ids=repr)
+def test_weights_before_a_readout_have_the_gradient_of_its_equations(rule):
+    model, (x, y) = torch.nn.Sequential(*small_network(), sltt.LI(tau=3.0, decay_input=True)), batch()
+    loss, head = torch.nn.functional.cross_entropy, model[-2]
+    found, _ = gradients(model, rule, x, y, loss)
+    logits = torch.stack(
+        [*leaky_integrator(torch.nn.functional.linear(sltt.unroll(model[:-2], x), *head.parameters()))]
+    )
+    expected = torch.autograd.grad(sum(loss(one, y) for one in logits) / len(x), [*head.parameters()])
+    torch.testing.assert_close(found[-24:], torch.cat([one.flatten() for one in expected]))
+
+
 def test_traces_have_the_decay_of_the_neurons():
     x, y = batch()
     for name in ("ALIF", "IntegerLIF", "TernaryLIF", "ChannelLIF"):
