@@ -192,7 +192,6 @@ def _fire(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: 
 
 
 def _integrate(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int) -> Tensor:
-    op.integers = True
     decay = (op.factors[1].double() * 2**SHIFT).round().clamp(max=2**SHIFT - 1)
     op.factors = [None, decay]
     bounds[op.output] = (bounds[op.inputs[0]] + 1) / (1 - decay.max().item() / 2**SHIFT)

@@ -174,13 +174,13 @@ class Pool(Operation):
 
 @dataclass(eq=False)
 class Sum(Operation):
-    """The sum of the inputs; of integers, each times its factor [C] over 2^14 first, if its unit is another."""
+    """The sum of the inputs, each times its factor [C] if it has one; of integers, in float64, over 2^14."""
 
     factors: list[Tensor | None]
 
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         terms = [
-            x if factor is None else _shift_right(_channels(factor) * x, SHIFT)
+            x if factor is None else _scaled(_channels(factor) * x)
             for x, factor in zip(inputs, self.factors, strict=True)
         ]
         return torch.stack(terms).sum(0)
@@ -192,14 +192,6 @@ class Sum(Operation):
 @dataclass(eq=False)
 class Integrate(Sum):
     """v = x + λ v of a readout: the second input is its output in the step before, and λ its factor."""
-
-    integers: bool = False
-
-    def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
-        if self.integers:
-            return super().run(states, *inputs)
-        x, v = inputs
-        return x + _channels(self.arrays()["factor1"]) * v
 
 
 @dataclass(eq=False)
@@ -347,6 +339,10 @@ class Network:
 
 def _channels(vector: Tensor) -> Tensor:
     return vector.view(-1, 1, 1)
+
+
+def _scaled(x: Tensor) -> Tensor:
+    return _shift_right(x, SHIFT) if x.dtype is torch.float64 else x
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
