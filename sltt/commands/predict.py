@@ -73,7 +73,7 @@ def _read_steps(file: Path) -> Iterator[Tensor]:
 def _describe(prediction: Tensor, trained: Trained, names: Sequence[str]) -> dict[str, Any]:
     """Return the class with its probability, where a sample has one; else the numbers."""
     if trained.classes is None or prediction.ndim > 2:
-        return {"prediction": prediction.squeeze(trained.prediction == "steps").tolist()}
+        return {"prediction": prediction.squeeze(int(trained.prediction == "steps")).tolist()}
     index = int(prediction.argmax(1))
     name = names[index] if len(names) == trained.classes else index
     probability = float(prediction.softmax(1)[0, index])
