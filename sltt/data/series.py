@@ -6,7 +6,7 @@ Shapes: T time steps, C channels.
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -72,9 +72,8 @@ def prepare(train: Samples, test: Samples, delta: float | None) -> tuple[Samples
     return train, test, statistics
 
 
-def standardise(x: Tensor, statistics: dict[str, Tensor] | None, delta: float | None) -> Tensor:
+def standardise(x: Tensor, statistics: Any, delta: float | None) -> Tensor:
     """Standardise a sample [T, C], then code it as spikes."""
-    assert statistics is not None
     x = ((x - statistics["mean"]) / statistics["std"]).float()
     return x if delta is None else Delta(delta)(x, len(x))
 

@@ -21,9 +21,11 @@ def samples(*lengths):
     return [(3 + 2 * torch.randn(length, 2, dtype=torch.float64), i % 2) for i, length in enumerate(lengths)]
 
 
-def test_channels_are_standardised_by_the_training_samples():
-    train, test = samples(5, 8, 6), samples(9)
-    changed, other, _ = prepare(train, test, None)
+def test_channels_are_standardised_by_the_training_samples(tmp_path):
+    train, test, data = samples(5, 8, 6), samples(9), TimeSeries()
+    changed, other, data.statistics = prepare(train, test, None)
+    np.savetxt(tmp_path / "test.csv", test[0][0], delimiter=",")
+    assert torch.equal(data.read(tmp_path / "test.csv", 9), other[0][0])
     values = torch.cat([x for x, _ in changed])
     torch.testing.assert_close(values.mean(0), torch.zeros(2), atol=1e-6, rtol=0)
     torch.testing.assert_close(values.std(0), torch.ones(2))
@@ -120,14 +122,6 @@ def test_a_packed_run_predicts_and_exports_without_its_data(spoken, monkeypatch,
         assert main(["export", run, "--to", "c"]) == 0
         assert "warning: the data is not here" in capsys.readouterr().out
     assert all((spoken / home / "c").is_dir() for home in (".", "run"))
-
-
-def test_measurements_of_a_series_are_standardised_when_they_are_read(tmp_path):
-    data, statistics = TimeSeries(delta=0.5), prepare(samples(5, 8), [], 0.5)[2]
-    data.statistics = statistics
-    np.savetxt(tmp_path / "a.csv", x := samples(9)[0][0], delimiter=",")
-    expected = Delta(0.5)(((x - statistics["mean"]) / statistics["std"]).float(), 9)
-    assert torch.equal(data.read(tmp_path / "a.csv", 9), expected)
 
 
 def test_frames_are_those_by_hand(tmp_path):
