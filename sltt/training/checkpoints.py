@@ -39,6 +39,7 @@ def save_state(loop: "Loop", *names: str) -> None:
     Raises FloatingPointError for weights that are not finite.
     """
     check_weights(loop.learner.model)
+    classes = getattr(loop.settings.dataset, "classes", ())
     content = {
         **loop.learner.state_dict(),
         "rules": [stage.rule.state_dict() for stage in loop.stages],
@@ -51,6 +52,8 @@ def save_state(loop: "Loop", *names: str) -> None:
             "classes": loop.splits.classes,
             "prediction": prediction_of(loop.settings.loss),
         },
+        "names": [*classes] if isinstance(classes, list | tuple) else [],
+        "statistics": loop.splits.statistics,
         "config": loop.config,
     }
     if loop.processes.rank == 0:
@@ -170,7 +173,7 @@ def load_best(run: Path, which: str | None = None) -> tuple[Path, dict[str, Any]
 
     Raises FileNotFoundError where there is none yet, CheckpointError where the best is lost.
     """
-    if run.is_file():
+    if not run.is_dir():
         return run, load_checkpoint(run)
     refuse_links(run)
     names = [BEST, LAST] if which is None else [f"{which}.ckpt"]
@@ -194,9 +197,8 @@ def load_selected(model: nn.Module, run: Path, processes: Processes, which: str 
     load_weights(model, weights, path)
 
 
-def start_from(model: nn.Module, weights: str | None) -> None:
+def start_from(model: nn.Module, weights: str | None, strict: bool) -> None:
     """Load the weights of a run's folder, or of a checkpoint, into the model; None leaves it as it is."""
     if weights is not None:
-        path = Path(weights).expanduser()
-        path, content = load_best(path) if path.is_dir() else (path, load_checkpoint(path))
-        load_weights(model, select_weights(content), path)
+        path, content = load_best(Path(weights).expanduser())
+        load_weights(model, select_weights(content), path, strict)

@@ -1,6 +1,7 @@
 """Metrics and progress of a training."""
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self, TypeVar
@@ -140,6 +141,7 @@ class BatchMemory:
         if size > self._longest and full:
             self._longest, self._left = size, 2
         due = size == self._longest and full and self._left > 0
+        due &= threading.current_thread() is threading.main_thread()  # parallel trials would disturb each other
         return due and counts_peak(self.device) and not is_profiled(self.device)
 
     def measure(self, batch: Callable[[], A]) -> A:
