@@ -1,7 +1,7 @@
 """Sessions train and measure networks: processes are started and Fabric is built once for all of it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader
 
 from sltt.data import Data, Splits
 from sltt.kernels import using
-from sltt.parallel.devices import make_fabric
+from sltt.parallel.devices import copy_stream, make_fabric
 from sltt.parallel.processes import Processes
 from sltt.rules import unroll
 from sltt.sequence.copies import copy_model
-from sltt.sequence.padding import Padded, pad_batch
+from sltt.sequence.padding import Padded, pad_batch, target_of
 from sltt.training.batches import eval_loader
 from sltt.training.console import Console
 from sltt.training.settings import Execution
@@ -68,7 +68,13 @@ class Session:
         """
         if isinstance(y, Padded):
             x, y = pad_batch(x, y, int(*self.processes.highest(len(x))), per_step)
-        x, y = self.fabric.to_device((x, y))
+        stream = copy_stream(self.fabric.device) if x.device.type == "cpu" else None
+        with stream or nullcontext():
+            x, y = self.fabric.to_device((x, y))
+        if stream:  # while the device works on the batch before
+            (now := torch.accelerator.current_stream(self.fabric.device)).wait_stream(stream)
+            for one in (x, target_of(y)):
+                one.record_stream(now)
         if self.settings.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         elif self.settings.channels_last and x.ndim == 5:

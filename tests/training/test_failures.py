@@ -37,11 +37,12 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(spoil, m
             spoil(batch.model.module)
 
     with pytest.raises(FloatingPointError, match=message) as caught:
-        train(tmp_path / "run", rule=noting(after=explode))
+        train(tmp_path / "run", model := network(), rule=noting(after=explode), graph="off")
     assert caught.value.__notes__[0] == "at epoch 2, batch 1 of 4"
     assert "last good checkpoint" in caught.value.__notes__[1]
     saved = weights(tmp_path / "run" / "last.ckpt")
     assert all(v.isfinite().all() for v in saved.values())
+    assert all(p.isfinite().all() for p in model.parameters()) == (spoil is nan_gradient)
 
 
 def test_a_loss_of_other_weights_ends_the_run(tmp_path):
