@@ -9,7 +9,6 @@ import ctypes
 import logging
 import os
 import sys
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -56,12 +55,6 @@ def make_fabric(device: Device = "auto", devices: int | None = None, precision: 
         fabric.launch()
         atexit.register(disband, os.getpid())
     return fabric
-
-
-@lru_cache(maxsize=1)
-def copy_stream(device: torch.device) -> torch.Stream | None:
-    """Return the stream for copies while a device works; None without. Apple's GPU would mix the copies up."""
-    return None if device.type in ("cpu", "mps") else torch.Stream(device)
 
 
 def _import_fabric() -> Any:

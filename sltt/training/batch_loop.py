@@ -11,14 +11,13 @@ from sltt.analysis import FiringRates
 from sltt.data import Splits
 from sltt.losses import is_per_step, keeps_mean, to_score
 from sltt.metrics import collects
-from sltt.parallel.devices import copy_stream
 from sltt.rules import Output
 from sltt.rules.diagnosis import check_reached
 from sltt.sequence.layout import last_fold, spiking_layers
 from sltt.sequence.padding import Padded, target_of
 from sltt.sequence.spikes import observe_spikes
 from sltt.sequence.steps import check_input
-from sltt.training.batches import Ahead, EpochSampler, count_parts, cut, join_outputs, seed_batch, share, whole_epoch
+from sltt.training.batches import EpochSampler, count_parts, cut, join_outputs, seed_batch, share, whole_epoch
 from sltt.training.graphs import make_graphs
 from sltt.training.learner import Learner
 from sltt.training.phases import Stage, freeze_norm, set_rates
@@ -44,7 +43,7 @@ class BatchLoop:
         self._spiking, self._said = spiking_layers(learner.model), list[str]()
         needed = stage.rule.online or learner.scaled or learner.settings.callbacks or collects(learner.settings.metric)
         # numbers of a batch are read while the device works on the next one, where nothing needs them before
-        self._late = copy_stream(learner.session.fabric.device) is not None and not needed
+        self._late = learner.session.copies is not None and not needed
         self._uncounted = list[Callable[[], float]]()  # the last batch, until its numbers are read
 
     def run(self, loader: Any, state: Progress) -> Iterator[float | None]:
@@ -55,10 +54,19 @@ class BatchLoop:
         self.learner.net.train()
         if self.stage.freeze_norm:
             freeze_norm(self.learner.model)
-        ahead = Ahead(self._prepare(whole_epoch(loader)))
+        batches, failure = self._prepare(whole_epoch(loader)), None
         try:
-            for batch in ahead:
-                yield self._train(state, ahead, *batch)
+            batch = next(batches, None)
+            while batch:
+                training, batch = self._train(state, *batch), None
+                next(training)
+                try:  # a GPU has work, and next the host waits for it, or for the batch before
+                    batch = next(batches, None)
+                except Exception as error:
+                    failure = error
+                yield next(training)
+            if failure:
+                raise failure
         finally:
             self.settle()
 
@@ -77,8 +85,8 @@ class BatchLoop:
             real = y.steps / here.processes.sum([y.steps])[0] if isinstance(y, Padded) else 1.0
             yield *here.batch(x, y, self.splits.per_step), real
 
-    def _train(self, state: Progress, ahead: Ahead, x: Tensor, y: Tensor | Padded, real: float) -> float | None:
-        """Train a batch, or this process's share of it; see `_prepare`."""
+    def _train(self, state: Progress, x: Tensor, y: Tensor | Padded, real: float) -> Iterator[float | None]:
+        """Train a batch, or this process's share of it; see `_prepare`. Yields once its gradients are launched."""
         learner, rule, processes = self.learner, self.stage.rule, self.learner.processes
         settings, loss_of, length = learner.settings, learner.loss, self.sampler.length
         place = state.batch + len(self._uncounted)
@@ -90,8 +98,7 @@ class BatchLoop:
         weight, count = share(size, processes.rank, processes.count)
         drawn = seed_batch(settings.seed, state.epoch, place)  # of the rule, in all processes alike
         seed_batch(settings.seed, state.epoch, place, processes.rank)
-        if isinstance(y, Padded):
-            weight = real
+        weight = real if isinstance(y, Padded) else weight
         static, per_step, carried = self.splits.static, is_per_step(loss_of), rule.state_dict()
 
         def reduce_and_update() -> None:
@@ -129,7 +136,7 @@ class BatchLoop:
         if not rule.online:
             processes.reduce_gradients(learner.model.parameters())
             check_reached(learner.model)
-        ahead.fetch()  # a GPU has work, and next the host waits for it, or for the batch before
+        yield None
         self.settle()
         gradients = [p.grad for p in learner.model.parameters() if p.grad is not None]
         numbers, counted = [out.loss, torch.nn.utils.get_total_norm(gradients)], count_scored(loss_of, y, count)
@@ -159,7 +166,7 @@ class BatchLoop:
         if learner.average:
             learner.average.update(learner.model)
         self.fold = self.fold or last_fold(learner.net)  # the last batch may be smaller
-        return loss
+        yield loss
 
     def launches(self) -> list[str]:
         """Say how many time steps share a call of the network, or why none do; and why there is no CUDA graph: once."""

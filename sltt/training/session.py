@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from sltt.data import Data, Splits
 from sltt.kernels import using
-from sltt.parallel.devices import copy_stream, make_fabric
+from sltt.parallel.devices import make_fabric
 from sltt.parallel.processes import Processes
 from sltt.rules import unroll
 from sltt.sequence.copies import copy_model
@@ -31,6 +31,7 @@ class Session:
     settings: Execution
     fabric: "Fabric"
     processes: Processes
+    copies: torch.Stream | None = None  # on which a GPU copies while it works; Apple's would mix the copies up
 
     def splits(self, data: Data, steps: int) -> Splits:
         """Return the splits at T = `steps`, which all processes have to find the same."""
@@ -68,7 +69,7 @@ class Session:
         """
         if isinstance(y, Padded):
             x, y = pad_batch(x, y, int(*self.processes.highest(len(x))), per_step)
-        stream = copy_stream(self.fabric.device) if x.device.type == "cpu" else None
+        stream = self.copies if x.device.type == "cpu" else None
         with stream or nullcontext():
             x, y = self.fabric.to_device((x, y))
         if stream:  # while the device works on the batch before
@@ -127,4 +128,5 @@ def session(settings: Execution) -> Iterator[Session]:
             torch.set_default_device(None)
         before.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
         cudnn.benchmark |= not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
-        yield Session(settings, fabric, Processes(fabric))
+        copies = None if fabric.device.type in ("cpu", "mps") else torch.Stream(fabric.device)
+        yield Session(settings, fabric, Processes(fabric), copies)
