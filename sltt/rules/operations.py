@@ -233,9 +233,9 @@ def watch_samples(run: Run, model: nn.Module, steps: int) -> dict[str, str] | No
 
 def takes_channels_last(run: Run, model: nn.Module) -> bool:
     """Return whether a network takes images with their channels last in memory; some views do not."""
-    if run.layout.has_images:
+    if run.layout.pixels:
         with suppress(Exception):
-            _watch(model, run.sequence.channels_last().input(range(1)))
+            _watch(model, run.sequence.with_channels_last(run.layout.pixels).input(range(1)))
             return True
     return False
 

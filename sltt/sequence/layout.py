@@ -65,7 +65,8 @@ class Layout:
         # no call of the network changes its weights: structure proves it, or a real batch showed it
         self.steady = self.unproved is None
         self.looked = "hooks on" in (self.unproved or "")  # an evaluation looked for that
-        self.has_images = any(isinstance(layer.module, nn.Conv2d) for layer in self.layers.values())
+        convolutions = (m for m in self.layers if isinstance(m, nn.Conv1d | nn.Conv2d))
+        self.pixels = {len(m.stride) for m in convolutions}  # axes beside batch and channels in what they read
         self.channels_last: set[Any] = set()  # the batches whose images may have their channels last, by operations
         # the layers of neurons that alone read a BatchNorm, as operations have shown for such batches
         self.pairs: dict[Any, dict[nn.Module, Layer]] = {}

@@ -63,7 +63,7 @@ class Run:
         self.recompute = False  # the outputs of weight layers are made again in the backward
         self.layout = layout_of(model)
         self.model, self.sequence, self.batch = model, sequence, sequence.batch
-        if self.layout.has_images and self.layout.unproved is None:
+        if self.layout.unproved is None:
             self.take_channels_last()
         self.step = step or Step()
         self.step.run = self
@@ -118,7 +118,7 @@ class Run:
     def take_channels_last(self) -> None:
         """Give images with their channels last in memory, before the run: convolutions on spikes are faster then."""
         if self.sequence.x.is_cpu and self.sequence.x.dtype == torch.float32:
-            self.sequence = self.sequence.channels_last()
+            self.sequence = self.sequence.with_channels_last(self.layout.pixels)
 
     def handle(self) -> None:
         """Install what the step does instead of the forwards of layers."""

@@ -251,7 +251,7 @@ for _kind in (nn.LayerNorm, nn.GroupNorm, _InstanceNorm):
     set_role(_kind, Role("norm", folds=_other_folds))
 for _kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
     set_role(_kind, Role("weight", folds=_other_folds, of=_kind))
-for _kind in (nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d):
+for _kind in (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d):
     set_role(_kind, Role("pool", of=_kind))
 set_role(nn.Sequential, Role("sequence", folds=_other_folds, of=nn.Sequential))
 for _kind in (nn.RNNBase, nn.RNNCellBase):

@@ -13,7 +13,7 @@ from sltt.sequence.hooks import runs_hooks
 from sltt.sequence.layout import Layer
 from sltt.sequence.pairs import run_layers
 from sltt.sequence.spikes import show
-from sltt.sequence.steps import in_backward
+from sltt.sequence.steps import channels_last, in_backward
 
 if TYPE_CHECKING:
     from sltt.sequence.run import Run
@@ -111,7 +111,8 @@ class Step:
         operation = kernels.operation_of(module)
         if operation is None or len(args) != 1 or has_own_operations():
             return layer.plain(*args, **kwargs)
-        x, weight, bias = args[0], layer.role.weight(module), module.bias
+        x = self._signals(args[0]) if operation.axes == 1 else args[0]
+        weight, bias = layer.role.weight(module), module.bias
         # a parametrised weight is computed by now, and once a step
         plain = partial(operation, weight=weight, bias=bias) if "parametrizations" in module._modules else layer.plain
         if not run.recompute and kernels.is_small(operation, x, weight):
@@ -175,6 +176,10 @@ class Step:
         show(neuron.module, y)
         return y
 
+    def _signals(self, x: Any) -> Any:
+        """Return signals [B, C, L] with their channels last in memory, where the run has them: PyTorch loses this."""
+        return channels_last(x) if self.run.sequence.last and isinstance(x, Tensor) and x.ndim == 3 else x
+
     def sequence(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         """Run an `nn.Sequential`, whose pairs of a BatchNorm and neurons are known."""
         return run_layers(layer.module, *args) if len(args) == 1 and not kwargs else layer.plain(*args, **kwargs)
@@ -184,10 +189,10 @@ class Step:
         if not args or has_own_operations():
             return layer.plain(*args, **kwargs)
         x, module = args[0], layer.module
-        if isinstance(module, nn.MaxPool2d):
+        if isinstance(module, nn.MaxPool1d | nn.MaxPool2d):
             found = kernels.max_pool(module, x)
             return layer.plain(*args, **kwargs) if found is None else found
-        y = layer.plain(*args, **kwargs)
+        y = self._signals(layer.plain(*args, **kwargs))
         if torch.is_grad_enabled() and not kernels.others_save():
             spikes = kernels.look(x.detach())
             if spikes or kernels.tag_of(x):

@@ -3,6 +3,7 @@
 Shapes: T time steps, B samples; a call of the network takes n time steps.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,19 +36,20 @@ class Sequence:
         if self.static:
             return self.x if len(steps) == 1 else self._repeat(len(steps))
         x = self.x[steps.start] if len(steps) == 1 else self.x[steps.start : steps.stop].flatten(0, 1)
-        return _channels_last(x) if self.last else x
+        return channels_last(x) if self.last else x
 
-    def channels_last(self) -> "Sequence":
-        """Return the sequence with the channels of its images last in memory; itself if it has no images."""
-        if self.x.ndim != (4 if self.static else 5) or not self.x.numel():
+    def with_channels_last(self, pixels: Container[int]) -> "Sequence":
+        """Return the sequence with its channels last in memory; itself if it has other axes of `pixels`."""
+        if self.x.ndim - (2 if self.static else 3) not in pixels or not self.x.numel():
             return self
-        return replace(self, x=_channels_last(self.x) if self.static else self.x, last=True, _folded={})
+        return replace(self, x=channels_last(self.x) if self.static else self.x, last=True, _folded={})
 
     def _repeat(self, steps: int) -> Tensor:
         """Return x of so many time steps; calls of a sequence share it, unless the network changed it in place."""
         known = self._folded.get(steps)
         if known is None or self.x.requires_grad or known.is_inference() or known._version:
-            known = self._folded[steps] = torch.cat([self.x] * steps)  # which keeps the memory format
+            whole = torch.cat([self.x] * steps)  # which keeps the memory format of images alone
+            known = self._folded[steps] = channels_last(whole) if self.last else whole
         return known
 
     def same_at_each_step(self, x: Tensor, steps: int) -> bool:
@@ -68,11 +70,11 @@ class Sequence:
         return self.x.mean(0) if self.x.is_floating_point() else self.x.mean(0, dtype=torch.get_default_dtype())
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    """Return images [B, C, H, W] channels-last; of one channel, with the strides that say so."""
+def channels_last(x: Tensor) -> Tensor:
+    """Return images or signals [B, C, ...] channels-last; of one channel, with the strides that say so."""
     if x.shape[1] == 1:
-        return x.reshape(len(x), *x.shape[2:], 1).permute(0, 3, 1, 2)
-    return x.contiguous(memory_format=torch.channels_last)
+        return x.reshape(len(x), *x.shape[2:], 1).movedim(-1, 1)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def in_backward() -> bool:

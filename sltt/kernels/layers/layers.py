@@ -18,6 +18,7 @@ from sltt.kernels.layers import costs, sparse
 from sltt.kernels.layers.sparse import Layer
 from sltt.kernels.layers.values import (
     Axes,
+    axes_in,
     convolution_gradients,
     has_fast_gradients,
     plan_of,
@@ -135,6 +136,11 @@ def run_layer(
 
     With `recompute`, it is made again in the backward, instead of being kept.
     """
+    signals = operation.axes == 1 and x.ndim == 3 and x.stride(1) == 1  # with their channels last in memory
+    if signals and (axes := axes_in(operation.settings[:3], 1)):  # are images of one row, whose format PyTorch keeps
+        (stride,), (padding,), (dilation,) = axes
+        images = Operation(F.conv2d, ((1, stride), (0, padding), (1, dilation), operation.settings[3]))
+        return run_layer(images, x.unsqueeze(2), weight.unsqueeze(2), bias, weights, recompute).squeeze(2)
     if others_save():
         return run_on_values(operation, x, weight, bias, weights)  # which saves what PyTorch's layers save
     y: Any

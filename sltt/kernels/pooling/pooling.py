@@ -57,13 +57,15 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
 
 
-def max_pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor | None:
+def max_pool(pool: nn.MaxPool1d | nn.MaxPool2d, x: Tensor) -> Tensor | None:
     """Return the output of a max pooling; None where it does not run natively."""
+    signals = isinstance(pool, nn.MaxPool1d) and x.ndim == 3
+    x = x.unsqueeze(2) if signals else x  # as images of one row
     if (native := _native_form(pool, x)) is None:
         return None
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _MaxPool.apply(x, *native)  # type: ignore[return-value]
-    return _maxima(x, *native, None)
+    trained = torch.is_grad_enabled() and x.requires_grad
+    y: Any = _MaxPool.apply(x, *native) if trained else _maxima(x, *native, None)
+    return y.squeeze(2) if signals else y
 
 
 def running_max(
@@ -88,13 +90,17 @@ def running_max(
 
 def _native_form(pool: Any, x: Tensor) -> tuple[ctypes.CDLL, _Windows] | None:
     """Return the kernels and the windows of a pooling; None where windows do not lie side by side in native images."""
-    if not isinstance(pool, nn.MaxPool2d) or pool.return_indices or pool.ceil_mode or not _is_channels_last(x):
+    axes = 1 if isinstance(pool, nn.MaxPool1d) else 2
+    known = axes == 1 or isinstance(pool, nn.MaxPool2d)
+    if not known or pool.return_indices or pool.ceil_mode or not _is_channels_last(x):
         return None
     settings = pool.kernel_size, pool.stride, pool.padding, pool.dilation
-    size, stride, padding, dilation = ((one, one) if isinstance(one, int) else one for one in settings)
-    if not isinstance(size, tuple) or (size, padding, dilation) != (stride, (0, 0), (1, 1)) or len(size) != 2:
+    size, stride, padding, dilation = ((one,) * axes if isinstance(one, int) else one for one in settings)
+    if not isinstance(size, tuple) or (size, padding, dilation) != (stride, (0,) * axes, (1,) * axes):
         return None
-    (n, channels, h, w), (kh, kw) = x.shape, size
+    if len(size) != axes:
+        return None
+    (n, channels, h, w), (kh, kw) = x.shape, (1, *size)[-2:]
     if not (1 <= kh <= h and 1 <= kw <= w and kh * kw <= _POSITIONS and x.numel()):
         return None
     library = library_for(x.numel())
