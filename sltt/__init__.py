@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # the public names, imported when one is first used: `sltt --
     from sltt import analysis as analysis, callbacks as callbacks, data as data, interop as interop, losses as losses
     from sltt import metrics as metrics, models as models, schedules as schedules, surrogates as surrogates
     from sltt.dropout import Dropout as Dropout
-    from sltt.neurons import ALIF as ALIF, IF as IF, LIF as LIF, PLIF as PLIF, ChannelLIF as ChannelLIF
+    from sltt.neurons import ALIF as ALIF, IF as IF, LI as LI, LIF as LIF, PLIF as PLIF, ChannelLIF as ChannelLIF
     from sltt.neurons import CubaLIF as CubaLIF, Delay as Delay, IntegerLIF as IntegerLIF, Neuron as Neuron
     from sltt.neurons import Recurrent as Recurrent, TernaryLIF as TernaryLIF, lif_step as lif_step
     from sltt.parallel import devices as devices
