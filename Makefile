@@ -9,6 +9,7 @@
 # make gpu    test and measure on a GPU, and fill docs/gpu.md: make gpu DATA=DIR; run again to continue
 # make figures   tables and figures of docs, from the logs in docs/results; fails where a log is of older code
 # make gallery   run the demo and the examples for docs/examples.md, and list the names of docs/api.md
+# make release   all checks, the site and the packages; prints what is left to do by hand
 # make package   build and check the source archive and the wheels, two with kernels; needs g++-aarch64-linux-gnu
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,7 +18,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable
 
-.PHONY: demo test slow soak check docs notebooks package paper gpu figures gallery clean
+.PHONY: demo test slow soak check docs notebooks package paper gpu figures gallery release clean
 
 demo: .venv/installed
 	$(BIN)/sltt compare digits --rules BPTT,SLTT,SLTT:k=1 --epochs 10 --seeds 3 --save runs/demo
@@ -55,6 +56,10 @@ package: .venv/installed-dev
 	SLTT_KERNELS=x86_64 $(BIN)/python -m build --wheel --no-isolation
 	SLTT_KERNELS=aarch64 $(BIN)/python -m build --wheel --no-isolation
 	$(BIN)/twine check --strict dist/*
+
+release: check test slow docs package
+	@echo "by hand: write the date into CHANGELOG.md and commit; git tag v$$($(BIN)/python -c 'import sltt; print(sltt.__version__)');"
+	@echo "git push --tags; $(BIN)/twine upload dist/*"
 
 paper: .venv/installed
 	$(BIN)/python benchmarks/paper.py $(if $(DATA),--data $(DATA))

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the public names, imported when one is first used: `sltt --help` starts without PyTorch
     from sltt import analysis as analysis, callbacks as callbacks, data as data, interop as interop, losses as losses
     from sltt import metrics as metrics, models as models, schedules as schedules, surrogates as surrogates
-    from sltt.neurons.dropout import Dropout as Dropout
-    from sltt.neurons import ALIF as ALIF, IF as IF, LIF as LIF, PLIF as PLIF, ChannelLIF as ChannelLIF
+    from sltt.neurons import ALIF as ALIF, IF as IF, LI as LI, LIF as LIF, PLIF as PLIF, ChannelLIF as ChannelLIF
     from sltt.neurons import CubaLIF as CubaLIF, Delay as Delay, IntegerLIF as IntegerLIF, Neuron as Neuron
     from sltt.neurons import Recurrent as Recurrent, TernaryLIF as TernaryLIF, lif_step as lif_step
+    from sltt.neurons.dropout import Dropout as Dropout
     from sltt.parallel import devices as devices
     from sltt.neurons.pooling import RunningMax as RunningMax
     from sltt.rules import BPTT as BPTT, OTTT as OTTT, SLTT as SLTT, TBPTT as TBPTT, Mixed as Mixed, Output as Output

@@ -52,7 +52,7 @@ class CrossEntropyMSE(Loss):
         self.label_smoothing = number("label_smoothing", label_smoothing, least=0, below=1)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Logits o [B, C] and class indices y [B] to a scalar.
+        """Logits o [B, C, ...] and class indices y [B, ...], such as one for each pixel, to a scalar.
 
         Raises ValueError for labels outside 0 … C − 1, on the CPU; on other devices, where looking at the labels
         would wait for the device at every step, PyTorch's own assertion fires.
@@ -61,7 +61,11 @@ class CrossEntropyMSE(Loss):
         loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
         if self.alpha == 0:
             return loss
-        goal = F.one_hot(target, logits.shape[1]).to(logits.dtype) if self.one_hot else torch.ones_like(logits)
+        goal = (
+            F.one_hot(target, logits.shape[1]).movedim(-1, 1).to(logits.dtype)
+            if self.one_hot
+            else torch.ones_like(logits)
+        )
         return (1 - self.alpha) * loss + self.alpha * F.mse_loss(logits, goal)
 
     def extra_repr(self) -> str:
@@ -267,7 +271,8 @@ def to_score(loss: Any, logits: Tensor, target: Any) -> tuple[Tensor, Any]:
     lengths, y = lengths_of(target), target_of(target)
     prediction = predict_from(prediction_of(loss), logits, lengths)
     if lengths is None or not is_per_step(loss):
-        return prediction, y
+        steps_are_samples = is_per_step(loss) and prediction.ndim > y.ndim  # each has a class
+        return (prediction.flatten(0, 1), y.flatten(0, 1)) if steps_are_samples else (prediction, y)
     real = real_steps(lengths, len(logits), logits)
     return prediction[real], y[real]
 
@@ -322,7 +327,7 @@ def is_mean(loss: Any) -> bool:
 def _check_labels(logits: Tensor, target: Tensor) -> None:
     instance("logits", logits, Tensor)
     instance("target", target, Tensor)
-    if logits.ndim != 2 or target.shape != logits.shape[:1]:
+    if logits.ndim < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
         remedy = "end the model with nn.Flatten() and a linear layer"
         if logits.ndim == 2:
             remedy = "labels are class indices, one a sample: y.squeeze(1) of [B, 1], y.argmax(1) of one-hot labels"

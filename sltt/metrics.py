@@ -32,18 +32,19 @@ class Metric(ABC):
         """Return the mean over the samples of a batch.
 
         Args:
-            prediction: mean logits [B, C], or what the loss predicts by: of each step [T, B, C], say.
+            prediction: mean logits [B, C, ...], or what the loss predicts by: of each step [T, B, ...], say. Where each
+                step has a class, all steps are samples: [T·B, C, ...].
             target: as the data has it.
         """
 
 
 class Accuracy(Metric):
-    """The share of samples, or of time steps, whose largest logit is that of the class."""
+    """The share of samples, of time steps or of pixels, whose largest logit is that of the class."""
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Logits [..., C] and class indices [...]."""
+        """Logits [B, C, ...] and class indices [B, ...]."""
         _check_classes(self, target, prediction)
-        return _mean(prediction.argmax(-1) == target, prediction)
+        return _mean(prediction.argmax(1) == target, prediction)
 
 
 class MultiLabelAccuracy(Metric):
@@ -98,14 +99,14 @@ class ConfusionMatrix:
         self.counts: Tensor | None = None
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Add logits [..., C] and class indices [...]."""
+        """Add logits [B, C, ...] and class indices [B, ...]."""
         _check_classes(self, target, prediction)
-        classes = prediction.shape[-1]
+        classes = prediction.shape[1]
         if not ((target >= 0) & (target < classes)).all():
             raise ValueError(f"expected class indices in 0 … {classes - 1}, got {target.min()} … {target.max()}")
         if prediction.isnan().any():
             raise ValueError("expected predictions that are numbers, got NaN: look for NaN in the weights")
-        pairs = (target * classes + prediction.argmax(-1)).flatten()
+        pairs = (target * classes + prediction.argmax(1)).flatten()
         found = pairs.bincount(minlength=classes**2).view(classes, classes)
         self.counts = found if self.counts is None else self.counts + found
 
@@ -123,8 +124,9 @@ def _mean(values: Tensor, prediction: Tensor) -> Tensor:
 
 
 def _check_classes(metric: Any, target: Tensor, prediction: Tensor) -> None:
-    """Raise ValueError for what is no class index for each prediction [..., C]."""
-    _check_shape(metric, target, instance("prediction", prediction, Tensor).shape[:-1])
+    """Raise ValueError for what is no class index for each prediction [B, C, ...]."""
+    shape = instance("prediction", prediction, Tensor).shape
+    _check_shape(metric, target, shape[:1] + shape[2:])
     if target.is_floating_point():
         raise ValueError(f"{type(metric).__name__} takes class indices, got {target.dtype}: give target.long()")
 

@@ -17,6 +17,7 @@ from sltt.kernels.neuron import triton_step
 from sltt.kernels.spikes.bits import pack, unpack
 from sltt.rules import segments
 from sltt.training import graphs
+from sltt.training.batch_loop import BatchLoop
 from sltt.training.console import Console
 from tests.conftest import LOSS, RULES, SURROGATES, batch, small_network
 from tests.kernels.steps import CONSTANTS, SIZES, both
@@ -190,6 +191,20 @@ def test_saving_spikes_as_bits_does_not_wait_and_changes_nothing(rule):
     with kernels.using(sparse="off"):
         x, y = torch.randn(8, 1, 8, 8).double(), torch.randint(10, (8,))
         compare(rule, lambda: sltt.models.DigitsNet(width=64).double(), x, y, steps=2)
+
+
+@pytest.mark.parametrize("more", [{"graph": "off"}, {"clip_norm": 1.0, "ema": 0.9}, {"accumulate": 2}], ids=str)
+def test_a_batch_of_a_training_waits_for_nothing_and_the_next_one_is_copied_beside(more, tmp_path, monkeypatch):
+    plain, copies = BatchLoop.run, LIBRARY.copies if STANDIN else lambda: {1}
+
+    def run(self, loader, state):
+        copies()
+        with no_waits() if state.epoch else contextlib.nullcontext():
+            yield from plain(self, loader, state)
+        assert {*copies()} == {1}
+
+    monkeypatch.setattr(BatchLoop, "run", run)
+    train_blobs(tmp_path / "run", images(), Images(), batch_size=10, epochs=2, device="cuda", **more)
 
 
 def test_on_cuda_a_damaged_input_gives_a_loss_that_is_nan():

@@ -28,7 +28,7 @@ MEASURES = [
 
 
 PAGES = ["interop", "quickstart", "own-network", "own-neuron", "own-data", "own-task", "own-loop", "own-rule", "rules"]
-PAGES += ["streams", "to-a-microcontroller"]
+PAGES += ["streams", "to-a-microcontroller", "pretrained", "share"]
 
 
 @pytest.mark.slow
@@ -38,8 +38,8 @@ def test_the_code_of_a_page_runs_as_written(name, tmp_path, monkeypatch, capsys)
     if name == "interop":
         for library in ("snntorch", "nir", "onnxruntime", "onnxscript"):
             pytest.importorskip(library, reason="the page is on other libraries")
-    if name == "own-loop":
-        pytest.importorskip("optuna", reason="a search on the page is Optuna's")
+    if package := {"own-loop": "optuna", "share": "huggingface_hub"}.get(name):
+        pytest.importorskip(package, reason="the page is on it")
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{name}.md").read_text(), re.DOTALL)
     code = "\n".join(blocks).replace("n_trials=20", "n_trials=2")
     exec(compile(code, f"{name}.md", "exec"), {"__name__": name})

@@ -18,6 +18,8 @@ def test_loss_equals_its_formula(alpha, one_hot):
     mse = ((LOGITS - torch.tensor(goal)) ** 2).sum() / 6
     expected = (1 - alpha) * cross_entropy + alpha * mse
     torch.testing.assert_close(CrossEntropyMSE(alpha, one_hot)(LOGITS, LABELS), expected)
+    pixels = LOGITS.T[None, :, None], LABELS[None, None]  # one image of 1×2
+    torch.testing.assert_close(CrossEntropyMSE(alpha, one_hot)(*pixels), expected)
 
 
 def test_label_smoothing_is_that_of_the_cross_entropy():

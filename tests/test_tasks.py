@@ -269,6 +269,22 @@ def test_a_class_at_each_step(tmp_path):
         fitted(tmp_path, classes, PerStep(CE), sltt.metrics.Accuracy())
 
 
+@pytest.mark.parametrize("per_step", [False, True])
+def test_a_class_for_each_pixel(tmp_path, per_step):
+    masks = torch.rand(40, 6, 1, 4, 4) > 0.5
+    samples = [(x.float(), x[:, 0].long() if per_step else x[0, 0].long()) for x in masks]
+    data = from_datasets(samples, 0.2, samples[:8], static=False, per_step=per_step, classes=2)
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), sltt.LIF(), nn.Conv2d(4, 2, 1))
+    loss = PerStep(sltt.losses.CrossEntropyMSE()) if per_step else sltt.losses.CrossEntropyMSE()
+    result = sltt.fit(model, data, loss=loss, steps=6, epochs=1, batch_size=8, device="cpu", run=tmp_path / "run")
+    x, y = torch.stack([x for x, _ in samples[:8]], 1), torch.stack([y for _, y in samples[:8]], int(per_step))
+    right = sltt.predict(sltt.load(result.run, model), x).argmax(1 + per_step) == y
+    matrix = sltt.metrics.ConfusionMatrix()
+    found = sltt.evaluate(model, data, loss=loss, metric=[sltt.metrics.Accuracy(), matrix], steps=6, device="cpu")
+    assert found.score == pytest.approx(float(right.double().mean()))
+    assert found.scores["confusion_matrix"].trace() == right.sum()
+
+
 def test_a_loss_of_the_last_step_predicts_by_it(tmp_path):
     data = from_datasets([(x, int(x.mean() > 0.5)) for x in torch.rand(40, 6, 4)], static=False)
     model, result = fitted(tmp_path, data, OfLast(CE), sltt.metrics.Accuracy(), rule=sltt.BPTT())

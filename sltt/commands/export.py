@@ -12,6 +12,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sltt.analysis import measure_energy
@@ -23,6 +24,7 @@ from sltt.rules import unroll
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.padding import lengths_of, target_of
 from sltt.training.console import Console
+from sltt.training.settings import Settings
 
 MEASURED = 1000  # samples that an accuracy is measured on, at most
 CORTEX = [
@@ -84,12 +86,12 @@ def options() -> CommandOptions:
 def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
     known, run = options().parse_args(words), Path(folder)
-    built, *_ = load_run("sltt export", folder, known.code)
-    splits = built.dataset.splits(built.steps)
+    built, _, content = load_run("sltt export", folder, known.code)
+    report = Console()
+    splits = _splits(built, content, report)
     x = splits.collate([(splits.test or splits.train)[0]])[0]
     frame = x if splits.static else x[0]
-    out = known.out or run / {"nir": "graph.nir", "onnx": "step.onnx", "c": "c"}[known.to]
-    report = Console()
+    out = known.out or (run if run.is_dir() else Path()) / {"nir": "graph.nir", "onnx": "step.onnx", "c": "c"}[known.to]
     if known.to == "c":
         name = _default_name(run) if known.name is None else known.name
         limits = {"weights": known.weights, "ram": known.ram, "flash": known.flash}
@@ -110,6 +112,19 @@ def run(words: Sequence[str]) -> None:
             report.line(f"written to {out}: one time step, with the states {', '.join(first)}")
     except ModuleNotFoundError as error:
         raise RuntimeError(f"the export needs {error.name}: pip install 'sltt[interop]'") from error
+
+
+def _splits(built: Settings, content: dict[str, Any], report: Console) -> Splits:
+    """Return the data of a run; where it is not here, the one sample that the run keeps."""
+    try:
+        return built.dataset.splits(built.steps)
+    except FileNotFoundError:
+        if not (sample := content.get("sample")):
+            raise
+    report.warn("the data is not here: what is measured, and scales of int8, are of the one sample in the run")
+    task, y = content["task"], sample.get("label")
+    data: Any = [(sample["x"][0] if task["static"] else sample["x"], torch.tensor(0) if y is None else y)]
+    return Splits(data, None, None, task["static"], None if y is None else task["classes"], "")
 
 
 def _bytes(text: str) -> int:

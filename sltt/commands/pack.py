@@ -1,4 +1,4 @@
-"""Write a trained network into one file, with its settings and the names of its classes, to use in place of a run."""
+"""Write a trained network into one file, with all that a prediction needs, to use in place of a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from sltt.training.console import Console
 
 def options() -> CommandOptions:
     parser = CommandOptions("sltt pack RUN", __doc__)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a new file; default: RUN.sltt")
     parser.add_checkpoint()
     parser.add_code()
     return parser
@@ -19,9 +20,10 @@ def options() -> CommandOptions:
 def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
     known = options().parse_args(words)
-    built, _, content = load_run("sltt pack", folder, known.code, known.checkpoint)
-    out = Path(f"{folder.rstrip('/')}.sltt")
-    kept = {name: content[name] for name in ("task", "config", "progress")}
-    names = [*getattr(built.data, "classes", ())]
-    save_checkpoint(out, {**kept, "model": select_weights(content), "names": names})
+    _, _, content = load_run("sltt pack", folder, known.code, known.checkpoint)
+    out = known.out or Path(f"{folder.rstrip('/')}.sltt")
+    if out.exists():
+        raise FileExistsError(f"{out} exists, and may be of another run: remove it, or name another file by --out")
+    kept = {name: content.get(name) for name in ("task", "config", "progress", "names", "statistics", "sample")}
+    save_checkpoint(out, {**kept, "model": select_weights(content)})
     Console().line(f"{out}, {out.stat().st_size / 1e6:.3g} MB")

@@ -13,6 +13,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, NoReturn
 
+import numpy as np
+import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
@@ -21,6 +23,7 @@ from sltt.commands.failures import UsageError
 from sltt.commands.fit_parser import make_parser
 from sltt.commands.hints import explain, fit_arguments, suggest
 from sltt.commands.rule_texts import rule_options, rules
+from sltt.models.shipped import SHIPPED
 from sltt.parallel.devices import count_started
 from sltt.training.average import select_weights
 from sltt.training.batches import seed_everything
@@ -28,6 +31,7 @@ from sltt.training.checkpoints import load_best, load_weights, start_from
 from sltt.training.files import CONFIG
 from sltt.training.named import check_named
 from sltt.training.runs import MADE_IN, is_run, load_call, read_config
+from sltt.training.sample import SAMPLE
 from sltt.training.settings import Settings, names_of
 
 LISTS = "phases", "callbacks", "loggers"
@@ -133,7 +137,8 @@ def take_code(folder: Path) -> None:
 
 
 def run_folder(name: str | Path) -> Path:
-    """Return the folder or the file of a run; raise UsageError where it is none."""
+    """Return the folder or the file of a run, or of a network of the package; raise UsageError where it is none."""
+    name = name if Path(name).exists() else SHIPPED.get(str(name), name)
     if not (is_run(Path(name)) or Path(name).is_file()):
         raise UsageError(f"{name} is not the folder of a run, as a training prints it: it has no {CONFIG}")
     return Path(name)
@@ -177,6 +182,10 @@ def load_run(
     path, content = load_best(run, which)
     built = build_run(command, run, [*words, *ANY_PROCESSES], code, content, names_of(Settings, "watchers"))
     load_weights(built.model, select_weights(content), path)
+    built.dataset.statistics = content["statistics"]
+    if (sample := run / SAMPLE).exists():
+        with np.load(sample) as arrays:
+            content["sample"] = {name: torch.from_numpy(arrays[name]) for name in arrays.files if "." not in name}
     return built, path, content
 
 
@@ -200,7 +209,7 @@ class Recipe:
         built = build(self._parser, self._parse(more, rule))
         if (built.devices or 1) > 1 or count_started() != (1, 1):
             raise UsageError(f"{self._parser.prog} runs in one process: start one, without --devices")
-        start_from(built.model, built.weights)
+        start_from(built.model, built.weights, built.strict)
         return built
 
     def resolve(self, *more: str, rule: str | None = None) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def run(words: Sequence[str]) -> None:
     known = options().parse_args(words)
     built, _, content = load_run("sltt predict", folder, known.code, known.checkpoint)
     built.model.trained = trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
-    names = list(getattr(built.data, "classes", ())) or content.get("names", [])
+    names = content["names"]
     if known.stream:
         if trained.static or len(known.files) > 1:
             raise UsageError("--stream takes one file, for a run that was trained on sequences")
@@ -72,8 +72,8 @@ def _read_steps(file: Path) -> Iterator[Tensor]:
 
 def _describe(prediction: Tensor, trained: Trained, names: Sequence[str]) -> dict[str, Any]:
     """Return the class with its probability, where a sample has one; else the numbers."""
-    if trained.classes is None or trained.prediction == "steps":
-        return {"prediction": prediction.squeeze(-2).tolist()}
+    if trained.classes is None or prediction.ndim > 2:
+        return {"prediction": prediction.squeeze(int(trained.prediction == "steps")).tolist()}
     index = int(prediction.argmax(1))
     name = names[index] if len(names) == trained.classes else index
     probability = float(prediction.softmax(1)[0, index])

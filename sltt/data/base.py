@@ -34,6 +34,7 @@ class Splits:
         lengths: time steps of each training sample: a batch has samples of similar length. None: any samples.
         pad: sequences are padded to the longest of a batch, whose targets are `sltt.Padded`.
         collates: functions of the user's that make batches, by the names of the splits; None stacks samples.
+        statistics: of the training samples, by which `Data.read` standardises another. Checkpoints keep them.
     """
 
     train: Dataset[Any]
@@ -47,6 +48,7 @@ class Splits:
     lengths: Sequence[int] | None = None
     pad: bool = False
     collates: Mapping[str, Collate] | None = None
+    statistics: dict[str, Tensor] | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -119,6 +121,8 @@ class Data(ABC):
         validation: share of the training samples held out to select the best epoch, in [0, 1); 0 trains on everything,
             and then the last epoch counts.
     """
+
+    statistics: dict[str, Tensor] | None = None  # of the splits that a run was trained on, once it is loaded
 
     def __init__(self, validation: float = 0.1):
         self.validation = number("validation", validation, least=0, below=1)

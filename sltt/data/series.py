@@ -4,8 +4,11 @@ Shapes: T time steps, C channels.
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,21 +51,31 @@ class TimeSeries(Data):
         return self.name
 
     def load(self, steps: int) -> Splits:
-        train, test = prepare(_read(self.name, "train"), _read(self.name, "test"), self.delta)
+        train, test, statistics = prepare(_read(self.name, "train"), _read(self.name, "test"), self.delta)
         pad = len({len(x) for x, _ in [*train, *test]}) > 1
-        return from_datasets(train, self.validation, test, static=False, pad=pad).splits(steps)
+        splits = from_datasets(train, self.validation, test, static=False, pad=pad).splits(steps)
+        return replace(splits, statistics=statistics)
+
+    def read(self, path: Path, steps: int) -> Tensor:
+        """Read a sample; `.csv` has a line of measurements for each time step, to be standardised."""
+        if path.suffix != ".csv":
+            return super().read(path, steps)
+        x = torch.from_numpy(np.loadtxt(path, delimiter=",", ndmin=2))
+        return standardise(x, self.statistics or self.splits(steps).statistics, self.delta)
 
 
-def prepare(train: Samples, test: Samples, delta: float | None) -> tuple[Samples, Samples]:
-    """Standardise samples [T, C] by the mean and standard deviation of `train`, then code them as spikes."""
+def prepare(train: Samples, test: Samples, delta: float | None) -> tuple[Samples, Samples, dict[str, Tensor]]:
+    """Standardise samples [T, C] by the mean and standard deviation of `train`, and return these too."""
     values = torch.cat([x for x, _ in train])
-    mean, std = values.mean(0), values.std(0)
+    statistics = {"mean": values.mean(0), "std": values.std(0)}
+    train, test = ([(standardise(x, statistics, delta), y) for x, y in part] for part in (train, test))
+    return train, test, statistics
 
-    def change(x: Tensor) -> Tensor:
-        x = ((x - mean) / std).float()
-        return x if delta is None else Delta(delta)(x, len(x))
 
-    return [(change(x), y) for x, y in train], [(change(x), y) for x, y in test]
+def standardise(x: Tensor, statistics: Any, delta: float | None) -> Tensor:
+    """Standardise a sample [T, C], then code it as spikes."""
+    x = ((x - statistics["mean"]) / statistics["std"]).float()
+    return x if delta is None else Delta(delta)(x, len(x))
 
 
 def _read(name: str, split: str) -> Samples:

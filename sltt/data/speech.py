@@ -6,6 +6,7 @@ Shapes: T frames, of 10 ms, C bands.
 import math
 import re
 import wave
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from sltt.checks import folder, instance, number, whole_number
 from sltt.data.base import Data, Splits
 from sltt.data.own import from_datasets
 from sltt.data.recordings import RecordingError
-from sltt.data.series import prepare
+from sltt.data.series import prepare, standardise
 
 RATE, HOP, WINDOW, FFT = 8000, 80, 200, 256  # samples: of a second, from frame to frame, of a frame, of its spectrum
 URL = "https://github.com/Jakobovski/free-spoken-digit-dataset"
@@ -70,8 +71,16 @@ class SpokenDigits(Data):
         for path, digit, speaker, index in found:
             tested = int(index) < 5 if self.speaker is None else speaker == self.speaker
             splits[tested].append((log_mel(read_wav(path), bank)[:steps], int(digit)))
-        train, test = prepare(*splits, self.delta)
-        return from_datasets(train, self.validation, test or None, static=False, classes=10, pad=True).splits(steps)
+        train, test, statistics = prepare(*splits, self.delta)
+        data = from_datasets(train, self.validation, test or None, static=False, classes=10, pad=True)
+        return replace(data.splits(steps), statistics=statistics)
+
+    def read(self, path: Path, steps: int) -> Tensor:
+        """Read a recording `.wav` as the frames of a sample."""
+        if path.suffix != ".wav":
+            return super().read(path, steps)
+        frames = log_mel(read_wav(path), mel_bank(self.bands))[:steps]
+        return standardise(frames, self.statistics or self.splits(steps).statistics, self.delta)
 
 
 def read_wav(path: Path) -> Tensor:
@@ -84,7 +93,7 @@ def read_wav(path: Path) -> Tensor:
         raise RecordingError(f"{path}: not a wav file ({error}); get it again from {URL}") from error
     if got[:3] != (1, 16, RATE) or len(data) != 2 * got[-1] or got[-1] < FFT:
         expected = f"1 channel of 16 bits at {RATE} Hz, {FFT} samples or more, all of them in the file"
-        raise RecordingError(f"{path}: expected {expected}, got {list(got)}; get it again from {URL}")
+        raise RecordingError(f"{path}: expected {expected}, got {list(got)}; convert it, or get it again from {URL}")
     return torch.frombuffer(bytearray(data), dtype=torch.int16) / 2.0**15
 
 

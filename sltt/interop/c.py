@@ -60,10 +60,11 @@ def to_c(
 
     The C has no dependency but <stdint.h> and <string.h>, allocates nothing, and computes layers that read spikes on
     active inputs alone. The network runs in evaluation mode. [Layers](to-a-microcontroller.md#layers) are convolutions,
-    linear layers, BatchNorm, pooling, sums, delays, `LIF`, `IF`, `PLIF`, `ChannelLIF`, `CubaLIF`, `ALIF`, `Recurrent`.
+    linear layers, BatchNorm, pooling, sums, `torch.cat`, delays, `LIF`, `IF`, `PLIF`, `ChannelLIF`, `CubaLIF`, `ALIF`,
+    `LI`, `Recurrent`.
 
     Args:
-        model: maps one time step [B, ...] to logits [B, classes].
+        model: maps one time step [B, ...] to logits [B, classes], or [B, classes, H, W] of the pixels of an image.
         example: a sequence [T, B, ...]; or, with `steps`, a static input [B, ...]. 4 of the samples become the test.
         folder: to make for the files.
         name: what the names of files, functions and types begin with.
@@ -161,9 +162,9 @@ def pixels_first(network: Network, x: Tensor) -> Tensor:
 
 
 def _test(program: Program, x: Tensor, expected: Tensor) -> str:
-    """Return NAME_test.c: the inputs [T or 1, B, ...] and the logits [T, B, classes] that they must give."""
+    """Return NAME_test.c: the inputs [T or 1, B, ...] and the logits [T, B, classes, ...] that they must give."""
     network, name, N = program.network, program.name, program.name.upper()
-    inputs, logits = pixels_first(network, x), expected.transpose(0, 1)
+    inputs, logits = pixels_first(network, x), expected.transpose(0, 1).movedim(2, -1)
     samples = len(inputs)
     at_reset, at_step = f", inputs + sample * {N}_INPUTS", f", inputs + (sample * {N}_STEPS + t) * {N}_INPUTS"
     at_reset, at_step = (at_reset, "") if network.once else ("", at_step)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sltt.interop.c_network import PEAK, Affine, Fire, Keep, Network, Operation, Pool, Spread, Sum, Taps, Value, Weights
+from sltt.interop.c_network import PEAK, Affine, Fire, Keep, Network, Operation, Sum, Value, Weights
 
 
 @dataclass
@@ -34,7 +34,7 @@ def kind_of(network: Network, value: Value) -> str:
     makers = [op for op in network.operations if op.output is value]
     if any(isinstance(op, Keep) for op in makers):
         return "small" if network.input in makers[0].inputs else "kept" if network.bounds[value] <= PEAK else "values"
-    counts = all(isinstance(op, Pool | Spread | Taps) for op in makers) and network.bounds.get(value, 128) <= 127
+    counts = all(op.counts for op in makers) and network.bounds.get(value, 128) <= 127
     return "small" if counts and value is not network.output else "values"
 
 
@@ -54,12 +54,13 @@ def plan(network: Network, fused: dict[Operation, Weights]) -> tuple[list[Buffer
         value, kind = op.output, kind_of(network, op.output)
         kept = isinstance(op, Keep) or any(value in one.inputs for one in operations[: i + 1])  # read in the next step
         until = float("inf") if kept else last.get(value, i)
-        if value is network.output and not (isinstance(op, Weights) and padded(network, op) > value.size):
+        wider = isinstance(op, Weights) and padded(network, op) > value.shape[0]
+        if value is network.output and not (kept or wider):
             continue
         size = -(-value.size // 32) if value.spikes else value.shape[0] if op in fused.values() else value.size
         size += padded(network, op) - value.shape[0] if isinstance(op, Weights) else 0
         free = [b for b in buffers if b.until < i and b.kind == kind and not kept]
-        if isinstance(op, Affine | Sum):  # in place of an input that nobody reads any more
+        if isinstance(op, Affine | Sum) and not kept:  # in place of an input that nobody reads any more
             ours = [places[x] for x in op.inputs if x in places and places[x].until == i and places[x].kind == kind]
             free = ours or free
         if free:

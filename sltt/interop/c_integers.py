@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt.interop.c_network import LIMIT, PEAK, SHIFT, Affine, Fire, Network, Operation, Pool, Sum, Taps, Value, Weights
+from sltt.interop import c_network
+from sltt.interop.c_network import LIMIT, PEAK, SHIFT, Affine, Fire, Join, Network, Operation, Pool, Sum, Value, Weights
 
 _FINE = 2**22  # a bias or a shift has no more units than this
 _GAIN = 64  # units of an input or a spike behind which there are no weights
@@ -56,12 +57,11 @@ def _in_integers(network: Network, x: Tensor, gain: int) -> Network:
         elif isinstance(op, Pool) and op.output in thresholds:
             thresholds[op.inputs[0]] = thresholds[op.output] / op.factor
 
-    def add(op: Operation) -> None:
-        (x, *_) = op.inputs
+    def add(op: Operation, gain: int = 1) -> None:
         last = network.steps if op.output is made.output else 0
         threshold = thresholds.get(op.output)
         rule = _RULES.get(type(op), _keep)
-        rule = partial(_affine, gain=gain if x in whole else 1) if isinstance(op, Affine) else rule
+        rule = partial(_affine, gain=gain) if isinstance(op, Affine) else rule
         if not isinstance(op, Affine | Weights) and whole.issuperset(op.inputs):
             whole.add(op.output)
         units[op.output] = rule(op, units, bounds, threshold, last)
@@ -70,6 +70,7 @@ def _in_integers(network: Network, x: Tensor, gain: int) -> Network:
             raise ValueError(f"{op.name} would leave 32 bits, with sums of up to {reach}: use weights='float32'")
         made.operations.append(op)
 
+    joined = {op.output for op in network.operations if isinstance(op, Join) and not op.output.spikes}
     for op in map(copy.copy, network.operations):
         for value in op.inputs:
             if value.spikes:
@@ -77,12 +78,25 @@ def _in_integers(network: Network, x: Tensor, gain: int) -> Network:
                 whole.add(value)
         for name, tensor in op.arrays().items():
             setattr(op, name, tensor.double())
-        if isinstance(op, Fire) and gain > 1 and op.inputs[0] in whole:
-            one = torch.ones_like(units[op.inputs[0]])
-            finer = Affine(f"input of {op.name}", op.inputs, Value(op.output.shape), one, 0 * one)
-            op.inputs, thresholds[finer.output] = [finer.output], op.threshold
-            add(finer)
-        add(op)
+        op.inputs = [*op.inputs]
+        name, joins = f"input of {op.name}", op.output in joined
+        least = min(units[value].median() for value in op.inputs) if joins and gain > 1 else None
+        whole |= {op.output} if joins and whole.intersection(op.inputs) else set()
+        for i, value in enumerate([*op.inputs]):
+            threshold, times = getattr(op, "threshold", None), 1
+            if least is not None:  # weights behind it have one scale for all parts
+                times = int((units[value].median() / least).round())
+            elif value in whole and isinstance(op, Fire | c_network.Integrate):
+                times = gain
+            if times > 1:
+                one, op.inputs[i] = torch.ones_like(units[value]), Value(value.shape)
+                thresholds |= {} if threshold is None or value in joined else {op.inputs[i]: threshold}
+                add(Affine(name, [value], op.inputs[i], one, 0 * one), times)
+            if threshold is not None and value in joined:  # its channels have units of their own
+                before, op.inputs[i] = op.inputs[i], Value(value.shape)
+                thresholds[op.inputs[i]] = threshold
+                add(Sum(name, [before], op.inputs[i], [None]))
+        add(op, gain if op.inputs[0] in whole else 1)
     unit, reach = units[made.output], bounds[made.output]
     if unit.ne(unit[0]).any() or reach * network.steps >= 2**31:  # logits are compared with each other, and summed
         last = Sum("logits", [made.output], Value(made.output.shape), [None])
@@ -94,7 +108,13 @@ def _in_integers(network: Network, x: Tensor, gain: int) -> Network:
 
 def _keep(op: Operation, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int) -> Tensor:
     bounds[op.output] = bounds[op.inputs[0]]
-    return units[op.inputs[0]].repeat(len(op.taps) if isinstance(op, Taps) else 1)
+    return units[op.inputs[0]].repeat(op.output.shape[0] // op.inputs[0].shape[0])
+
+
+def _join(op: Join, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int) -> Tensor:
+    bounds[op.output] = max(bounds[x] for x in op.inputs)
+    flat = op.output.shape[1:] == (1, 1)
+    return torch.cat([units[x].repeat_interleave(x.size // x.shape[0] if flat else 1) for x in op.inputs])
 
 
 def _shift(threshold: Tensor) -> int:
@@ -171,4 +191,11 @@ def _fire(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: 
     return torch.ones_like(unit)
 
 
-_RULES = {Weights: _weights, Pool: _pool, Sum: _sum, Fire: _fire}
+def _integrate(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int) -> Tensor:
+    decay = (op.factors[1].double() * 2**SHIFT).round().clamp(max=2**SHIFT - 1)
+    op.factors = [None, decay]
+    bounds[op.output] = (bounds[op.inputs[0]] + 1) / (1 - decay.max().item() / 2**SHIFT)
+    return units[op.inputs[0]]
+
+
+_RULES = {Weights: _weights, Pool: _pool, Sum: _sum, Fire: _fire, c_network.Integrate: _integrate, Join: _join}

@@ -237,7 +237,7 @@ static void pool$(const pool_layer *l, const uint32_t *spikes, const IN *values,
 }
 // part affine
 /* out = gain * in + shift, each of a channel; in and out may be the same. */
-static void affine$(const IN *in, const WEIGHT *gain, const NUMBER *shift, NUMBER *out, int size, int channels)
+static void affine$(const IN *in, const NUMBER *gain, const NUMBER *shift, NUMBER *out, int size, int channels)
 {
     for (int i = 0; i < size;)
         for (int c = 0; c < channels; c++, i++)
@@ -258,12 +258,30 @@ static void keep$(const IN *in, OUT *out, int size, int shift)
         out[i] = (OUT)((in[i] + ((1 << shift) >> 1)) >> shift);
 }
 // part add_scaled
-/* As add, of factor / 2^14 of each channel, to the nearest integer; compilers shift the sign in, as all known ones do. */
-static void add_scaled$(const IN *in, const int32_t *factor, NUMBER *out, int size, int channels, int begin)
+/* As add, each channel times its factor; of integers over 2^14, to the nearest: shifts keep the sign, as in all compilers. */
+static void add_scaled$(const IN *in, const NUMBER *factor, NUMBER *out, int size, int channels, int begin)
 {
     for (int i = 0; i < size;)
         for (int c = 0; c < channels; c++, i++)
-            out[i] = (begin ? 0 : out[i]) + (NUMBER)(((int64_t)factor[c] * in[i] + (1 << 13)) >> 14);
+            out[i] = (begin ? 0 : out[i]) + SCALED;
+}
+// part join
+/* Copy values to another order: a step of a pixel and of a channel in `out`. */
+static void join$(const IN *in, OUT *out, int size, int channels, int pixel, int channel)
+{
+    for (int i = 0; i < size; i++)
+        out[i / channels * pixel + i % channels * channel] = (OUT)in[i];
+}
+// part join_spikes: bits
+/* As join, of bits, which begin at a place in zeros. */
+static void join_spikes(const uint32_t *spikes, uint32_t *out, int place, int size, int channels, int pixel, int channel)
+{
+    for (int i = 0; i < size; i = (i | 31) + 1)
+        for (uint32_t active = bits_at(spikes, i, size); active; active &= active - 1) {
+            const int k = i + lowest(active), bit = place + k / channels * pixel + k % channels * channel;
+
+            out[bit >> 5] |= UINT32_C(1) << (bit & 31);
+        }
 }
 // part delay
 /* Join the inputs of some time steps ago, for each pixel those of all taps; `ring` has the last `depth`, *now the oldest. */
@@ -281,28 +299,17 @@ static void delay$(const IN *in, const int16_t *taps, int count, int depth, int 
         ring[*now * size + i] = (OUT)in[i];
     *now = (*now + 1) % depth;
 }
-// part delay_spikes: bits
+// part delay_spikes: join_spikes
 /* As delay, of bits. */
 static void delay_spikes(const uint32_t *spikes, const int16_t *taps, int count, int depth, int size, int channels,
                          uint32_t *ring, int32_t *now, uint32_t *out)
 {
     const int words = (size + 31) >> 5;
-    int place = 0; /* in out */
 
     memset(out, 0, (size_t)((size * count + 31) >> 5) * sizeof *out);
-    for (int i = 0; i < size; i += channels)
-        for (int k = 0; k < count; k++) {
-            const uint32_t *row = taps[k] ? ring + (*now + depth - taps[k]) % depth * words : spikes;
-
-            for (int j = i, next; j < i + channels; place += next - j, j = next) {
-                const uint32_t word = bits_at(row, j, i + channels), over = place & 31;
-
-                next = (j | 31) + 1 < i + channels ? (j | 31) + 1 : i + channels;
-                out[place >> 5] |= word << over;
-                if (over && word >> (32 - over))
-                    out[(place >> 5) + 1] |= word >> (32 - over);
-            }
-        }
+    for (int k = 0; k < count; k++)
+        join_spikes(taps[k] ? ring + (*now + depth - taps[k]) % depth * words : spikes, out, k * channels, size, channels,
+                    count * channels, 1);
     memcpy(ring + *now * words, spikes, (size_t)words * sizeof *ring);
     *now = (*now + 1) % depth;
 }

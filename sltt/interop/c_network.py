@@ -51,6 +51,7 @@ class Operation:
     inputs: list[Value]
     output: Value
     tensors: ClassVar[tuple[str, ...]] = ()
+    counts: ClassVar[bool] = False  # the output has small integers if the inputs have
 
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         """Return the output [B, C, H, W] of one time step; `states` are those of this operation."""
@@ -162,6 +163,7 @@ class Pool(Operation):
     largest: bool = False
     ceil: bool = False
     adaptive: bool = False
+    counts = True
 
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         x = inputs[0]
@@ -172,13 +174,13 @@ class Pool(Operation):
 
 @dataclass(eq=False)
 class Sum(Operation):
-    """The sum of the inputs; of integers, each times its factor [C] over 2^14 first, if its unit is another."""
+    """The sum of the inputs, each times its factor [C] if it has one; of integers, in float64, over 2^14."""
 
     factors: list[Tensor | None]
 
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         terms = [
-            x if factor is None else _shift_right(_channels(factor) * x, SHIFT)
+            x if factor is None else _scaled(_channels(factor) * x)
             for x, factor in zip(inputs, self.factors, strict=True)
         ]
         return torch.stack(terms).sum(0)
@@ -188,8 +190,26 @@ class Sum(Operation):
 
 
 @dataclass(eq=False)
+class Integrate(Sum):
+    """v = x + λ v of a readout: the second input is its output in the step before, and λ its factor."""
+
+
+@dataclass(eq=False)
+class Join(Operation):
+    """The inputs one behind the other along the channels; a vector takes all pixels of a channel before the next."""
+
+    counts = True
+
+    def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        flat = self.output.shape[1:] == (1, 1)
+        return torch.cat([x.flatten(1)[..., None, None] if flat else x for x in inputs], 1)
+
+
+@dataclass(eq=False)
 class Spread(Operation):
     """Spikes as zeros and ones, for what reads no bits."""
+
+    counts = True
 
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         return inputs[0]
@@ -211,6 +231,7 @@ class Taps(Operation):
 
     taps: tuple[int, ...]
     depth: int
+    counts = True
 
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         (x,) = inputs
@@ -228,6 +249,7 @@ class Network:
         input: what a sample gives.
         output: the logits.
         steps: T.
+        shape: of the logits of a sample, as PyTorch has them.
         input_scale: the number that 1 stands for in an input of integers.
         logit_scale: the same of logits.
         integers: weights are int8, sums int32, and states int16.
@@ -239,6 +261,7 @@ class Network:
     input: Value
     output: Value
     steps: int
+    shape: tuple[int, ...]
     input_scale: float = 1.0
     logit_scale: float = 1.0
     integers: bool = False
@@ -284,14 +307,14 @@ class Network:
 
     @torch.no_grad()
     def unroll(self, x: Tensor, margin: Tensor | None = None) -> Tensor:
-        """Run sequences [T, B, ...] by plain operations of PyTorch, and return the logits [T, B, classes].
+        """Run sequences [T, B, ...] by plain operations of PyTorch, and return the logits [T, B, classes, ...].
 
         Integers are computed in float64, which holds each of them exactly. `margin` [B] takes how near any potential
         came to its threshold.
         """
         start = {} if margin is None else {"margin": torch.full_like(margin, torch.inf)}
         states: dict[Operation, dict[str, Tensor]] = {op: dict(start) for op in self.operations}
-        logits = torch.stack([values[self.output].flatten(1) for values in self.run(x, states=states)])
+        logits = torch.stack([values[self.output].reshape(-1, *self.shape) for values in self.run(x, states=states)])
         if margin is not None:
             margin.copy_(torch.stack([states[op]["margin"] for op in self.operations]).amin(0))
         return logits
@@ -316,6 +339,10 @@ class Network:
 
 def _channels(vector: Tensor) -> Tensor:
     return vector.view(-1, 1, 1)
+
+
+def _scaled(x: Tensor) -> Tensor:
+    return _shift_right(x, SHIFT) if x.dtype is torch.float64 else x
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltt.interop import reading
+from sltt.interop import c_network, reading
 from sltt.interop.c_network import Affine, Fire, Network, Operation, Pool, Spread, Sum, Taps, Value, Weights
-from sltt.interop.conversion import describe, require
+from sltt.interop.conversion import add_remedies, describe, require
 from sltt.interop.reading import Call, pair
-from sltt.neurons import ALIF, IF, LIF, PLIF, ChannelLIF, CubaLIF, Delay, Neuron, Recurrent
+from sltt.neurons import ALIF, IF, LI, LIF, PLIF, ChannelLIF, CubaLIF, Delay, Neuron, Recurrent
 from sltt.sequence.hooks import own_forward
 from sltt.sequence.state import Stateful
 from sltt.surrogates import Above, Surrogate
@@ -34,11 +34,8 @@ def read(model: nn.Module, x: Tensor, steps: int) -> Network:
             values[call] = Value(_image(call.shape))
     _refuse(problems)
     output, shape = values[calls[-1]], calls[-1].shape
-    if len(shape) != 2 or output.size != output.shape[0]:
-        raise ValueError(
-            f"expected a network that gives logits [B, classes], got {list(shape)}: put a linear layer last"
-        )
-    network = Network(reader.operations, values[calls[0]], output, steps)
+    output = reader.vector(output) if len(shape) == 2 else output
+    network = Network(reader.operations, values[calls[0]], output, steps, shape[1:])
     _fold(network)
     _add_values(network)
     wide = [op for op in network.operations if isinstance(op, Pool) and op.adaptive]
@@ -49,18 +46,10 @@ def read(model: nn.Module, x: Tensor, steps: int) -> Network:
     return network
 
 
-_NEAREST = {"LayerNorm": "BatchNorm", "GroupNorm": "BatchNorm", "InstanceNorm": "BatchNorm", "ReLU": "neurons"} | {
-    "AdaptiveMaxPool": "MaxPool",
-    "Softmax": "no softmax: losses take logits",
-    "operation cat": "a sum of a layer for each",
-}
-
-
 def _refuse(problems: list[str]) -> None:
-    problems = [p + "".join(f" (use {near})" for word, near in _NEAREST.items() if word in p) for p in problems]
     if problems:
         remedy = "the layers that docs/to-a-microcontroller.md lists, or export one step by sltt.interop.to_onnx"
-        raise ValueError(f"C has no counterpart for {'; '.join(problems)}. Train a network of {remedy}")
+        raise ValueError(f"C has no counterpart for {'; '.join(add_remedies(problems))}. Train a network of {remedy}")
 
 
 class _Reader:
@@ -76,7 +65,10 @@ class _Reader:
         if kind == "input":
             return Value(_image(call.shape))
         if kind == "sum":
+            inputs = inputs if inputs[0].shape == inputs[1].shape else [*map(self.vector, inputs)]
             return self._add(Sum(name, inputs, Value(inputs[0].shape), [None, None]))
+        if kind == "cat":
+            return self._add(c_network.Join(name, inputs, Value(_image(call.shape), all(x.spikes for x in inputs))))
         require(len(inputs) == 1, "")
         (x,), given = inputs, call.inputs[0].shape
         if kind == "output":
@@ -106,7 +98,7 @@ class _Reader:
             return x
         if kind in reading.NORMS:
             require(layer.running_mean is not None, ", which has no running statistics")
-            require(layer.num_features == x.shape[0], " behind flatten: put it before")
+            x = x if layer.num_features == x.shape[0] else self.vector(x)
             gain = (layer.running_var.double() + layer.eps).rsqrt() * (1 if layer.weight is None else layer.weight)
             shift = (0 if layer.bias is None else layer.bias) - layer.running_mean * gain
             return self._affine(name, x, gain, shift)
@@ -118,6 +110,11 @@ class _Reader:
         self.operations.append(operation)
         return operation.output
 
+    def vector(self, x: Value) -> Value:
+        """Return an image that was flattened as a vector, in PyTorch's order."""
+        vector = Value((x.size, 1, 1), x.spikes)
+        return x if x.shape == vector.shape else self._add(c_network.Join("flatten", [x], vector))
+
     def _affine(self, name: str, x: Value, gain: Tensor, shift: Tensor) -> Value:
         gain, shift = (vector.detach().double().expand(x.shape[0]) for vector in (gain, shift))
         return self._add(Affine(name, [x], Value(x.shape), gain, shift))
@@ -125,6 +122,7 @@ class _Reader:
     def _recurrent(self, name: str, module: Recurrent, x: Value, given: torch.Size) -> Value:
         require(not own_forward(module, Recurrent), "")
         require(isinstance(module.layer, reading.WEIGHTS), f" with a layer of type {type(module.layer).__name__}")
+        x = self.vector(x) if isinstance(module.layer, nn.Linear) else x
         before, total = Value(x.shape, spikes=True), Value(x.shape)
         path = name.removesuffix(" (Recurrent)")
         back = self._add(_weights(describe(f"{path}.layer", module.layer), module.layer, before, given, Value(x.shape)))
@@ -135,30 +133,35 @@ class _Reader:
         return spikes
 
     def _neuron(self, name: str, module: Any, x: Value) -> Value:
+        if type(module) is LI and not own_forward(module, Neuron):
+            decay, v = torch.full(x.shape[:1], module.decay()), Value(x.shape)
+            x = self._affine(name, x, 1 - decay, torch.zeros(1)) if module.decay_input else x
+            return self._add(c_network.Integrate(name, [x, v], v, [None, decay]))
         require(type(module) in _NEURONS and not own_forward(module, Neuron), "")
-        require(type(module.surrogate).fires in (Surrogate.fires, Above.fires), ", which fires in a way of its own")
+        surrogate: Any = type(module.surrogate)
+        require(surrogate.fires in (Surrogate.fires, Above.fires), ", which fires in a way of its own")
         require(getattr(module, "subtract", None) is None, ", which subtracts another amount than its threshold")
         given = module.arguments()
-
-        def vector(value: Any) -> Tensor:
-            tensor = torch.as_tensor(value).detach().double().flatten()
-            require(len(tensor) in (1, x.shape[0]), " behind flatten: put it before")
-            return tensor
-
-        reset_to, decay = given.get("v_reset"), vector(given["decay"])
+        counts = {value.numel() for value in given.values() if isinstance(value, Tensor)}
+        x = x if counts <= {1, x.shape[0]} else self.vector(x)
+        reset_to, decay = given.get("v_reset"), _flat(given["decay"])
         rest = reset_to or 0.0
-        threshold = vector(given["threshold"] if "threshold" in given else given["v_threshold"]) - rest
+        threshold = _flat(given["threshold"] if "threshold" in given else given["v_threshold"]) - rest
         if isinstance(module.surrogate, Above):
             threshold = torch.nextafter(threshold.float(), torch.tensor(torch.inf)).double()
-        if (gain := 1 - decay if given.get("decay_input") else vector(given.get("gain", 1.0))).ne(1).any():
+        if (gain := 1 - decay if given.get("decay_input") else _flat(given.get("gain", 1.0))).ne(1).any():
             x = self._affine(name, x, gain, torch.zeros(1))
-        fire = Fire(name, [x], Value(x.shape, spikes=True), decay, threshold, vector(module.first_states()["v"]) - rest)
+        fire = Fire(name, [x], Value(x.shape, spikes=True), decay, threshold, _flat(module.first_states()["v"]) - rest)
         fire.hard = reset_to is not None
         if isinstance(module, CubaLIF):
-            fire.synapse = vector(given["synaptic_decay"])
+            fire.synapse = _flat(given["synaptic_decay"])
         if isinstance(module, ALIF):
-            fire.adaptation, fire.rise = vector(given["threshold_decay"]), vector(given["beta"])
+            fire.adaptation, fire.rise = _flat(given["threshold_decay"]), _flat(given["beta"])
         return self._add(fire)
+
+
+def _flat(value: Any) -> Tensor:
+    return torch.as_tensor(value).detach().double().flatten()
 
 
 def _image(shape: torch.Size) -> tuple[int, int, int]:
@@ -231,7 +234,8 @@ def _add_values(network: Network) -> None:
     """Put a `Spread` behind spikes that others than weights, pooling and delays read."""
     for op in [op for op in network.operations if op.output.spikes]:
         readers = [reader for reader in network.operations if op.output in reader.inputs]
-        others = [reader for reader in readers if not isinstance(reader, Weights | Pool | Taps)]
+        others = [reader for reader in readers if not isinstance(reader, Weights | Pool | Taps | c_network.Join)]
+        others += [reader for reader in readers if isinstance(reader, c_network.Join) and not reader.output.spikes]
         if others or op.output is network.output:
             spread = Spread(f"{op.name} as values", [op.output], Value(op.output.shape))
             network.operations.insert(network.operations.index(op) + 1, spread)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sltt.interop import c_network
 from sltt.interop.c_buffers import find_fused, kind_of, padded, plan
 from sltt.interop.c_network import Affine, Fire, Keep, Network, Operation, Pool, Spread, Sum, Taps, Value, Weights
 
@@ -97,7 +98,8 @@ class Program:
         if self.network.once:
             begin, given = f", whose input of {N}_INPUTS values all time steps see", ""
         fits = ": a sum fits in 32 bits" if self.network.integers else ""
-        channels, height, width = self.network.input.shape
+        (channels, height, width), logits = self.network.input.shape, self.network.output.shape
+        of_pixels = f" /* [{logits[1]}][{logits[2]}][{logits[0]}]: height, width, classes */" * (logits[1:] != (1, 1))
         scales = f"""#define {N}_INPUT_SCALE {_literal(self.network.input_scale)} /* an input of 1 stands for this */
 #define {N}_LOGIT_SCALE {_literal(self.network.logit_scale)} /* a logit of 1 stands for this */
 """
@@ -116,7 +118,7 @@ extern "C" {{
 #endif
 
 #define {N}_INPUTS {self.network.input.size} /* [{height}][{width}][{channels}]: height, width, channels */
-#define {N}_CLASSES {self.network.output.size}
+#define {N}_CLASSES {self.network.output.size}{of_pixels}
 #define {N}_STEPS {self.network.steps} /* time steps of a sample in training */
 {scales if self.network.integers else ""}
 typedef {self.types["input"]} {name}_input;
@@ -202,7 +204,9 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             declared, one = (rf"const \1 *{field}", rf"{field}[c]") if field in self.each else (rf"\1 {field}", field)
             text = re.sub(rf"FIELD\((\w+), {field}\)", declared, text).replace(f"AT({field})", one)
         shifted = "(in[c] + ((1 << l->shift) >> 1)) >> l->shift"  # to the nearest integer
-        words = {"current": shifted if "shift" in self.has else "in[c]"} | self.types | types
+        scaled = "(int32_t)(((int64_t)factor[c] * in[i] + (1 << 13)) >> 14)"
+        words = {"scaled": scaled if self.network.integers else "factor[c] * in[i]"}
+        words |= {"current": shifted if "shift" in self.has else "in[c]"} | self.types | types
         for word, name in words.items():
             text = re.sub(rf"\b{word.upper()}\b", name, text)
         return re.sub(r"^(    [^/\n]*;) +(?=/\*)", lambda m: m[1].ljust(45), text, flags=re.MULTILINE)
@@ -237,7 +241,7 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
 
     def _layer(self, kind: str, op: Operation, **fields: Any) -> str:
         """Note the constant that describes a layer, and return its address."""
-        given = "\n".join(_lines([f".{field} = {value}," for field, value in fields.items()]))
+        given = _lines([f".{field} = {value}," for field, value in fields.items()])
         self.layers.append(f"/* {op.name} */\nstatic const {kind} {self.names[op]} = {{\n{given}\n}};")
         return f"&{self.names[op]}"
 
@@ -290,7 +294,7 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             call = f"{function}({places[0]}, {out}{offset}, {channels}, {how});"
             return _for_each(size // channels, [self._pixel(before, places[0]), call])
         if isinstance(op, Affine):
-            gain = self._constant(op, "gain", op.gain.expand(channels), "weight")
+            gain = self._constant(op, "gain", op.gain.expand(channels))
             shift = self._constant(op, "shift", op.shift.expand(channels))
             function = self._function("affine", x, op.output)
             return [f"{function}({places[0]}, {gain}, {shift}, {out}, {size}, {channels});"]
@@ -301,6 +305,8 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             taps, ring = self._constant(op, "taps", torch.tensor(op.taps), "int16_t"), f"net->{self.names[op]}_ring"
             sizes = f"{len(op.taps)}, {op.depth}, {x.size}, {x.shape[0]}"
             return [f"{function}({places[0]}, {taps}, {sizes}, {ring}, net->{self.names[op]}_now, {out});"]
+        if isinstance(op, c_network.Join):
+            return self._join(op, places, out)
         assert isinstance(op, Sum)
         return self._sum(op, places, out)
 
@@ -324,6 +330,16 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         """Return the arguments for bits and for values, of which a function reads one."""
         return f"{self._place(x)}, NULL" if x.spikes else f"NULL, {self._place(x)}"
 
+    def _join(self, op: c_network.Join, places: list[str], out: str) -> list[str]:
+        lines, at, flat = [f"memset({out}, 0, sizeof {out});"] * op.output.spikes, 0, op.output.shape[1:] == (1, 1)
+        for x, place in zip(op.inputs, places, strict=True):
+            channels, (pixel, channel) = x.shape[0], (1, x.size // x.shape[0]) if flat else (op.output.shape[0], 1)
+            function = self._function("join_spikes" if op.output.spikes else "join", x, op.output)
+            given = f"{out}, {at}" if op.output.spikes else f"{out} + {at}"
+            lines.append(f"{function}({place}, {given}, {x.size}, {channels}, {pixel}, {channel});")
+            at += x.size if flat else channels
+        return lines
+
     def _sum(self, op: Sum, places: list[str], out: str) -> list[str]:
         lines = []
         order = sorted(range(len(places)), key=lambda i: places[i] != out)  # in place first
@@ -331,7 +347,7 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             size, channels, factor = op.output.size, op.output.shape[0], op.factors[i]
             begin = int(k == 0)
             if factor is not None:
-                key = self._constant(op, f"factor{i}", factor, "int32_t")
+                key = self._constant(op, f"factor{i}", factor)
                 function = self._function("add_scaled", op.inputs[i], op.output)
                 lines.append(f"{function}({places[i]}, {key}, {out}, {size}, {channels}, {begin});")
             elif k or places[i] != out:
@@ -388,18 +404,10 @@ def lines_of(values: Tensor, kind: str) -> str:
     """Return the numbers of an array in lines."""
     array = values.detach().flatten().numpy()
     if kind == "float":
-        return "\n".join(_lines([f"{text}f," for text in array.astype("float32").astype(str)]))
-    if kind == "uint32_t":
-        return "\n".join(_lines([f"0x{word:08x}," for word in array.astype("int64").tolist()]))
-    return "\n".join(_lines([f"{number}," for number in array.astype("int64").tolist()]))
+        return _lines([f"{text}f," for text in array.astype("float32").astype(str)])
+    return _lines([f"0x{n:08x}," if kind == "uint32_t" else f"{n}," for n in array.astype("int64").tolist()])
 
 
-def _lines(texts: list[str], width: int = 116) -> list[str]:
-    lines, line, length = [], [], 0
-    for text in texts:
-        if length + len(text) + 1 > width:
-            lines.append("    " + " ".join(line))
-            line, length = [], 0
-        line.append(text)
-        length += len(text) + 1
-    return [*lines, "    " + " ".join(line)]
+def _lines(texts: list[str]) -> str:
+    each = 115 // max(map(len, texts)) or 1
+    return "\n".join("    " + " ".join(texts[i : i + each]) for i in range(0, len(texts), each))

@@ -128,6 +128,24 @@ def check_finite(model: nn.Module) -> None:
             raise ValueError(f"{name} has values that are NaN or infinite: export a checkpoint from before that")
 
 
+_NEAREST = {
+    **dict.fromkeys(("layernorm", "groupnorm", "instancenorm"), "BatchNorm"),
+    "relu": "neurons",
+    "adaptivemaxpool": "MaxPool",
+    "softmax": "the logits before it, whose largest is the same in each time step",
+    "sigmoid": "the logit before it: 0 is a probability of 0.5",
+    "operation sub": "x + (-1.0) * y",
+    "operation squeeze": "an output [B, 1]",
+    "transpose": "Conv on all pixels",
+}
+
+
+def add_remedies(problems: list[str]) -> list[str]:
+    """Return what an export cannot take, each with the nearest that it can."""
+    found = [[near for word, near in _NEAREST.items() if word in p.split(" in ")[0].lower()] for p in problems]
+    return [p + "".join(f" (use {near})" for near in nearest) for p, nearest in zip(problems, found, strict=True)]
+
+
 def require(condition: bool, otherwise: str) -> None:
     """Raise ConversionError with a reason unless a condition holds."""
     if not condition:

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from sltt.checks import instance, number
 from sltt.interop import reading
-from sltt.interop.conversion import check_finite, require
+from sltt.interop.conversion import add_remedies, check_finite, require
 from sltt.interop.reading import Call, pair
-from sltt.neurons import IF, LIF, PLIF, CubaLIF, Delay, IntegrateAndFire, Recurrent
+from sltt.neurons import IF, LI, LIF, PLIF, CubaLIF, Delay, IntegrateAndFire, Neuron, Recurrent
 from sltt.sequence.copies import copy_model
 from sltt.surrogates import Above
 
@@ -40,8 +40,8 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
 
     `IF`, `LIF`, `PLIF` and `CubaLIF`; linear layers and convolutions, with the BatchNorm behind them folded into their
     weights; average pooling, flatten (also as `mean` and `view`), and sums, which are several edges into a node;
-    `Recurrent` of these neurons and layers, which is a cycle. A `Delay` is a node for each tap, and so is the linear
-    layer or convolution that reads it.
+    `Recurrent` of these neurons and layers, which is a cycle; the readout `LI`. A `Delay` is a node for each tap. What
+    reads several taps, or what `torch.cat` joins, is a node for each of them, up to the next layer with weights.
 
     Args:
         model: the network of one time step.
@@ -59,7 +59,6 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
     dt = number("dt", dt, above=0)
     calls = reading.read(model, x)
     names = [*(name for name, _ in model.named_modules()), *(call.path for call in calls)]
-    names += [f"{call.path}.{n}" for call in calls for n in _taps(call)]
     return _Export(unique_names(names), dt).graph(calls)
 
 
@@ -70,26 +69,31 @@ class _Export:
         self.names, self.dt = names, dt
         self.nodes: dict[str, nir.NIRNode] = {}
         self.edges: list[tuple[str, str]] = []
-        self.tapped: dict[Call, list[list[str]]] = {}  # the nodes of each tap of a delay, as `sources` of `graph`
+        self.sources: dict[Call, list[str]] = {}  # the nodes whose sum is the output of a call
+        self.parts: dict[Call, list[tuple[list[str], int]]] = {}  # of one that is joined: sources and channels of each
 
     def graph(self, calls: list[Call]) -> nir.NIRGraph:
-        sources: dict[Call, list[str]] = {}  # the nodes whose sum is the output of a call
         problems = []
         for call in calls:
-            given = [name for one in call.inputs for name in sources[one]]
-            sources[call] = []
+            given = [name for one in call.inputs for name in self.sources[one]]
+            self.sources[call] = []
             try:
-                sources[call] = self._add(call, given)
+                self.sources[call] = self._add(call, given)
             except ValueError as reason:
                 problems.append(f"{call.place}{reason}")
         if problems:
-            raise ValueError(f"NIR has no counterpart for {'; '.join(problems)}")
+            raise ValueError(f"NIR has no counterpart for {'; '.join(add_remedies(problems))}")
         return nir.NIRGraph(self.nodes, self.edges)
 
     def _add(self, call: Call, sources: list[str]) -> list[str]:
         """Add the nodes of a call that reads these; return the nodes whose sum is its output."""
-        taps = next((self.tapped[one] for one in call.inputs if one in self.tapped), [])
-        require(not taps or call.kind in reading.WEIGHTS, ", which reads several taps, as only layers with weights may")
+        if call.kind == "cat":
+            given = [self.parts.get(one, [(self.sources[one], one.shape[1])]) for one in call.inputs]
+            self.parts[call] = [part for parts in given for part in parts]
+            return []
+        parts = next((self.parts[one] for one in call.inputs if one in self.parts), [])
+        if parts:
+            return self._add_to_parts(call, parts)
         if call.kind == "sum":
             require(len(set(sources)) == len(sources), ", which adds a value twice")
             return sources
@@ -97,15 +101,8 @@ class _Export:
         if isinstance(module, Delay):
             nodes = {n: nir.Delay(np.full(call.inputs[0].shape[1:], n * self.dt)) for n in module.taps}
             found = [self._connect(f"{call.path}.{n}", one, sources) if n else sources for n, one in nodes.items()]
-            self.tapped |= {call: found} if len(found) > 1 else {}
+            self.parts |= {call: [(one, call.inputs[0].shape[1]) for one in found]} if len(found) > 1 else {}
             return found[0]
-        if taps:
-            found = []
-            for weight, n, given in zip(module.weight.chunk(len(taps), 1), _taps(call), taps, strict=True):
-                part = copy.deepcopy(module)
-                part.weight, part.bias = nn.Parameter(weight), None if found else module.bias
-                found += self._connect(f"{call.path}.{n}", self._node(call.kind, part, call.inputs[0].shape), given)
-            return found
         if isinstance(module, Recurrent):
             back = self.names[f"{call.path}.layer"]
             self.nodes[back] = self._node(reading.kind_of(module.layer), module.layer, call.inputs[0].shape)
@@ -114,7 +111,27 @@ class _Export:
         node = self._node(call.kind, module, call.inputs[0].shape if call.inputs else call.shape)
         return self._connect(call.path, node, sources)
 
+    def _add_to_parts(self, call: Call, parts: list[tuple[list[str], int]]) -> list[str]:
+        """Add a node for each part of what a call reads; return those whose sum is its output, which weights have."""
+        layer, x, weighs, at = call.layer, call.inputs[0], call.kind in reading.WEIGHTS, 0
+        alike = call.kind in (*reading.AVERAGES, nn.Flatten) or isinstance(call.layer, Neuron)
+        require(weighs or alike, ", which reads what is joined: only layers with weights, pooling and neurons may")
+        found: list[tuple[list[str], int]] = []
+        for sources, width in parts:
+            module = copy.deepcopy(layer)
+            if weighs:
+                module.weight, at = nn.Parameter(module.weight[:, at : at + width]), at + width
+                module.bias = None if found else module.bias
+            node = self._node(call.kind, module, torch.Size([x.shape[0], width, *x.shape[2:]]))
+            names = self._connect(f"{call.path}.{len(found)}", node, sources)
+            found.append((names, width * call.shape[1] // x.shape[1]))  # flatten joins pixels and channels
+        if weighs:
+            return [name for names, _ in found for name in names]
+        self.parts[call] = found
+        return []
+
     def _connect(self, path: str, node: nir.NIRNode, sources: list[str]) -> list[str]:
+        self.names |= unique_names([*self.names, path])
         name = self.names[path]
         require(name not in self.nodes, ", which is used twice in a time step")
         self.nodes[name] = node
@@ -130,6 +147,9 @@ class _Export:
             return nir.Output({"output": np.array(shape)})
         if isinstance(module, IntegrateAndFire | CubaLIF):
             return self._neuron(module, shape)
+        if type(module) is LI:
+            tau, r = np.full(shape, module.tau * self.dt), np.full(shape, 1.0 if module.decay_input else module.tau)
+            return nir.LI(tau, r, np.zeros(shape))
         require(kind not in reading.NORMS, ", which is not behind a layer with weights of its own")
         if kind is nn.Linear:
             require(len(shape) == 1, ", whose input is not [B, features]")
@@ -181,12 +201,6 @@ class _Export:
             return nir.CubaLIF(metadata=metadata, **values)
         r = 1.0 if neuron.decay_input else tau
         return nir.LIF(tau=full(tau * self.dt), r=full(r), v_leak=full(rest), metadata=metadata, **values)
-
-
-def _taps(call: Call) -> tuple[int, ...]:
-    """Return the taps of a delay, or of the one that a layer reads."""
-    layers = call.layer, *(one.layer for one in call.inputs)
-    return next((layer.taps for layer in layers if isinstance(layer, Delay)), ())
 
 
 def unique_names(names: Iterable[str]) -> dict[str, str]:

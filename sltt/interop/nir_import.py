@@ -15,7 +15,7 @@ from sltt.checks import instance, number
 from sltt.interop.conversion import require
 from sltt.interop.nir_export import unique_names
 from sltt.interop.reading import pair
-from sltt.neurons import IF, LIF, CubaLIF, Delay, Neuron, Recurrent
+from sltt.neurons import IF, LI, LIF, CubaLIF, Delay, Neuron, Recurrent
 from sltt.sequence.state import reset
 from sltt.surrogates import Above, Surrogate, Triangle
 
@@ -122,7 +122,7 @@ def _shape(node: Any) -> list[int] | None:
 
 
 def _module(node: Any, dt: float, surrogate: Surrogate) -> nn.Module:
-    if isinstance(node, nir.IF | nir.LIF | nir.CubaLIF):
+    if isinstance(node, nir.IF | nir.LI | nir.LIF | nir.CubaLIF):
         return _neuron(node, dt, surrogate)
     if isinstance(node, nir.Delay):
         steps = _uniform(node, "delay") / dt
@@ -191,17 +191,16 @@ _MODULES: dict[type, Callable[[Any], nn.Module]] = {
 
 
 def _neuron(node: Any, dt: float, surrogate: Surrogate) -> nn.Module:
-    """`LIF`, `IF` or `CubaLIF`; without the metadata of `to_nir`, reset and threshold are those of NIR's equations."""
+    """A neuron of ours; without the metadata of `to_nir`, reset and threshold are those of NIR's equations."""
     own = {k: v.decode() if isinstance(v, bytes) else v for k, v in node.metadata.items()}
     if "dt" in own and not np.isclose(own["dt"], dt):
         raise ValueError(f", which was written for time steps of {own['dt']:g} s: give dt={own['dt']:g}")
     rest = float(own["v_reset"]) if "v_reset" in own else _uniform(node, "v_reset") if hasattr(node, "v_reset") else 0.0
     soft = own.get("reset", "value" if hasattr(node, "v_reset") else "subtract") == "subtract"
-    arguments: dict[str, Any] = {
-        "v_threshold": _uniform(node, "v_threshold"),
-        "v_reset": None if soft else rest,
-        "surrogate": surrogate if own.get("fires") == "at" else Above(surrogate),
-    }
+    arguments: dict[str, Any] = {}
+    if not isinstance(node, nir.LI):
+        arguments = {"v_threshold": _uniform(node, "v_threshold"), "v_reset": None if soft else rest}
+        arguments["surrogate"] = surrogate if own.get("fires") == "at" else Above(surrogate)
     r = _uniform(node, "r")
     if isinstance(node, nir.IF):
         require(bool(np.isclose(r * dt, 1)), f", whose r = {r:g} is not 1/dt = {1 / dt:g}")
@@ -216,7 +215,7 @@ def _neuron(node: Any, dt: float, surrogate: Surrogate) -> nn.Module:
         return CubaLIF(tau, tau_syn, r / tau * _uniform(node, "w_in") / tau_syn, **arguments)
     decays = bool(np.isclose(r, 1))
     require(decays or bool(np.isclose(r, tau)), f", whose r = {r:g} is neither 1 nor tau/dt = {tau:g}")
-    return LIF(tau, decay_input=decays, **arguments)
+    return (LI if isinstance(node, nir.LI) else LIF)(tau, decay_input=decays, **arguments)
 
 
 def _uniform(node: Any, name: str) -> float:

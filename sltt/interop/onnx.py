@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sltt.checks import folder, instance
 from sltt.interop.conversion import check_finite, check_names, describe
+from sltt.interop.reading import ONE_TENSOR
 from sltt.kernels import using
 from sltt.neurons import Delay, Neuron, Recurrent
 from sltt.neurons.pooling import RunningMax
@@ -17,7 +18,7 @@ from sltt.sequence.copies import copy_model
 from sltt.sequence.state import reset, state_names
 
 
-def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
+def to_onnx(model: nn.Module, x: Tensor, path: str | Path, *, sequence: bool = False) -> dict[str, float]:
     """Write one time step of a network as an ONNX model; returns the first value of each state by its name.
 
         logits, v' = step(x, v)
@@ -28,10 +29,14 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
     `RunningMax` has; of a `Delay`, [B, D·N, ...] of the last D steps. Outputs: `logits`, and `next.NAME` for each
     state. Begin a sequence with the first values. The network is in evaluation mode, and takes any batch size.
 
+    With `sequence`, the file has all T time steps one after the other, and no states: it takes a sequence [T, B, ...]
+    of this length, and gives the logits [T, B, C].
+
     Args:
         model: maps one time step [B, ...] to logits [B, C]; its neurons are those of this library.
-        x: the input of one time step [B, ...], for the shapes.
+        x: the input of one time step [B, ...], for the shapes; with `sequence`, of all, [T, B, ...].
         path: of the file.
+        sequence: write all time steps.
 
     Raises:
         ValueError: a module keeps a state in a way of its own; the message names all of them.
@@ -42,25 +47,26 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path) -> dict[str, float]:
     check_finite(model)
     check_names(model)
     path = folder("path", path, "a file")
-    step = _Step(copy_model(model).eval(), x)
-    names = list(step.first)
+    frame = x[0] if sequence else x
+    step = _Step(copy_model(model).eval(), frame)
+    names = [] if sequence else list(step.first)
     if taken := {"x", "logits"} & {*names}:
         raise ValueError(f"the layer of neurons {min(taken)} has a name that the file needs: call it otherwise")
-    batch = {0: torch.export.Dim.DYNAMIC}
+    batch = torch.export.Dim("batch")
     with torch.no_grad(), using(compile="off"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         torch.onnx.export(
-            step,
-            (x, step.states),
+            _Sequence(step.model) if sequence else step,
+            (x,) if sequence else (x, step.states),
             str(path),
             input_names=["x", *names],
             output_names=["logits", *(f"next.{name}" for name in names)],
-            dynamic_shapes=(batch, tuple(batch for _ in names)),
+            dynamic_shapes=({1: batch},) if sequence else ({0: batch}, tuple({0: batch} for _ in names)),
             external_data=False,
             dynamo=True,
             verbose=False,
         )
-    return step.first
+    return {} if sequence else step.first
 
 
 _KEEPERS = Neuron | Recurrent | RunningMax | Delay  # modules whose states go from step to step
@@ -92,7 +98,8 @@ class _Step(nn.Module):
         }
         reset(model)
         with torch.no_grad(), using(compile="off"):
-            model(x)
+            if not isinstance(logits := model(x), Tensor):
+                raise ValueError(f"expected one tensor of logits, got {type(logits).__name__}: {ONE_TENSOR}")
         self.states = self._current()
         reset(model)
 
@@ -108,3 +115,13 @@ class _Step(nn.Module):
     def _current(self) -> tuple[Tensor, ...]:
         states = [getattr(module, name) for module, name in self.places]
         return tuple(torch.cat(state, 1) if isinstance(state, tuple) else state for state in states)
+
+
+class _Sequence(nn.Sequential):
+    """All time steps of a network as a function of their inputs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        reset(self)
+        logits = torch.stack([super(_Sequence, self).forward(x) for x in input.unbind()])
+        reset(self)
+        return logits

@@ -15,6 +15,7 @@ from sltt.neurons.dropout import Dropout
 from sltt.sequence.hooks import own_forward
 from sltt.sequence.state import Stateful, reset
 
+ONE_TENSOR = "torch.cat((a, b), 1) makes one of two heads"
 WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 AVERAGES, ADAPTIVE = (nn.AvgPool1d, nn.AvgPool2d), (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
 MAXIMA = (nn.MaxPool1d, nn.MaxPool2d)
@@ -31,8 +32,8 @@ class Call:
     Attributes:
         path: of the layer in the network; of an operation, its name in the trace, which no layer has.
         place: how messages name the call.
-        kind: the class in LAYERS that the layer computes as, "sum", "factor", "shift", "input", "image" (an input
-            without channels gets one), "output"; or None.
+        kind: the class in LAYERS that the layer computes as, "sum", "cat" (along the channels), "factor", "shift",
+            "input", "image" (an input without channels gets one), "output"; or None.
         layer: for a function, the layer that does the same; of a "factor" or a "shift", the number.
         inputs: the calls whose outputs it reads.
         shape: of the output [B, ...].
@@ -62,7 +63,7 @@ def read(model: nn.Module, x: Tensor) -> list[Call]:
         found = reader.run(x)
         reset(model)
         if not isinstance(found, Tensor):
-            raise ValueError("expected a network that gives its logits alone, got several results")
+            raise ValueError(f"expected one tensor of logits, got {type(found).__name__}: {ONE_TENSOR}")
         if not torch.allclose(found, model(x), rtol=1e-3, atol=1e-5):
             problem = f"{type(model).__name__} changes a tensor in place, or draws random numbers, unseen in its trace"
             raise ValueError(f"{problem}: write z = z + x for z += x, and nn.Dropout for F.dropout")
@@ -127,6 +128,9 @@ class _Reader(fx.Interpreter):
         numbers = [value for value in given if isinstance(value, int | float)]
         if len(given) == len(inputs) == 2 and name in ("add", "iadd") and inputs[0].shape == inputs[1].shape:
             return "sum", None
+        joined = [len(value) for value in given if isinstance(value, list | tuple)]
+        if name in ("cat", "concat", "concatenate") and numbers in ([1], [1 - len(shape)]) and joined == [len(inputs)]:
+            return "cat", None
         if len(given) == 2 and len(inputs) == len(numbers) == 1:
             if name in ("mul", "imul"):
                 return "factor", float(numbers[0])

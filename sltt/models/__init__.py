@@ -6,6 +6,7 @@ from sltt.models.nfresnet import NFResNet as NFResNet, nfresnet34 as nfresnet34,
 from sltt.models.nfresnet import nfresnet101 as nfresnet101
 from sltt.models.resnet import ResNet as ResNet, resnet18 as resnet18, resnet34 as resnet34
 from sltt.models.shallow import ShallowResNet as ShallowResNet, ShallowVGG as ShallowVGG
+from sltt.models.shipped import pretrained as pretrained
 from sltt.models.transformers import SpikingTransformer as SpikingTransformer, qkformer as qkformer
 from sltt.models.transformers import spikformer as spikformer
 from sltt.models.vgg import VGG as VGG, vgg11 as vgg11

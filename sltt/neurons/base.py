@@ -219,7 +219,9 @@ set_role(
         lambda neuron: neuron.states,
         lambda neuron: neuron.reset(),
         lambda neuron: neuron.spikes,
-        advance=lambda neuron: None if own_forward(neuron, Neuron) or transforms_active() else neuron.prepare(),
+        advance=lambda neuron: (
+            neuron.prepare() if neuron.spikes and not own_forward(neuron, Neuron) and not transforms_active() else None
+        ),
         of=Neuron,
     ),
 )

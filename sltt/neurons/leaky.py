@@ -299,3 +299,32 @@ class _Leaky(Neuron):
 def valid_tau(tau: float) -> float:
     """Return a time constant in time steps, checked."""
     return number("tau", tau, above=1, remedy="τ is in time steps, and λ = 1 − 1/τ must be positive")
+
+
+class LI(Neuron):
+    """Leaky integrator: a readout whose output is its membrane potential, and which never spikes.
+
+        v[t] = λ v[t−1] + x[t]                     λ = 1 − 1/τ
+
+    With `decay_input`, x[t]/τ replaces x[t]. SLTT drops the gradient through the leak; BPTT and OTTT keep it.
+
+    Args:
+        tau: membrane time constant τ in time steps, greater than 1.
+        decay_input: scale the input by 1/τ.
+    """
+
+    spikes = False
+
+    def __init__(self, tau: float = 2.0, decay_input: bool = False):
+        super().__init__()
+        self.tau = valid_tau(tau)
+        self.decay_input = flag("decay_input", decay_input)
+
+    def decay(self) -> float:
+        """Return λ."""
+        return 1 - 1 / self.tau
+
+    @staticmethod
+    def step(x: Tensor, v: Tensor, *, decay: float, decay_input: bool) -> tuple[Tensor, Tensor]:
+        v = decay * v + ((1 - decay) * x if decay_input else x)
+        return v, v

@@ -222,7 +222,7 @@ class Run:
         if not isinstance(logits, Tensor):
             raise ValueError(
                 f"expected the model to return the logits [B, C] of one time step, got {type(logits).__name__}; "
-                "keep the state in the modules and return the output only"
+                "keep the state in the modules and return the output only, two heads as torch.cat((a, b), 1)"
             )
         if self.sequence.last and logits.ndim > 2:  # a loss may view it
             logits = logits.contiguous()

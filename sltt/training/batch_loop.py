@@ -1,6 +1,6 @@
 """The batches of a stage: from a loader to gradients, and to an update of the weights."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -10,13 +10,14 @@ from torch import Tensor
 from sltt.analysis import FiringRates
 from sltt.data import Splits
 from sltt.losses import is_per_step, keeps_mean, to_score
+from sltt.metrics import collects
 from sltt.rules import Output
 from sltt.rules.diagnosis import check_reached
 from sltt.sequence.layout import last_fold, spiking_layers
 from sltt.sequence.padding import Padded, target_of
 from sltt.sequence.spikes import observe_spikes
 from sltt.sequence.steps import check_input
-from sltt.training.batches import Ahead, EpochSampler, count_parts, cut, join_outputs, seed_batch, share, whole_epoch
+from sltt.training.batches import EpochSampler, count_parts, cut, join_outputs, seed_batch, share, whole_epoch
 from sltt.training.graphs import make_graphs
 from sltt.training.learner import Learner
 from sltt.training.phases import Stage, freeze_norm, set_rates
@@ -40,17 +41,38 @@ class BatchLoop:
         self.graphs = make_graphs(learner.session, learner.settings, stage.rule, stage.steps)
         self.fold = None
         self._spiking, self._said = spiking_layers(learner.model), list[str]()
+        needed = stage.rule.online or learner.scaled or learner.settings.callbacks or collects(learner.settings.metric)
+        # numbers of a batch are read while the device works on the next one, where nothing needs them before
+        self._late = learner.session.copies is not None and not needed
+        self._uncounted = list[Callable[[], float]]()  # the last batch, until its numbers are read
 
-    def run(self, loader: Any, state: Progress) -> Iterator[float]:
-        """Train what is left of an epoch; give the loss of each batch after its update."""
+    def run(self, loader: Any, state: Progress) -> Iterator[float | None]:
+        """Train what is left of an epoch; give the loss of each batch after its update, for callbacks."""
         self.score = Score(self.learner.settings.metric, self.learner.processes, state)
         self.firing = FiringRates(list(self._spiking))
         self.firing.load_state_dict(state.firing)
         self.learner.net.train()
         if self.stage.freeze_norm:
             freeze_norm(self.learner.model)
-        ahead = Ahead(self._prepare(whole_epoch(loader)))
-        return (self._train(state, ahead, *batch) for batch in ahead)
+        batches, failure = self._prepare(whole_epoch(loader)), None
+        try:
+            batch = next(batches, None)
+            while batch:
+                training, batch = self._train(state, *batch), None
+                next(training)
+                try:  # a GPU has work, and next the host waits for it, or for the batch before
+                    batch = next(batches, None)
+                except Exception as error:
+                    failure = error
+                yield next(training)
+            if failure:
+                raise failure
+        finally:
+            self.settle()
+
+    def settle(self) -> float | None:
+        """Check and count the last batch, unless that is done; return its loss."""
+        return self._uncounted.pop()() if self._uncounted else None
 
     def _prepare(self, batches: Iterator[Any]) -> Iterator[tuple[Tensor, Tensor | Padded, float]]:
         """Yield batches, checked and on the device, and the share of a padded batch's real steps that is here."""
@@ -63,25 +85,25 @@ class BatchLoop:
             real = y.steps / here.processes.sum([y.steps])[0] if isinstance(y, Padded) else 1.0
             yield *here.batch(x, y, self.splits.per_step), real
 
-    def _train(self, state: Progress, ahead: Ahead, x: Tensor, y: Tensor | Padded, real: float) -> float:
-        """Train a batch, or this process's share of it; see `_prepare`."""
+    def _train(self, state: Progress, x: Tensor, y: Tensor | Padded, real: float) -> Iterator[float | None]:
+        """Train a batch, or this process's share of it; see `_prepare`. Yields once its gradients are launched."""
         learner, rule, processes = self.learner, self.stage.rule, self.learner.processes
         settings, loss_of, length = learner.settings, learner.loss, self.sampler.length
-        epoch = state.epoch + state.batch / self.batches
+        place = state.batch + len(self._uncounted)
+        epoch = state.epoch + place / self.batches
         set_rates(learner.optim, learner.initial, self.stage, settings.schedule, epoch)
         learner.optim.zero_grad()
         largest = min(settings.size, length)
-        size = min(largest, length - state.batch * settings.size)
+        size = min(largest, length - place * settings.size)
         weight, count = share(size, processes.rank, processes.count)
-        drawn = seed_batch(settings.seed, state.epoch, state.batch)  # of the rule, in all processes alike
-        seed_batch(settings.seed, state.epoch, state.batch, processes.rank)
-        if isinstance(y, Padded):
-            weight = real
+        drawn = seed_batch(settings.seed, state.epoch, place)  # of the rule, in all processes alike
+        seed_batch(settings.seed, state.epoch, place, processes.rank)
+        weight = real if isinstance(y, Padded) else weight
         static, per_step, carried = self.splits.static, is_per_step(loss_of), rule.state_dict()
 
         def reduce_and_update() -> None:
             processes.reduce_gradients(learner.model.parameters())
-            learner.update()
+            learner.update(check=True)
 
         def iteration(x: Tensor, y: Tensor | Padded) -> tuple[Output, FiringRates]:
             parts = cut(x, y, count_parts(settings.accumulate, size, processes.count), static=static, per_step=per_step)
@@ -114,20 +136,37 @@ class BatchLoop:
         if not rule.online:
             processes.reduce_gradients(learner.model.parameters())
             check_reached(learner.model)
-        ahead.fetch()  # a GPU has work, and next the host waits for it
-        check_finite(out.loss, learner.model, learner.optim, scaled=learner.scaled)
-        counted = count_scored(loss_of, y, count)
-        # before the update, so that a GPU runs that while the host prepares the next batch
-        loss = out.loss.item()
-        self.score.add(*to_score(loss_of, out.logits, y), counted)
+        yield None
+        self.settle()
+        gradients = [p.grad for p in learner.model.parameters() if p.grad is not None]
+        numbers, counted = [out.loss, torch.nn.utils.get_total_norm(gradients)], count_scored(loss_of, y, count)
+        score, copied = partial(self.score.measure, *to_score(loss_of, out.logits, y), counted), None
+        if self._late:
+            bad = ~(numbers[0].isfinite() & numbers[1].isfinite())
+            for gradient in gradients:  # no weight changes by a NaN, though the host does not know of it yet
+                gradient.masked_fill_(bad, 0.0)
+            numbers = [torch.as_tensor(one).to("cpu", non_blocking=True) for one in (*numbers, score())]
+            score, copied = numbers.pop, torch.Event(out.loss.device)
+            copied.record()
+
+        def finish() -> float:
+            if copied:
+                copied.synchronize()
+            loss = numbers[0].item()
+            check_finite(loss, numbers[1].item(), learner.model, learner.optim, learner.scaled)
+            self.score.add(score(), counted)
+            state.count(loss, counted, y)
+            return loss
+
+        self._uncounted.append(finish)
+        loss = None if self._late else self.settle()
         if not rule.online:
             learner.update()
         processes.average_statistics(learner.model)
-        state.count(loss, counted, y)
         if learner.average:
             learner.average.update(learner.model)
         self.fold = self.fold or last_fold(learner.net)  # the last batch may be smaller
-        return loss
+        yield loss
 
     def launches(self) -> list[str]:
         """Say how many time steps share a call of the network, or why none do; and why there is no CUDA graph: once."""

@@ -8,7 +8,6 @@ import hashlib
 import random
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
@@ -264,32 +263,6 @@ def whole_epoch(loader: DataLoader[Any]) -> Iterator[Any]:
             f"the data ended after {count} of {expected} batches: let its samples raise IndexError or ValueError, "
             "not StopIteration"
         )
-
-
-class Ahead:
-    """Yields batches; `fetch` reads the next one early, while a device works on the one before.
-
-    What reading it raises is raised where the batch is due.
-    """
-
-    def __init__(self, batches: Iterator[Any]):
-        self._batches = batches
-        self._next: Future[Any] | None = None
-
-    def fetch(self) -> None:
-        """Read the next batch."""
-        self._next = Future()
-        try:
-            self._next.set_result(next(self._batches))
-        except Exception as error:
-            self._next.set_exception(error)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        fetched, self._next = self._next, None
-        return next(self._batches) if fetched is None else fetched.result()
 
 
 @contextmanager

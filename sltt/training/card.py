@@ -30,7 +30,7 @@ def write_card(loop: Loop, row: dict[str, Any]) -> None:
         "network": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
         "rule": ", then ".join(rules),
         "data": f"{settings.data}, split {splits.fingerprint}: {samples} samples{classes}",
-        "epoch": f"{row['epoch']} of {settings.epochs}",
+        "epoch": f"{row['epoch']} of {settings.epochs}, seed {settings.seed}",
         f"validation {metric}": "nothing was held out" if score is None else score_text(metric, score),
         f"test {metric}": NOT_MEASURED,
         **({} if settings.ema is None else {"weights": f"exponential moving average, decay {settings.ema:g}"}),

@@ -104,7 +104,7 @@ def load_best(run: Path, which: str | None = None) -> tuple[Path, dict[str, Any]
 
     Raises FileNotFoundError where there is none yet, CheckpointError where the best is lost.
     """
-    if run.is_file():
+    if not run.is_dir():
         return run, load_checkpoint(run)
     refuse_links(run)
     names = [BEST, LAST] if which is None else [f"{which}.ckpt"]
@@ -128,9 +128,8 @@ def load_selected(model: nn.Module, run: Path, processes: Processes, which: str 
     load_weights(model, weights, path)
 
 
-def start_from(model: nn.Module, weights: str | None) -> None:
+def start_from(model: nn.Module, weights: str | None, strict: bool) -> None:
     """Load the weights of a run's folder, or of a checkpoint, into the model; None leaves it as it is."""
     if weights is not None:
-        path = Path(weights).expanduser()
-        path, content = load_best(path) if path.is_dir() else (path, load_checkpoint(path))
-        load_weights(model, select_weights(content), path)
+        path, content = load_best(Path(weights).expanduser())
+        load_weights(model, select_weights(content), path, strict)

@@ -148,7 +148,7 @@ def measure(
                 firing.load_state_dict(fired)
             pair, counted = to_score(loss, logits, y), count_scored(loss, y, count)
             for score in scores.values():
-                score.add(*pair, counted)
+                score.add(score.measure(*pair, counted), counted)
             state.count(sequence_loss(loss, logits, y).item(), counted, y)
     state.firing = firing.state_dict()
     seconds, peak = time.monotonic() - began, memory.peak if memory else None

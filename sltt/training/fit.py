@@ -83,7 +83,7 @@ def train(here: Session, settings: Settings, name: str = "run") -> Fit:
     report, first = here.console(settings.report), here.processes.first
     here, splits = _check(here, settings, report)
     if not resume:
-        start_from(model, settings.weights)
+        start_from(model, settings.weights, settings.strict)
     made = first(lambda: runs.old_run(run) if resume else runs.new_run(run, name, config))
     report.line(f"continuing {made}" if resume else f"run {made}")
     with runs.lock_run(made, not resume) if here.processes.rank == 0 else nullcontext():
@@ -91,7 +91,7 @@ def train(here: Session, settings: Settings, name: str = "run") -> Fit:
         if resume:
             checkpoint, config = first(lambda: _read_run(made, config))
             if checkpoint is None:  # it stopped before the first
-                start_from(model, settings.weights)
+                start_from(model, settings.weights, settings.strict)
         seed_everything(settings.seed)
         loop = Loop(Learner(here, settings), splits, made, config, report)
         if checkpoint:

@@ -256,9 +256,9 @@ def make_graphs(here: Session, settings: Settings, rule: Rule, steps: int) -> Gr
     if several and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         problem = problem or "processes exchange tensors within a batch"
     if mode == "auto" and not problem:
-        kinds = [type(one) for one in settings.callbacks or ()]
+        kinds = [type(one) for one in (rule, *(settings.callbacks or ()))]
         own = next((kind.__name__ for kind in kinds if not kind.__module__.startswith("sltt.")), None)
-        problem = f"{own} may change the network (graph='on' if not)" if own else model_problem(model)
+        problem = f"{own} may do what a graph does not repeat (graph='on' if not)" if own else model_problem(model)
     return Graphs(model, device, problem, mode == "on")
 
 

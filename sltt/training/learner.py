@@ -40,10 +40,11 @@ class Learner:
         """Round the weights inside a block, in a training that is quantised."""
         return round_weights(self.model) if self.settings.quantised else nullcontext()
 
-    def update(self) -> None:
-        """Change the weights by their gradients."""
+    def update(self, check: bool = False) -> None:
+        """Change the weights by their gradients; `check` if clipping is to look whether they are finite, and wait."""
         if (most := self.settings.clip_norm) is not None:
-            self.session.fabric.clip_gradients(self.net, self.optim, max_norm=most, error_if_nonfinite=not self.scaled)
+            check &= not self.scaled
+            self.session.fabric.clip_gradients(self.net, self.optim, max_norm=most, error_if_nonfinite=check)
         self.optim.step()
         self.optim.zero_grad()
 

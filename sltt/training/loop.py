@@ -78,11 +78,6 @@ class Loop:
         self.sampler.set_epoch(state.epoch, seen, stop)
         began = time.monotonic() - state.seconds
         losses = batches.run(loader, state)
-        if batches.score.partial:
-            self.report.warn(
-                f"train_{self.metric} of epoch {state.epoch + 1} counts the batches after the resume only: a "
-                "checkpoint keeps what a metric collects if it has state_dict and load_state_dict"
-            )
         bar = self.report.bar(title, batches.batches, done=state.batch)
         with bar as advance, self._locate_errors(lambda: f"batch {state.batch + 1} of {batches.batches}"):
             for loss in losses:
@@ -92,10 +87,16 @@ class Loop:
                 due = time.monotonic() - self.saved > 60 * self.settings.checkpoint_minutes
                 signal, due = self.processes.highest(interrupt.requested, due)
                 if signal or due:
+                    batches.settle()
                     state.seconds = time.monotonic() - began
                     state.firing, state.score = batches.firing.state_dict(), batches.score.state()
                     self._save(LAST)
                     interrupt.stop(signal, self.folder)
+        if batches.score.partial:
+            self.report.warn(
+                f"train_{self.metric} of epoch {state.epoch + 1} counts the batches after the resume only: a "
+                "checkpoint keeps what a metric collects if it has state_dict and load_state_dict"
+            )
         state.firing = batches.firing.state_dict()
         seconds = time.monotonic() - began
         return state.metrics(self.metric, batches.score.value(), self.processes, seconds, batches.memory.peak)
@@ -149,6 +150,7 @@ class Loop:
         Raises FloatingPointError for weights that are not finite.
         """
         check_weights(self.learner.model)
+        classes = getattr(self.settings.dataset, "classes", ())
         content = {
             **self.learner.state_dict(),
             "rules": [stage.rule.state_dict() for stage in self.stages],
@@ -161,6 +163,8 @@ class Loop:
                 "classes": self.splits.classes,
                 "prediction": prediction_of(self.settings.loss),
             },
+            "names": [*classes] if isinstance(classes, list | tuple) else [],
+            "statistics": self.splits.statistics,
             "config": self.config,
         }
         if self.processes.rank == 0:

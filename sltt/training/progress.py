@@ -1,6 +1,7 @@
 """Metrics and progress of a training."""
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self, TypeVar
@@ -124,7 +125,7 @@ class BatchMemory:
     """Measures the peak memory of a full batch, of the longest where they differ, as `sltt.analysis.peak_memory` does.
 
     `peak` is in bytes above those before the batch; None until one was measured. The first batch may run copies of the
-    network, to try what is faster: the second one takes its place.
+    network, to try what is faster: the second one takes its place; on a GPU, where that one is watched, the third.
     """
 
     def __init__(self, device: torch.device):
@@ -138,8 +139,9 @@ class BatchMemory:
         `size` is that of the input: padded batches have T of their own.
         """
         if size > self._longest and full:
-            self._longest, self._left = size, 2
+            self._longest, self._left = size, 3 if self.device.type == "cuda" else 2
         due = size == self._longest and full and self._left > 0
+        due &= threading.current_thread() is threading.main_thread()  # parallel trials would disturb each other
         return due and counts_peak(self.device) and not is_profiled(self.device)
 
     def measure(self, batch: Callable[[], A]) -> A:

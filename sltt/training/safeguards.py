@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sltt._torch import _BatchNorm, _NormBase
@@ -40,19 +39,18 @@ def rising_loss(losses: Sequence[float], rule: Rule) -> list[str]:
     ]
 
 
-def check_finite(loss: Tensor, model: nn.Module, optim: Any, scaled: bool) -> None:
+def check_finite(loss: float, norm: float, model: nn.Module, optim: Any, scaled: bool) -> None:
     """Raise FloatingPointError unless loss and gradients are finite; scaled gradients may overflow, and are skipped.
 
     The loss alone would not tell: a neuron that gets NaN is silent, and the loss behind it finite.
     """
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    if math.isfinite(loss.item()) and (scaled or math.isfinite(norm.item())):
+    if math.isfinite(loss) and (scaled or math.isfinite(norm)):
         return
     rate = optim.param_groups[0]["lr"]
     remedy = f"lower the learning rate (it is {rate:.3g}) or set clip_norm"
     check_weights(model, remedy)
     cause = f"with 16-mixed use bf16-mixed, else {remedy}" if scaled else remedy
-    raise FloatingPointError(f"the loss is {loss.item()}, the norm of its gradient {norm.item()}: {cause}")
+    raise FloatingPointError(f"the loss is {loss}, the norm of its gradient {norm}: {cause}")
 
 
 def check_weights(model: nn.Module, remedy: str = "lower the learning rate or set clip_norm") -> None:

@@ -59,12 +59,12 @@ def write_sample(loop: Loop) -> None:
     so_far = logits.cumsum(0) / torch.arange(1, len(logits) + 1, device=logits.device).unsqueeze(1)
     spikes = {name: torch.cat(steps).flatten(1).ne(0) for name, steps in fired.items()}  # [T, neurons]
     arrays = {
-        "x": (x if splits.static else x.flatten(1)).reshape(1 if splits.static else len(x), -1).float(),
+        "x": (x if splits.static else x[:, 0]).float(),
         "logits": so_far.float(),
         **{f"rate.{name}": one.float().mean() for name, one in spikes.items()},
         **{f"spikes.{name}": one[:, :: -(-one.shape[1] // NEURONS)] for name, one in spikes.items()},
     }
-    if splits.classes is not None and not splits.per_step:
+    if splits.classes is not None and target_of(y).numel() == 1:
         arrays["label"] = torch.as_tensor(int(target_of(y)))
     kept: dict[str, Any] = {name: one.cpu().numpy() for name, one in arrays.items()}
     write_atomically(loop.folder / SAMPLE, lambda file: np.savez_compressed(file, **kept))
@@ -79,4 +79,5 @@ def read_sample(run: Path) -> Sample:
         spikes = {name[7:]: arrays[name] for name in arrays.files if name.startswith("spikes.")}
         rates = {name[5:]: float(arrays[name]) for name in arrays.files if name.startswith("rate.")}
         label = int(arrays["label"]) if "label" in arrays.files else None
-        return Sample(spikes, rates, arrays["x"], arrays["logits"], label)
+        x = arrays["x"]
+        return Sample(spikes, rates, x.reshape(len(x), -1), arrays["logits"], label)

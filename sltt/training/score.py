@@ -35,18 +35,22 @@ class Score:
             if progress.score:
                 self.metric.load_state_dict(progress.score)
 
-    def add(self, prediction: Tensor, target: Any, samples: int) -> None:
-        """Add a batch, of which so many samples count here."""
+    def measure(self, prediction: Tensor, target: Any, samples: int) -> Any:
+        """Return what to `add` of a batch, of which so many samples count here."""
         if not self.collecting:
-            # right predictions add up to whole numbers
-            self.total += round(self._number(self.metric(prediction, target)) * samples, 12)
-            self.samples += samples
-            return
+            return self.metric(prediction, target)
         own = (prediction.detach().cpu(), target.cpu() if isinstance(target, Tensor) else target) if samples else None
         for part in self.processes.gather(own):
             if part is not None:
                 self.empty = False
                 self.metric.update(*part)
+
+    def add(self, value: Any, samples: int) -> None:
+        """Add what `measure` has found of so many samples."""
+        if not self.collecting:
+            # right predictions add up to whole numbers
+            self.total += round(self._number(value) * samples, 12)
+            self.samples += samples
 
     def value(self) -> Any:
         """Return the score of all samples, of all processes; None of a metric that has seen none after a resume."""

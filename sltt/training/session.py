@@ -1,7 +1,7 @@
 """Sessions train and measure networks: processes are started and Fabric is built once for all of it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from sltt.parallel.devices import make_fabric
 from sltt.parallel.processes import Processes
 from sltt.rules import unroll
 from sltt.sequence.copies import copy_model
-from sltt.sequence.padding import Padded, pad_batch
+from sltt.sequence.padding import Padded, pad_batch, target_of
 from sltt.training.batches import eval_loader
 from sltt.training.console import Console
 from sltt.training.settings import Execution
@@ -31,6 +31,7 @@ class Session:
     settings: Execution
     fabric: "Fabric"
     processes: Processes
+    copies: torch.Stream | None = None  # on which a GPU copies while it works; Apple's would mix the copies up
 
     def splits(self, data: Data, steps: int) -> Splits:
         """Return the splits at T = `steps`, which all processes have to find the same."""
@@ -68,7 +69,13 @@ class Session:
         """
         if isinstance(y, Padded):
             x, y = pad_batch(x, y, int(*self.processes.highest(len(x))), per_step)
-        x, y = self.fabric.to_device((x, y))
+        stream = self.copies if x.device.type == "cpu" else None
+        with stream or nullcontext():
+            x, y = self.fabric.to_device((x, y))
+        if stream:  # while the device works on the batch before
+            (now := torch.accelerator.current_stream(self.fabric.device)).wait_stream(stream)
+            for one in (x, target_of(y)):
+                one.record_stream(now)
         if self.settings.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         elif self.settings.channels_last and x.ndim == 5:
@@ -121,4 +128,5 @@ def session(settings: Execution) -> Iterator[Session]:
             torch.set_default_device(None)
         before.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
         cudnn.benchmark |= not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
-        yield Session(settings, fabric, Processes(fabric))
+        copies = None if fabric.device.type in ("cpu", "mps") else torch.Stream(fabric.device)
+        yield Session(settings, fabric, Processes(fabric), copies)

@@ -172,6 +172,8 @@ class Settings(Execution):
     """minutes between checkpoints within an epoch; each epoch ends with one."""
     weights: str | None = None
     """start from the weights of this run or checkpoint."""
+    strict: bool = True
+    """False starts from those weights that have the same name and shape, and lists the others in a warning."""
     metric: Metric = setting(default=Accuracy(), check=check_metric)
     """of predictions and targets, a mean over samples; or with `update` and `compute`, as of torchmetrics. It selects
     the best epoch on the validation samples."""

@@ -19,7 +19,7 @@ class Recordings(Data):
     def load(self, steps: int) -> Splits:
         generator = torch.Generator().manual_seed(0)
         samples = [
-            (2.0 * (i % 2) + torch.randn(2 + i % 5, 8, generator=generator), torch.tensor(i % 2)) for i in range(48)
+            (0.5 * (i % 2) + torch.randn(2 + i % 5, 8, generator=generator), torch.tensor(i % 2)) for i in range(48)
         ]
         train, validation, test = samples[:30], samples[30:40], samples[40:]
         return from_datasets(train, validation, test, static=False, pad=True, by_length=True).splits(steps)

@@ -9,7 +9,9 @@ from PIL import Image
 
 import sltt
 from sltt.commands import main
+from sltt.commands.predict import _describe
 from sltt.data.recordings import read
+from sltt.training.trained import Trained
 
 
 def test_files_are_predicted_as_the_test_samples_are(here, capsys):
@@ -56,6 +58,12 @@ def test_an_array_is_a_sample(here, capsys):
     assert "bytes.npy has whole numbers up to 255: save it as the data has it, in [0, 1] say" in capsys.readouterr().err
     assert main(["predict", "run", "sample.csv"]) == 1
     assert "sample.csv: SequentialDigits reads a sample from .npy, the array of one" in capsys.readouterr().err
+
+
+def test_a_prediction_without_one_class_has_its_numbers():
+    for by, classes, shape in (("mean", None, (1, 3)), ("steps", 2, (4, 1, 2)), ("max", 2, (1, 2, 5, 1))):
+        (found,) = _describe(x := torch.rand(shape), Trained(4, False, classes, by), []).values()
+        assert np.array_equal(found, x[:, 0] if by == "steps" else x[0])
 
 
 def test_events_in_arrays(tmp_path):

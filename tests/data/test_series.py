@@ -1,4 +1,6 @@
+import json
 import math
+import shutil
 import sys
 import wave
 from collections import Counter
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 import sltt
+from sltt.commands import main
 from sltt.data import Delta, SpokenDigits, TimeSeries
 from sltt.data.recordings import RecordingError
 from sltt.data.series import prepare
@@ -18,9 +21,11 @@ def samples(*lengths):
     return [(3 + 2 * torch.randn(length, 2, dtype=torch.float64), i % 2) for i, length in enumerate(lengths)]
 
 
-def test_channels_are_standardised_by_the_training_samples():
-    train, test = samples(5, 8, 6), samples(9)
-    changed, other = prepare(train, test, None)
+def test_channels_are_standardised_by_the_training_samples(tmp_path):
+    train, test, data = samples(5, 8, 6), samples(9), TimeSeries()
+    changed, other, data.statistics = prepare(train, test, None)
+    np.savetxt(tmp_path / "test.csv", test[0][0], delimiter=",")
+    assert torch.equal(data.read(tmp_path / "test.csv", 9), other[0][0])
     values = torch.cat([x for x, _ in changed])
     torch.testing.assert_close(values.mean(0), torch.zeros(2), atol=1e-6, rtol=0)
     torch.testing.assert_close(values.std(0), torch.ones(2))
@@ -33,7 +38,7 @@ def test_channels_are_standardised_by_the_training_samples():
 
 def test_spikes_are_those_of_the_standardised_values():
     train, test = samples(5, 8), samples(9)
-    for coded, values in zip(prepare(train, test, 0.5), prepare(train, test, None), strict=True):
+    for coded, values in zip(prepare(train, test, 0.5)[:2], prepare(train, test, None)[:2], strict=True):
         for (spikes, _), (x, _) in zip(coded, values, strict=True):
             assert torch.equal(spikes, Delta(0.5)(x, len(x)))
             assert spikes.any()
@@ -98,6 +103,25 @@ def test_spoken_digits_are_split_by_index_or_by_speaker(spoken):
     assert {*by.train[0][0].flatten().tolist()} == {0.0, 1.0}
     with pytest.raises(ValueError, match="speaker must be one of ann, bo_b, or None, got 'bob'"):
         SpokenDigits(str(spoken), speaker="bob").splits(22)
+
+
+def test_a_packed_run_predicts_and_exports_without_its_data(spoken, monkeypatch, capsys):
+    monkeypatch.chdir(spoken)
+    words = "speech --data.root . --epochs 1 --steps 25 --model.features [40,8,10] --model.delays [null] --device cpu"
+    assert main(["train", *words.split(), "--run", "run"]) == 0
+    splits, model, wav = SpokenDigits(".").splits(25), sltt.load("run"), "0_ann_2.wav"
+    expected = sltt.predict(model, splits.test[2][0][:, None])[0]
+    assert main(["pack", "run"]) == 0
+    assert main(["pack", "run"]) == 1
+    assert "run.sltt exists, and may be of another run: remove it, or name another" in capsys.readouterr().err
+    (spoken / "recordings" / wav).rename(wav)
+    shutil.rmtree("recordings")
+    for run in ("run", "run.sltt"):
+        assert main(["predict", run, wav, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)[0]["prediction"] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert main(["export", run, "--to", "c"]) == 0
+        assert "warning: the data is not here" in capsys.readouterr().out
+    assert all((spoken / home / "c").is_dir() for home in (".", "run"))
 
 
 def test_frames_are_those_by_hand(tmp_path):

@@ -21,6 +21,7 @@ REFUSED = {
     "a neuron of one's own": (Own(), r"0 \(Own\)"),
     "RunningMax": (sltt.RunningMax(nn.MaxPool1d(1)), r"0 \(RunningMax\)"),
     "an activation": (nn.ReLU(), r"0 \(ReLU\) \(use neurons\)"),
+    "softmax": (nn.LogSoftmax(1), r"0 \(LogSoftmax\) \(use the logits before it, whose largest is the same in each"),
 }
 
 
@@ -70,11 +71,7 @@ def test_bad_input_is_refused_with_the_remedy(tmp_path):
     refused("exists: choose another folder", model, x, folder=tmp_path)
     refused("steps must be at least 1, got 0", model, x[0], steps=0)
     refused("at least one time step", model, x[:0])
-    refused(
-        r"expected .* \[B, classes\], got \[2, 2, 4\]: put a linear layer last",
-        nn.Sequential(nn.Conv1d(1, 2, 3), sltt.LIF()),
-        x[:, :, None],
-    )
+    refused(r"2 \(Flatten\), which keeps a dim", nn.Sequential(nn.Linear(6, 1), sltt.LIF(), nn.Flatten(0)), x)
     refused("weights must be one of 'float32', 'int8', got 'int4'", model, x, weights="int4")
     refused("ram must be at least 1, got 0", model, x, ram=0)
     taken = r"network takes 92 bytes of RAM in float32, more than 91; {} takes 36 of them: make it smaller, or use we"

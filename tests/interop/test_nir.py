@@ -1,6 +1,7 @@
 """Networks as NIR graphs, and back."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +68,32 @@ def test_a_network_read_back_gives_the_same_outputs(neuron, file, tmp_path):
     torch.testing.assert_close(sltt.unroll(back, x), expected, rtol=1e-9, atol=1e-9)
 
 
+class Joined(nn.Module):
+    """Branches that `torch.cat` joins, as images and as vectors, and a readout."""
+
+    def __init__(self, decay_input):
+        super().__init__()
+        self.one, self.two, self.next = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(9, 5, 1)
+        self.pool, self.vector, self.head = nn.AvgPool2d(3), nn.Linear(72, 6), nn.Linear(9 * 4 + 5 * 4 + 6, 3)
+        self.neurons = nn.ModuleList(sltt.LIF(tau=2.0, v_threshold=0.4) for _ in range(3))
+        self.readout = sltt.LI(3.0, decay_input)
+
+    def forward(self, x):
+        first, second, third = self.neurons
+        y = first(torch.cat([torch.cat([self.one(x), self.two(x)], 1), x], -3))
+        images = [self.pool(y).flatten(1), self.pool(second(self.next(y))).flatten(1)]
+        return self.readout(self.head(torch.cat((*images, third(self.vector(x.flatten(1)))), dim=1)))
+
+
+@pytest.mark.parametrize("decay_input", [False, True])
+def test_what_is_joined_is_a_node_for_each_part(decay_input):
+    model, x = Joined(decay_input).double(), torch.randn(9, 3, 2, 6, 6, dtype=torch.float64)
+    back, expected = from_nir(to_nir(model, x[0], dt=DT), dt=DT).double(), sltt.unroll(model, x)
+    torch.testing.assert_close(sltt.unroll(back, x), expected, rtol=1e-9, atol=1e-9)
+    model.head.weight.data[:, 30:50] = 0
+    assert not torch.allclose(sltt.unroll(model, x), expected)
+
+
 @pytest.mark.parametrize("taps", [[3, 0, 1], [2]], ids=str)
 def test_taps_are_nodes_and_so_are_the_weights_behind_them(taps):
     k = len(taps)
@@ -80,7 +107,7 @@ def test_taps_are_nodes_and_so_are_the_weights_behind_them(taps):
     assert 0 < expected.mean() < 1
     torch.testing.assert_close(sltt.unroll(from_nir(graph, dt=DT).double(), x), expected, rtol=1e-9, atol=1e-9)
     if k > 1:
-        with pytest.raises(ValueError, match=r"1 \(LIF\), which reads several taps, as only layers with weights"):
+        with pytest.raises(ValueError, match=r"the operation output in .*, which reads what is joined: only layers w"):
             to_nir(nn.Sequential(sltt.Delay(taps), sltt.LIF()), x[0])
 
 
@@ -354,19 +381,43 @@ def assert_equal_spikes(theirs, model, x):
         assert torch.equal(out, spikes)
 
 
-@pytest.mark.filterwarnings("ignore:nirtorch.load is being deprecated:DeprecationWarning")
-@pytest.mark.parametrize("recurrent", [False, True])
-def test_norse_reads_equal_spikes(recurrent):
-    norse = pytest.importorskip("norse.torch")
-    model, x = linear_network(recurrent, v_reset=0.0, decay_input=True)  # Norse takes R = 1, and resets to 0
-    assert_equal_spikes(norse.from_nir(to_nir(model, x[0], dt=DT), dt=DT), model, x)
+# the networks of linear layers and convolutions that other libraries read with equal spikes, in the settings of theirs
+READ = {
+    "LIF": (lambda lif: [nn.Linear(6, 8), lif()], (6,), "norse snntorch"),
+    "IF": (lambda lif: [nn.Linear(6, 8), sltt.IF(v_reset=0.0)], (6,), "norse"),
+    "CubaLIF": (lambda lif: [nn.Linear(6, 8), sltt.CubaLIF(2.0, 3.0, v_reset=0.0)], (6,), "norse snntorch"),
+    "Recurrent": (lambda lif: [sltt.Recurrent(lif(), nn.Linear(6, 6, bias=False))], (6,), "norse"),
+    "Conv1d": (lambda lif: [nn.Conv1d(2, 3, 3), lif()], (2, 6), "snntorch"),
+    "Conv2d": (lambda lif: [nn.Conv2d(2, 3, 3), lif()], (2, 6, 6), "norse snntorch"),
+    "AvgPool2d": (lambda lif: [nn.AvgPool2d(2), nn.Conv2d(2, 4, 2), lif()], (2, 6, 6), "snntorch"),
+    "Flatten": (lambda lif: [nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(64, 5), lif()], (2, 6, 6), ""),
+    "Delay": (lambda lif: [sltt.Delay([2]), nn.Linear(6, 8), lif()], (6,), ""),
+    "LI": (lambda lif: [nn.Linear(6, 8), lif(), sltt.LI(2.0, decay_input=True)], (6,), ""),
+}
 
 
-def test_snntorch_reads_equal_spikes():
-    pytest.importorskip("snntorch")
-    read = pytest.importorskip("snntorch.import_nir").import_from_nir
-    model, x = linear_network(v_reset=0.0)  # snnTorch takes R = tau/dt, with dt = 1e-4, and resets to 0
-    assert_equal_spikes(read(to_nir(model, x[0], dt=1e-4)), model, x)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("library", ["norse", "snntorch"])
+@pytest.mark.parametrize("layer", READ)
+def test_other_libraries_read_the_layers_of_the_table(layer, library):
+    pytest.importorskip(library)
+    layers, shape, expected = READ[layer]
+    model = nn.Sequential(*layers(lambda: sltt.LIF(tau=2.0, v_reset=0.0, decay_input=library == "norse")))
+    x, equal = 8 * torch.randn(9, 3, *shape), False
+    assert layer == "LI" or 0.02 < sltt.unroll(model, x).mean() < 0.9
+    try:
+        graph = to_nir(model, x[0])
+        if library == "norse":
+            theirs = pytest.importorskip("norse.torch").from_nir(graph, dt=1e-4)
+        else:
+            theirs = pytest.importorskip("snntorch.import_nir").import_from_nir(graph)
+        assert_equal_spikes(theirs, model, x)
+        equal = True
+    except (AssertionError, RuntimeError, ValueError, KeyError, TypeError):
+        pass
+    assert equal == (library in expected)
+    row = " | ".join("yes" if one in expected else "no" for one in ("norse", "snntorch"))
+    assert f"| `{layer}` | {row} |" in Path("docs/interop.md").read_text()
 
 
 def test_spikingjelly_reads_equal_spikes():

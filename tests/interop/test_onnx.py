@@ -56,6 +56,7 @@ NETWORKS = {  # and the shape of an input
         ),
         (7, 3, 2, 6, 6),
     ),
+    "a readout": (lambda: nn.Sequential(nn.Linear(6, 8), sltt.IF(), nn.Linear(8, 3), sltt.LI()), (4, 3, 6)),
     "a neuron alone": (sltt.LIF, (5, 4, 6)),
     "DigitsNet": (lambda: sltt.models.DigitsNet(width=4, neuron=lambda: sltt.LIF(v_threshold=0.1)), (3, 2, 1, 8, 8)),
 }
@@ -83,6 +84,11 @@ def test_steps_in_onnx_runtime_are_those_of_the_network(name, tmp_path):
         logits, *after = session.run(None, {"x": frame.numpy(), **states})
         torch.testing.assert_close(torch.from_numpy(logits), expected[t], rtol=1e-4, atol=1e-5)
         states = dict(zip(first, after, strict=True))
+    assert to_onnx(model, x, path, sequence=True) == {}
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [i.shape[1] for i in (*session.get_inputs(), *session.get_outputs())] == ["batch", "batch"]
+    (logits,) = session.run(None, {"x": x[:, :1].numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["x", "logits"])

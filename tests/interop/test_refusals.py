@@ -162,6 +162,16 @@ def exported(export, model, folder):
     return getattr(sltt.interop, export)(model, *given.get(export, [torch.ones(2, 6)]))
 
 
+@pytest.mark.parametrize("export", ["to_c", "to_nir", "to_onnx"])
+def test_two_heads_are_refused_and_cat_is_named(export, tmp_path):
+    class Heads(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x), x
+
+    with pytest.raises(ValueError, match=r"got tuple.*torch.cat\(\(a, b\), 1\)"):
+        exported(export, Heads(nn.Linear(6, 6), sltt.IF()), tmp_path)
+
+
 @pytest.mark.parametrize("name", ['0"', "a'b", "a\\", "a\rb", "\N{LINE SEPARATOR}", "a*/b", "a/*", "`"])
 @pytest.mark.parametrize("export", ["to_c", "to_nir", "to_onnx", "spiking"])
 def test_names_that_would_be_code_are_refused(export, name, tmp_path):

@@ -27,7 +27,10 @@ def network():
     return nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), *blocks, nn.BatchNorm2d(8), sltt.LIF(), nn.Flatten(1)).double()
 
 
-def test_sums_of_at_most_two_layers_are_made_again_and_gradients_stay(monkeypatch):
+@pytest.mark.parametrize("place", ["here", "elsewhere"])
+def test_sums_of_at_most_two_layers_are_made_again_and_gradients_stay(place, request, monkeypatch):
+    if place == "elsewhere":  # where nobody looks at values
+        request.getfixturevalue(place)
     x, y = torch.rand(3, 4, 2, 16, 16).double(), torch.randint(5, (4,))
     found, tag_sum = [], kernels.tag_sum
 
@@ -43,10 +46,12 @@ def test_sums_of_at_most_two_layers_are_made_again_and_gradients_stay(monkeypatc
         torch.testing.assert_close(a, b)
 
 
-def test_what_is_no_sum_or_changed_has_no_tag():
-    a, b = torch.randn(2, 64, 64), (torch.randn(2, 64, 64) + 0).requires_grad_()
+@pytest.mark.parametrize("here", [True, False])
+def test_what_is_no_sum_or_changed_has_no_tag(here, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cpu", here)
+    a, b = (torch.randn(2, 64, 64).requires_grad_() + 0 for _ in "ab")
     with kernels.save_as_bits():
-        for x, tagged in (((a + b), True), ((a + 2 * b), False)):
+        for x, tagged in ((a + b, True), (b + a, True), (a + 2 * b, False), (a - b, False), ((a + b).mul_(2), False)):
             seen = deque([a, b], maxlen=2)
             kernels.tag_sum(x, seen)
             assert (saved.tag_of(x) is not None) == tagged

@@ -5,7 +5,9 @@ import torch
 
 import sltt
 from sltt import models
+from sltt.models.shipped import SHIPPED
 from sltt.neurons import Neuron
+from sltt.training.checkpoints import load_checkpoint
 
 BUILDERS = [
     models.vgg11,
@@ -16,6 +18,17 @@ BUILDERS = [
 
 
 EACH_KIND = [models.DigitsNet, models.vgg11, models.resnet18]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_pretrained_network_is_that_of_its_card(name):
+    model, sample = models.pretrained(name), load_checkpoint(SHIPPED[name])["sample"]
+    logits = sltt.predict(model, sample["x"] if model.trained.static else sample["x"][:, None])[0]
+    torch.testing.assert_close(logits, sample["logits"][-1], atol=1e-3, rtol=1e-3)
+    assert logits.argmax() == sample["label"]
+    if data := {"digits": sltt.data.Digits, "recall-delays": sltt.data.Recall}.get(name):
+        accuracy = sltt.evaluate(model, data(), device="cpu").accuracy
+        assert f"| test accuracy | {accuracy:.2%} |" in SHIPPED[name].with_suffix(".md").read_text()
 
 
 def parameters(model):

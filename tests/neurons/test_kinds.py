@@ -94,6 +94,13 @@ def ternary(x):
         yield s
 
 
+def leaky_integrator(x):
+    v = torch.zeros_like(x[0])
+    for x_t in x:
+        v = (1 - 1 / 3) * v + (1 - (1 - 1 / 3)) * x_t
+        yield v
+
+
 CUBA = {"tau": 3.0, "tau_syn": 2.0, "gain": 0.7, "v_threshold": 0.8}
 EQUATIONS = {
     "CubaLIF": (lambda: sltt.CubaLIF(**CUBA), cuba),
@@ -104,6 +111,7 @@ EQUATIONS = {
     "ChannelLIF": (lambda: sltt.ChannelLIF(6, tau=3.0, v_threshold=0.8), channel),
     "IntegerLIF": (lambda: sltt.IntegerLIF(3, tau=3.0, v_threshold=0.8), integer),
     "TernaryLIF": (lambda: sltt.TernaryLIF(tau=3.0, v_threshold=0.8), ternary),
+    "LI": (lambda: sltt.LI(tau=3.0, decay_input=True), leaky_integrator),
 }
 
 
@@ -120,7 +128,7 @@ def test_spikes_and_gradients_equal_the_equations(make, equations):
     assert torch.equal(spikes, expected)
     gradient = torch.autograd.grad((expected * weights).sum(), [x, *learned])
     torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-12)
-    assert len(expected.unique()) == {"IntegerLIF": 4, "TernaryLIF": 3}.get(type(neuron).__name__, 2)
+    assert len(expected.unique()) == {"IntegerLIF": 4, "TernaryLIF": 3, "LI": x.numel()}.get(type(neuron).__name__, 2)
 
 
 KINDS = {
@@ -151,6 +159,18 @@ def test_every_rule_trains_every_neuron(kinds, rule):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(out.logits, plain_out.logits)
     assert found.count_nonzero() > len(found) / 5
+
+
+@pytest.mark.parametrize("rule", [sltt.BPTT(), sltt.BPTT(fold=4), sltt.OTTT()], ids=repr)
+def test_weights_before_a_readout_have_the_gradient_of_its_equations(rule):
+    model, (x, y) = torch.nn.Sequential(*small_network(), sltt.LI(tau=3.0, decay_input=True)), batch()
+    loss, head = torch.nn.functional.cross_entropy, model[-2]
+    found, _ = gradients(model, rule, x, y, loss)
+    logits = torch.stack(
+        [*leaky_integrator(torch.nn.functional.linear(sltt.unroll(model[:-2], x), *head.parameters()))]
+    )
+    expected = torch.autograd.grad(sum(loss(one, y) for one in logits) / len(x), [*head.parameters()])
+    torch.testing.assert_close(found[-24:], torch.cat([one.flatten() for one in expected]))
 
 
 def test_traces_have_the_decay_of_the_neurons():

@@ -13,6 +13,8 @@ using at::Tensor, c10::Device, c10::IValue, c10::Storage, c10::Stream, c10::SymI
 constexpr auto TYPE = c10::DeviceType::PrivateUse1;
 const Device HERE(TYPE, 0);
 std::vector<std::string> waits;
+thread_local c10::StreamId stream = 0;  // the current one; everything runs at once on each
+std::map<c10::StreamId, int> copies;  // to the device, on each
 
 struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t n) override {
@@ -28,9 +30,14 @@ REGISTER_ALLOCATOR(TYPE, &memory);
 
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<TYPE> {
   Device getDevice() const override { return HERE; }
-  Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, HERE); }
+  Stream getStream(Device) const noexcept override { return Stream(Stream::UNSAFE, HERE, stream); }
   void record(void** e, const Stream&, const c10::DeviceIndex, const c10::EventFlag) const override { *e = (void*)1; }
   void block(void*, const Stream&) const override {}
+  void synchronizeEvent(void*) const override {}
+  Stream getNewStream(Device, int) const override { return Stream(Stream::UNSAFE, HERE, 1); }
+  Stream exchangeStream(Stream s) const noexcept override {
+    return Stream(Stream::UNSAFE, HERE, std::exchange(stream, s.id()));
+  }
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
@@ -39,6 +46,8 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   c10::DeviceIndex deviceCount() const override { return 1; }
+  bool isPinnedPtr(const void*) const override { return true; }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
   void resizePrivateUse1Bytes(const Storage& s, size_t n) const override {
     at::native::resize_bytes_cpu(s.unsafeGetStorageImpl(), n);
   }
@@ -119,6 +128,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 
 Tensor copy_from(const Tensor& from, const Tensor& to, bool free) {
   if (from.device() != to.device() && !free && (to.device() != HERE || from.dim())) waits.push_back("a copy");
+  if (from.device() != HERE) copies[stream]++;
   host(to).copy_(host(from));
   return to;
 }
@@ -145,6 +155,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from_and_resize",
       [](const Tensor& from, const Tensor& to) { return copy_from(from, to.resize_(from.sizes()), false); });
   m.impl("resize_", &resize);
+  m.impl("record_stream", [](Tensor&, Stream) {});
   m.impl("set_.source_Storage_storage_offset",
       [](Tensor& t, Storage s, SymInt offset, SymIntArrayRef size, SymIntArrayRef stride) -> Tensor& {
         return at::native::set_storage_cpu_(t, s, offset.expect_int(), INTS(size), INTS(stride));
@@ -173,4 +184,5 @@ TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   at::RegisterPrivateUse1HooksInterface(new Hooks());
   m.def("waits", [] { return std::exchange(waits, {}); });
+  m.def("copies", [] { return std::exchange(copies, {}); });
 }

@@ -9,7 +9,6 @@ from torch import nn
 import sltt
 from sltt.parallel.devices import make_fabric
 from sltt.training import batch_loop
-from sltt.training.batches import Ahead
 from sltt.training.session import Session
 from tests.training.blobs import Blobs, Ends, ending, network, noting, train, weights
 
@@ -37,11 +36,12 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(spoil, m
             spoil(batch.model.module)
 
     with pytest.raises(FloatingPointError, match=message) as caught:
-        train(tmp_path / "run", rule=noting(after=explode))
+        train(tmp_path / "run", model := network(), rule=noting(after=explode), graph="off")
     assert caught.value.__notes__[0] == "at epoch 2, batch 1 of 4"
     assert "last good checkpoint" in caught.value.__notes__[1]
     saved = weights(tmp_path / "run" / "last.ckpt")
     assert all(v.isfinite().all() for v in saved.values())
+    assert all(p.isfinite().all() for p in model.parameters()) == (spoil is nan_gradient)
 
 
 def test_a_loss_of_other_weights_ends_the_run(tmp_path):
@@ -119,19 +119,18 @@ def test_the_next_batch_is_on_the_device_before_the_host_waits_for_a_loss(tmp_pa
     assert copies[:-1] == [2, 1, 1, 0] * 2
 
 
-def test_data_that_fails_is_named_with_the_batch_that_it_is_of(tmp_path):
-    def fail():
-        yield from (1, 2)
-        raise ValueError("damaged")
+def test_data_that_fails_is_named_with_the_batch_that_it_is_of(tmp_path, monkeypatch):
+    seen = []
 
-    ahead = Ahead(fail())
-    batches = iter(ahead)
-    for expected in (1, 2):
-        assert next(batches) == expected
-        ahead.fetch()
-    with pytest.raises(ValueError, match="damaged"):
-        next(batches)
-    assert [*Ahead(iter("ab"))] == ["a", "b"]
+    def fails(*_):
+        seen.append(1)
+        if len(seen) == 3:
+            raise ValueError("damaged")
+
+    monkeypatch.setattr(batch_loop, "check_length", fails)
+    with pytest.raises(ValueError, match="damaged") as caught:
+        train(tmp_path / "run")
+    assert caught.value.__notes__[0] == "at epoch 1, batch 3 of 4"
 
 
 def test_data_that_ends_early_is_no_whole_epoch(tmp_path):

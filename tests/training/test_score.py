@@ -130,7 +130,7 @@ def test_padded_sequences_and_targets_of_each_step_are_collected():
     data = sltt.data.from_datasets(samples, 0.5, static=False, per_step=True)
     loss = sltt.losses.PerStep(nn.CrossEntropyLoss())
     found = sltt.evaluate(model, data, "validation", loss=loss, metric=Seen(), **settings)
-    assert found.score == 3 * 5  # targets [T, B]
+    assert found.score == 6 * 5  # each step is a sample
 
 
 def test_a_metric_that_does_not_say_is_better_higher():

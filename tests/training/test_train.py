@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 import sltt
 from sltt.parallel.devices import make_fabric
+from sltt.training import progress
 from sltt.training.console import Console
 from sltt.training.progress import Metrics, Progress
 from sltt.training.safeguards import rising_loss
@@ -85,11 +86,12 @@ def test_without_validation_the_last_epoch_counts(tmp_path):
         sltt.evaluate(model, Blobs(validation=0), "validation")
 
 
-def test_training_works_outside_the_main_thread(tmp_path):
-    thread = threading.Thread(target=train, args=(tmp_path / "run",), kwargs={"epochs": 1})
-    thread.start()
-    thread.join()
-    assert (tmp_path / "run" / "last.ckpt").exists()
+def test_trainings_run_at_once_in_threads_which_measure_no_memory(tmp_path):
+    threads = [threading.Thread(target=train, args=(tmp_path / name,), kwargs={"epochs": 1}) for name in "ab"]
+    for step in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            step(thread)
+    assert all((tmp_path / name / "metrics.csv").read_text().strip().endswith(",") for name in "ab")
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -159,6 +161,16 @@ class Other(nn.Sequential):
 
     def forward(self, x):
         return super().forward(x + 0.0)
+
+
+@pytest.mark.parametrize(("device", "count"), [("cpu", 2), ("cuda", 3)])  # there the second one is watched
+def test_the_peak_is_that_of_the_last_of_the_first_batches(device, count, monkeypatch):
+    monkeypatch.setattr(progress, "peak_memory", lambda batch, device: batch())
+    memory, measured = progress.BatchMemory(torch.device(device)), []
+    for i in range(5):
+        if memory.is_due(8):
+            memory.measure(lambda i=i: measured.append(i))
+    assert measured == [*range(count)]
 
 
 def test_the_trial_of_the_first_batch_does_not_count_and_the_figure_is_that_of_the_commands(tmp_path):

@@ -115,16 +115,25 @@ def tag_made(
 def tag_sum(x: Tensor, seen: deque[Tensor]) -> None:
     """Tag x, which is about to be normalised, if it is the sum of the two tensors that were seen last.
 
-    That is a residual connection, and shows in the values. Those that were seen have tags, or are saved in any case: as
-    x is if it gets no tag.
+    That is a residual connection: on a CPU the values show it, elsewhere the graph, which does not wait. Those that
+    were seen have tags, or are saved in any case: as x is if it gets no tag.
     """
     others = [one for one in seen if one is not x]
     same = [one for one in others if one.shape == x.shape and one.dtype == x.dtype]
-    if tag_of(x) is None and len(same) == 2 and torch.equal(same[0].detach() + same[1].detach(), x.detach()):
+    if tag_of(x) is None and len(same) == 2 and _is_sum(x, *same):
         kept, tag = save(same[1].detach()), tag_of(same[1])
         tag_made(x, same[0], lambda first: first + restore(kept), tag.layers if tag else 0)
     seen.clear()
     seen.extend(others if tag_of(x) else [*others, x])
+
+
+def _is_sum(x: Tensor, a: Tensor, b: Tensor) -> bool:
+    if x.is_cpu:
+        return torch.equal(a.detach() + b.detach(), x.detach())
+    node: Any = x.grad_fn
+    if node is None or node.name() != "AddBackward0" or node._saved_alpha != 1 or x._version:
+        return False
+    return {*node.next_functions} == {(one.grad_fn, one.output_nr) for one in (a, b)}
 
 
 @contextmanager
