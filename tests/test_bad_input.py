@@ -20,7 +20,7 @@ NEURON = {
 LEAKY = NEURON | {"tau": number(1, 0.5, 0, -2), "decay_input": FLAG}
 SPLIT = {"validation": number(-0.1, 1.0)}
 FRAMES = SPLIT | {
-    "root": PATH, "size": whole(0, -1).but("none"), "resize": CHOICE, "augment": OBJECT,
+    "root": PATH, "size": whole(0, -1).but("none"), "resize": CHOICE, "slicing": CHOICE, "augment": OBJECT,
     "on_error": CHOICE, "cache": PATH.but("none"),
 }  # fmt: skip
 EVENTS = FRAMES | {"download": FLAG}

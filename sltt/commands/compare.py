@@ -14,16 +14,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sltt.analysis import agreement, count_operations
+from sltt.analysis import agreement, count_operations, measure_energy
+from sltt.analysis.energy import show
 from sltt.commands.failures import cause
 from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_seed
 from sltt.commands.prepared import Prepared
 from sltt.commands.results import Gathered, give, rule_of, scores_cell
-from sltt.commands.tables import Cell, Table, number
+from sltt.commands.tables import Cell, Row, Table, number
 from sltt.commands.vary import grid, label_row, to_options, values
 from sltt.commands.verdict import answers
 from sltt.data import Classes
 from sltt.metrics import higher_is_better, name_of
+from sltt.sequence.modes import evaluation_mode
+from sltt.sequence.padding import lengths_of
 from sltt.training.console import Console, megabytes
 from sltt.training.evaluation import measure_split
 from sltt.training.fit import Fit, train
@@ -82,7 +85,7 @@ def compare(
         "seconds": math.nan,  # of a training epoch, median over epochs and seeds
         "seconds_of_seeds": [],  # the median over the epochs of each seed
         # see `_measure`
-        **{"peak_memory": 0, "fold": 1, "operations": None, "cosine": math.nan},
+        **{"peak_memory": 0, "fold": 1, "operations": None, "cosine": math.nan, "energy": None},
         "errors": [],  # of the seeds that died
     }
     name, seconds = label_row(row["rule"], varied), []
@@ -195,10 +198,24 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
     return Table(made, "comparison")
 
 
+def ratio_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Return a table of the energies of ANNs over that of the network that each rule trained, if they are known."""
+    made: list[Row] = []
+    for row in (row for row in rows if row.get("energy")):
+        ratios = row["energy"]["ratios"]
+        matched = zip(("matched", "+ neurons", "+ chip", "+ DRAM"), ratios, strict=True)
+        cells = {"32 bits": ratios[0]["32 bits"], **{name: one["matched bits"] for name, one in matched}}
+        cells["equal at rate"] = ratios[2]["equal at a firing rate of"]
+        made.append({"rule": row["rule"], **{name: Cell(show(value), value) for name, value in cells.items()}})
+    title = "energy, ANN / SNN: operations in 32 and in matched bits, + neurons, + memory"
+    return [Table(made, "ratios", title)] if made else []
+
+
 def print_compared(found: Mapping[str, Any], report: Console) -> None:
     """Print the table, and the best values or what each rule loses."""
     rows = [{**row, "rule": label_row(row["rule"], row["varied"])} for row in found["rows"]]
-    comparison_table(rows, found["metric"]).show(report)
+    for table in (comparison_table(rows, found["metric"]), *ratio_tables(rows)):
+        table.show(report)
     for sentence in answers(Gathered(comparisons=[{**found, "rows": rows}])):
         report.line(sentence)
 
@@ -215,6 +232,8 @@ def _measure(row: dict[str, Any], name: str, here: Session, built: Settings, rep
         row["peak_memory"] = ready.memory(built.size).batch
         row["fold"] = ready.fold.trained
         row["operations"] = count_operations(*arguments, built.rule, steps=ready.repeat)._asdict()
+        with evaluation_mode(ready.model):
+            row["energy"] = measure_energy(ready.model, x, steps=ready.repeat, lengths=lengths_of(y)).tables()
         row["cosine"] = agreement(*arguments, [built.rule], steps=ready.repeat)[0].cosine
     except Exception as error:  # BPTT, for the cosine, may need more memory than there is; the training is done
         report.warn(f"{name}: not all is measured: {cause(error)}")

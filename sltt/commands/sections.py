@@ -7,7 +7,7 @@ from typing import Any
 
 from sltt.commands import figures
 from sltt.commands.agreement import agreement_table, gradient_table, where
-from sltt.commands.compare import comparison_table
+from sltt.commands.compare import comparison_table, ratio_tables
 from sltt.commands.failures import cause
 from sltt.commands.fscil import score_table
 from sltt.commands.page import Chart, Section
@@ -74,7 +74,7 @@ def _comparison(found: dict[str, Any]) -> Section:
         "are those of one batch. The cosine compares the rule's gradient with BPTT's, after the training."
     ]
     title = f"{'Values' if sweep else 'Rules'} compared on {found['recipe']}"
-    return Section(title, text, [comparison_table(found["rows"], found["metric"])])
+    return Section(title, text, [comparison_table(found["rows"], found["metric"]), *ratio_tables(found["rows"])])
 
 
 def _training(found: Gathered, names: dict[Path, str], colours: dict[str, str]) -> Section:

@@ -1,7 +1,7 @@
 """Data sets of event cameras, as sequences of frames [T, 2, H, W]; reading them needs the extra `events`.
 
-Each of T runs of equally many events is summed into a frame, once; the frames are kept in a cache on disk. A data set
-may be partial: whatever recordings are there are used. Nothing is downloaded unless `download` is set.
+Events are summed into frames once; the frames are kept in a cache on disk. A data set may be partial: whatever
+recordings are there are used. Nothing is downloaded unless `download` is set.
 """
 
 import logging
@@ -21,7 +21,7 @@ from sltt.checks import choice, flag, folder, function, whole_number, whole_numb
 from sltt.data.augment import EventAugmentation
 from sltt.data.base import Data, Mapped, Splits
 from sltt.data.cache import cache_frames
-from sltt.data.recordings import RecordingError, frames, read
+from sltt.data.recordings import RecordingError, Slicing, frames, read
 
 Resize = Literal["sum", "interpolate"]
 OnError = Literal["stop", "skip"]
@@ -63,6 +63,7 @@ class _Events(Data):
         validation: float = 0.1,
         size: int | None = None,
         resize: Resize = "sum",
+        slicing: Slicing = "count",
         augment: EventAugmentation | None = None,
         on_error: OnError = "stop",
         cache: str | None = None,
@@ -76,6 +77,7 @@ class _Events(Data):
             size: height and width of the frames in pixels; None is the camera's.
             resize: sum the events that fall into a pixel, or interpolate frames of the camera's size bilinearly, as the
                 SLTT paper's code does.
+            slicing: T frames of equal event count (the SLTT paper's), or of equal time.
             augment: changes to a training sample, the same in all its frames; None is none.
             on_error: stop at a recording that cannot be used, or skip it, and warn which were.
             cache: folder for the frames; None is `.sltt-cache` under `root`.
@@ -88,6 +90,7 @@ class _Events(Data):
         self.summed, self.interpolated = (self.size, None) if resize == "sum" else (None, self.size)
         if resize == "interpolate" and size is None:
             raise ValueError("resize='interpolate' changes the size of the frames, but size=None: give a size")
+        self.slicing: Slicing = choice("slicing", slicing, get_args(Slicing))
         of = "a sample, such as EventAugmentation(), or None"
         self.augment = None if augment is None else function("augment", augment, of)
         self.on_error = choice("on_error", on_error, get_args(OnError))
@@ -111,7 +114,7 @@ class _Events(Data):
 
     def read(self, path: Path, steps: int) -> Tensor:
         """Read a recording as frames [T, 2, H, W]."""
-        counts = frames(read(path, self.sensor, steps), steps, self.sensor, self.summed)
+        counts = frames(read(path, self.sensor, self.slicing, steps), steps, self.sensor, self.summed, self.slicing)
         return FrameDataset(counts[None], [0], self.interpolated)[0][0]
 
     def load(self, steps: int) -> Splits:
@@ -145,15 +148,15 @@ class _Events(Data):
 
         def make(index: int) -> Any:
             try:
-                recording = read(recordings[index][0], self.sensor, steps)
+                recording = read(recordings[index][0], self.sensor, self.slicing, steps)
             except RecordingError as error:
                 if self.on_error == "stop":
                     raise RecordingError(f"{error}. --data.on_error skip leaves such recordings out.") from None
                 skipped.append(str(error))
                 return None
-            return frames(recording, steps, self.sensor, size)
+            return frames(recording, steps, self.sensor, size, self.slicing)
 
-        settings = {"steps": steps, "size": size, "sensor": self.sensor, "skip": self.on_error}
+        settings = {"steps": steps, "size": size, "slicing": self.slicing, "sensor": self.sensor, "skip": self.on_error}
         paths = [str(path) for path, _ in recordings]
         shape = (steps, 2, height, width)
         arrays, kept = cache_frames(self.cache, settings, paths, shape, make, f"{self.title}, {which} frames")

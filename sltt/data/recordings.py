@@ -6,10 +6,12 @@ A recording is four arrays of equal length: x and y in pixels, p (polarity, 0 or
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+Slicing = Literal["count", "time"]
 
 
 class RecordingError(ValueError):
@@ -25,7 +27,7 @@ class Recording(NamedTuple):
     p: NDArray[Any]
 
 
-def read(path: Path, sensor: tuple[int, int], steps: int) -> Recording:
+def read(path: Path, sensor: tuple[int, int], slicing: Slicing, steps: int) -> Recording:
     """Read and check a recording.
 
     Args:
@@ -33,6 +35,7 @@ def read(path: Path, sensor: tuple[int, int], steps: int) -> Recording:
             `.npz` with arrays x, y, t, p, or `.npy` with fields of these names, t in microseconds, or with columns x,
             y, p, t, t in milliseconds (tonic).
         sensor: height and width of the camera, in pixels.
+        slicing: frames of equal event count, or of equal time.
         steps: T, number of frames.
 
     Raises:
@@ -58,24 +61,32 @@ def read(path: Path, sensor: tuple[int, int], steps: int) -> Recording:
         raise RecordingError(f"{path}: {error}") from None
     except Exception as error:  # whatever a library raises on a file that is not what its name says
         raise RecordingError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
-    if problem := _problem(recording, sensor, steps):
+    if problem := _problem(recording, sensor, slicing, steps):
         raise RecordingError(f"{path}: {problem}")
     return recording
 
 
-def frames(recording: Recording, steps: int, sensor: tuple[int, int], size: int | None = None) -> NDArray[Any]:
+def frames(
+    recording: Recording, steps: int, sensor: tuple[int, int], size: int | None = None, slicing: Slicing = "count"
+) -> NDArray[Any]:
     """Sum events into T frames [T, 2, H, W] of counts, polarity 0 first.
 
-    The recording's N events are cut into T runs of ⌊N/T⌋, the last with the remainder (the paper's).
+    By count, the recording's N events are cut into T runs of ⌊N/T⌋, the last with the remainder (the paper's); by time,
+    into T runs of equal duration.
 
     Args:
         recording: events in the order of time.
         steps: T.
         sensor: height and width of the camera.
         size: height and width of the frames, to whose pixels the camera's are mapped and summed; None keeps the sensor.
+        slicing: by count or by time.
     """
     count = len(recording.t)
-    step = np.minimum(np.arange(count) // max(count // steps, 1), steps - 1)
+    if slicing == "count":
+        step = np.minimum(np.arange(count) // max(count // steps, 1), steps - 1)
+    else:
+        t = recording.t.astype(np.int64) - int(recording.t[0])
+        step = np.minimum(t * steps // (int(t[-1]) + 1), steps - 1)
     height, width = sensor
     x, y = recording.x.astype(np.int64), recording.y.astype(np.int64)
     if size is not None:
@@ -86,11 +97,11 @@ def frames(recording: Recording, steps: int, sensor: tuple[int, int], size: int 
     return counts.reshape(steps, 2, height, width)
 
 
-def _problem(recording: Recording, sensor: tuple[int, int], steps: int) -> str | None:
+def _problem(recording: Recording, sensor: tuple[int, int], slicing: Slicing, steps: int) -> str | None:
     count = len(recording.t)
     if count == 0:
         return "no events"
-    if count < steps:
+    if slicing == "count" and count < steps:
         return f"{count} events are fewer than the {steps} frames"
     back = np.flatnonzero(np.diff(recording.t.astype(np.int64)) < 0)
     if len(back):

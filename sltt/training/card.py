@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 
+from sltt.analysis import measure_energy
+from sltt.analysis.energy import show
 from sltt.metrics import score_text
+from sltt.sequence.modes import evaluation_mode
+from sltt.sequence.padding import lengths_of
 from sltt.training.console import metric_of
 from sltt.training.files import write_atomically
 from sltt.training.loop import Loop
@@ -42,11 +46,8 @@ def write_card(loop: Loop, row: dict[str, Any]) -> None:
     }
     lines = [f"# {type(model).__name__} in {folder.name}", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
-    lines += ["", f"Load it: `model = {load_call(folder, loop.config)}`, then `sltt.predict(model, x)`."]
-    lines += [
-        "Its energy: `sltt.analysis.measure_energy(model, x, …).tables()`, or `sltt profile --weights`.",
-        "",
-    ]
+    lines += ["", f"Load it: `model = {load_call(folder, loop.config)}`, then `sltt.predict(model, x)`.", ""]
+    lines += _energy(loop)
     write_atomically(folder / CARD, lambda file: file.write("\n".join(lines).encode()))
 
 
@@ -54,3 +55,22 @@ def add_test_score(folder: Path, score: str) -> None:
     """Write the metric on the test samples into the card."""
     text = (folder / CARD).read_text(encoding="utf-8").replace(NOT_MEASURED, score)
     write_atomically(folder / CARD, lambda file: file.write(text.encode()))
+
+
+def _energy(loop: Loop) -> list[str]:
+    """Return the tables of `sltt profile` for the inference of a held-out sample, which is not augmented."""
+    if loop.processes.count > 1:
+        return ["Energy: not estimated by several processes: sltt profile"]
+    try:
+        samples = loop.splits.validation or loop.splits.test or loop.splits.train
+        x, y = loop.learner.session.batch(*loop.splits.collate([samples[0]]))
+        steps = loop.settings.steps if loop.splits.static else None
+        with evaluation_mode(loop.learner.model):
+            tables = measure_energy(loop.learner.model, x, steps=steps, lengths=lengths_of(y)).tables()
+    except Exception as error:  # the training is done, and not lost for a layer that cannot be counted
+        return [f"Energy: not estimated: {error}"]
+    lines = []
+    for rows in tables.values():
+        texts = [[*rows[0]], ["---"] * len(rows[0]), *([show(value) for value in row.values()] for row in rows)]
+        lines += [*(f"| {' | '.join(row)} |" for row in texts), ""]
+    return lines

@@ -81,6 +81,7 @@ def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, her
     assert rows[0]["cosine"] == pytest.approx(1, abs=1e-4)
     assert rows[0]["peak_memory"] > rows[2]["peak_memory"] > 0
     assert rows[0]["operations"]["backward"] == 3 * rows[2]["operations"]["backward"]
+    assert [rows[i]["energy"] and len(rows[i]["energy"]["ratios"]) for i in range(3)] == [4, None, 4]
 
     # what is trained is measured again, and not trained again
     monkeypatch.setattr("sltt.training.batch_loop.BatchLoop._train", lambda *_: pytest.fail("trained again"))

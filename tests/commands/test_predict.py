@@ -73,13 +73,13 @@ def test_events_in_arrays(tmp_path):
     np.save(tmp_path / "b.npy", np.rec.fromarrays([t, x, y, p], names="t,x,y,p"))
     np.save(tmp_path / "c.npy", np.stack([x, y, p, t / 1000], 1))
     for name in ("a.npz", "b.npy", "c.npy"):
-        found = read(tmp_path / name, (8, 8), 3)
+        found = read(tmp_path / name, (8, 8), "count", 3)
         assert [part.tolist() for part in found] == [one.tolist() for one in (x, y, t, p)]
     np.savez(tmp_path / "d.npz", x=x, y=y, t=t)
     with pytest.raises(ValueError, match=r"d\.npz: expected arrays x, y, t, p, got x, y, t without p"):
-        read(tmp_path / "d.npz", (8, 8), 3)
+        read(tmp_path / "d.npz", (8, 8), "count", 3)
     data = object.__new__(sltt.data.EventFolder)
-    data.summed, data.interpolated, data.sensor = None, None, (8, 8)
+    data.summed, data.interpolated, data.slicing, data.sensor = None, None, "count", (8, 8)
     frames = data.read(tmp_path / "a.npz", 3)
     assert frames.shape == (3, 2, 8, 8)
     assert frames.sum() == 3

@@ -108,12 +108,12 @@ def test_a_damaged_frame_stops_a_training_and_says_what_to_delete(tmp_path):
 
 def test_the_cache_is_keyed_by_what_changes_the_frames(tmp_path):
     root = nmnist(tmp_path)
-    for kwargs in ({}, {"size": 17}, {"on_error": "skip"}):
+    for kwargs in ({}, {"size": 17}, {"slicing": "time"}, {"on_error": "skip"}):
         sltt.data.NMNIST(str(root), **kwargs).splits(4)
     sltt.data.NMNIST(str(root)).splits(5)
-    assert len(list(root.glob(".sltt-cache/*/complete.npz"))) == 8  # training and test each
+    assert len(list(root.glob(".sltt-cache/*/complete.npz"))) == 10  # training and test each
     sltt.data.NMNIST(str(root), augment=sltt.data.EventAugmentation()).splits(5)
-    assert len(list(root.glob(".sltt-cache/*/complete.npz"))) == 8
+    assert len(list(root.glob(".sltt-cache/*/complete.npz"))) == 10
     write_bin(root / "NMNIST" / "Train" / "0" / "00000.bin", events(41))
     sltt.data.NMNIST(str(root)).splits(4)
-    assert len(list(root.glob(".sltt-cache/*/complete.npz"))) == 9
+    assert len(list(root.glob(".sltt-cache/*/complete.npz"))) == 11

@@ -26,7 +26,7 @@ def test_recordings_are_read_as_tonic_reads_them(tmp_path, write, suffix, sensor
         pytest.importorskip("aedat", reason="tonic reads AEDAT 4 through aedat")
     expected = events(200, sensor)
     write(tmp_path / f"one{suffix}", expected)
-    found = read(tmp_path / f"one{suffix}", sensor, 4)
+    found = read(tmp_path / f"one{suffix}", sensor, "count", 4)
     for a, b in zip(found, expected, strict=True):
         assert (abs(a - b) <= 1).all()  # milliseconds are floats
     if reference:
@@ -34,19 +34,27 @@ def test_recordings_are_read_as_tonic_reads_them(tmp_path, write, suffix, sensor
         assert all((getattr(found, name) == by_tonic[name]).all() for name in "xytp")
 
 
-@given(count=st.integers(1, 200), steps=st.integers(1, 12),
+@given(count=st.integers(1, 200), steps=st.integers(1, 12), slicing=st.sampled_from(["count", "time"]),
        size=st.sampled_from([None, 5, 17, 34]), seed=st.integers(0, 99))  # fmt: skip
 @settings(deadline=None)
-def test_every_event_is_in_one_frame(count, steps, size, seed):
+def test_every_event_is_in_one_frame(count, steps, slicing, size, seed):
     recording = events(count, seed=seed)
-    if count < steps:
+    if slicing == "count" and count < steps:
         return
-    made = frames(recording, steps, (34, 34), size)
+    made = frames(recording, steps, (34, 34), size, slicing)
     assert made.shape == (steps, 2, size or 34, size or 34)
     assert made.sum() == count
     assert made[:, 1].sum() == recording.p.sum()
-    runs = [count // steps] * (steps - 1)
-    assert made.sum((1, 2, 3)).tolist() == [*runs, count - sum(runs)]
+    if slicing == "count":
+        runs = [count // steps] * (steps - 1)
+        assert made.sum((1, 2, 3)).tolist() == [*runs, count - sum(runs)]
+
+
+def test_frames_by_time_are_of_equal_duration():
+    recording = Recording(*(np.array(a) for a in ([0, 1, 2, 3], [0, 0, 0, 0], [100, 199, 200, 299], [0, 1, 0, 1])))
+    made = frames(recording, 2, (4, 4), slicing="time")
+    assert made[0].sum() == 2
+    assert made[0, 1, 0, 1] == made[1, 0, 0, 2] == 1
 
 
 def test_smaller_frames_sum_the_events_of_their_pixels():
@@ -71,7 +79,7 @@ def test_smaller_frames_sum_the_events_of_their_pixels():
 def test_a_file_of_another_format_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RecordingError, match=message) as caught:
-        read(tmp_path / name, (34, 34), 1)
+        read(tmp_path / name, (34, 34), "count", 1)
     assert str(tmp_path / name) in str(caught.value)
 
 
@@ -90,13 +98,13 @@ def test_an_array_of_impossible_numbers_is_named(tmp_path, column, value, messag
     kind = np.dtype([(name, "f8") for name in "xypt"])
     np.save(tmp_path / "a.npy", rows.view(kind)[:, 0] if fields else rows / [1, 1, 1, 1000])
     with pytest.raises(RecordingError, match=message) as caught:
-        read(tmp_path / "a.npy", (34, 34), 2)
+        read(tmp_path / "a.npy", (34, 34), "count", 2)
     assert str(tmp_path / "a.npy") in str(caught.value)
 
 
 def test_milliseconds_are_rounded_to_microseconds(tmp_path):
     np.save(tmp_path / "a.npy", np.array([[0, 0, 0, t / 1000] for t in range(3000)]))
-    assert read(tmp_path / "a.npy", (1, 1), 1).t.tolist() == list(range(3000))
+    assert read(tmp_path / "a.npy", (1, 1), "time", 1).t.tolist() == list(range(3000))
 
 
 def test_a_wide_sensor_is_scaled_by_its_height_and_its_width():

@@ -92,9 +92,28 @@ def test_a_run_of_the_command_loads_by_the_network_that_its_recipe_names(tmp_pat
     assert found.features[2].tau == 3.0
     assert found.trained.classes == 10
     card = (tmp_path / "run" / "card.md").read_text()
-    for part in ("DigitsNet", "SLTT() at T = 4", "split 5012bf79b0e0", "test accuracy |", "PyTorch"):
+    for part in ("DigitsNet", "SLTT() at T = 4", "split 5012bf79b0e0", "E_ops, nJ", "test accuracy |", "PyTorch"):
         assert part in card
     assert "not measured" not in card
+
+
+def test_the_energy_of_the_card_is_that_of_a_fixed_sample(tmp_path):
+    class Augmented(torch.utils.data.Dataset):
+        def __len__(self):
+            return 60
+
+        def __getitem__(self, i):
+            return 3 * torch.randn(4), i % 3
+
+    held_out = [(torch.ones(4), i % 3) for i in range(12)]
+    energies = []
+    for resume in (False, True):
+        data = sltt.data.from_datasets(Augmented(), held_out, static=True)
+        model = nn.Sequential(nn.Linear(4, 64), sltt.LIF(), nn.Linear(64, 3))
+        train(tmp_path / "run", model, data, epochs=1, steps=4, resume=resume)
+        energies += [(tmp_path / "run" / "card.md").read_text().partition("| of one sample |")[2]]
+    assert energies[0] == energies[1]
+    assert "nJ" in energies[0]
 
 
 def test_a_run_without_its_settings_is_loaded_with_a_network_only(tmp_path):
