@@ -170,7 +170,7 @@ OTHER_CALLS = [
      "optimizer must be a Optimizer"),
     ("Delta of NaN", lambda: data.Delta()(torch.full((4, 3), torch.nan), 4), ValueError, "expected a finite input"),
     ("from_datasets(per_step)", per_step, ValueError, "expected targets of each time step, .* is per_step=True right"),
-    ("read(text)", partial(recordings.read, Path("x.txt"), (3, 3), 4), recordings.RecordingError, "not a rec"),
+    ("read(text)", partial(recordings.read, Path("x.txt"), (3, 3), "count", 4), recordings.RecordingError, "not a rec"),
     ("to_nir(dt)", lambda: sltt.interop.to_nir(network(), X[0], dt=0), ValueError, "dt must be greater than 0, got 0"),
     ("to_c(zeros)", lambda: sltt.interop.to_c(network(), 0 * X, "c", weights="int8"), ValueError, "is zero everywhere"),
     ("spiking(weights)", lambda: sltt.interop.spiking(nn.ReLU(), weights={}), ValueError, "weights must be the path o"),

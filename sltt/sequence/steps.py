@@ -74,7 +74,8 @@ def channels_last(x: Tensor) -> Tensor:
     """Return images or signals [B, C, ...] channels-last; of one channel, with the strides that say so."""
     if x.shape[1] == 1:
         return x.reshape(len(x), *x.shape[2:], 1).movedim(-1, 1)
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    last = x.movedim(1, -1)
+    return x if last.is_contiguous() else last.contiguous().movedim(-1, 1)
 
 
 def in_backward() -> bool:

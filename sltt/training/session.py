@@ -1,5 +1,6 @@
 """Sessions train and measure networks: processes are started and Fabric is built once for all of it."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -126,7 +127,8 @@ def session(settings: Execution) -> Iterator[Session]:
         if (default := torch.get_default_device()).type != "cpu":
             before.callback(torch.set_default_device, default)
             torch.set_default_device(None)
-        before.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
-        cudnn.benchmark |= not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
+        if threading.current_thread() is threading.main_thread():  # parallel trainings would not put it back
+            before.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+            cudnn.benchmark |= not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
         copies = None if fabric.device.type in ("cpu", "mps") else torch.Stream(fabric.device)
         yield Session(settings, fabric, Processes(fabric), copies)
