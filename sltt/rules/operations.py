@@ -26,7 +26,7 @@ from sltt.sequence.proof import is_proved
 from sltt.sequence.reach import graph_nodes
 from sltt.sequence.run import Run
 from sltt.sequence.step import NEURON, Step
-from sltt.sequence.steps import Sequence
+from sltt.sequence.steps import Sequence, channels_last
 
 _ALIKE = "alias clone contiguous detach lift_fresh _to_copy _unsafe_view view reshape _reshape_alias"
 _BY_DIM = (  # of the first sample's dimensions on
@@ -200,6 +200,15 @@ class _Watched(Sizes):
             self._normalised[id(y)] = layer.name
         return y
 
+    def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        y = super().weight(layer, *args, **kwargs)
+        if self.run.sequence.last and isinstance(layer.module, nn.Conv1d):  # it gives them so in a run
+            self.operations.ours = True
+            y = channels_last(y)
+            self.operations.ours = False
+            self.operations.add(y)
+        return y
+
     def find_pairs(self) -> dict[str, str]:
         """Return the layers of neurons that alone read what a BatchNorm gives, by its name."""
         self.operations.samples.clear()
@@ -235,16 +244,16 @@ def takes_channels_last(run: Run, model: nn.Module) -> bool:
     """Return whether a network takes images with their channels last in memory; some views do not."""
     if run.layout.pixels:
         with suppress(Exception):
-            _watch(model, run.sequence.with_channels_last(run.layout.pixels).input(range(1)))
+            _watch(model, run.sequence.with_channels_last(run.layout.pixels).input(range(1)), last=True)
             return True
     return False
 
 
-def _watch(model: nn.Module, x: Tensor) -> tuple[list[Any], dict[str, str]]:
+def _watch(model: nn.Module, x: Tensor, last: bool = False) -> tuple[list[Any], dict[str, str]]:
     """Run a network; return what it calls, and the pairs. Raises UnknownError if it may mix samples."""
     x = x.clone()
     operations, layout = Operations(x, [*model.parameters(), *model.buffers()]), layout_of(model)
-    inner = Run(model, Sequence(x, 1, True), step := _Watched(operations))
+    inner = Run(model, Sequence(x, 1, True, last=last), step := _Watched(operations))
     with kernels.using(bits=False), without_marked_hooks(model.modules()), inner:
         # states that no neuron reads here: a forward that reads, changes or resets one does more
         states = [(k.module, name) for k in inner.layout.keepers if k.spikes and k.advance for name in k.states]

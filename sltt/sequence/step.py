@@ -111,8 +111,9 @@ class Step:
         operation = kernels.operation_of(module)
         if operation is None or len(args) != 1 or has_own_operations():
             return layer.plain(*args, **kwargs)
-        x = self._signals(args[0]) if operation.axes == 1 else args[0]
-        weight, bias = layer.role.weight(module), module.bias
+        x, weight, bias = args[0], layer.role.weight(module), module.bias
+        if operation.axes == 1 and run.sequence.last and x.ndim == 3:
+            x = channels_last(x)  # which PyTorch's BatchNorm, and torch.cat, are not
         # a parametrised weight is computed by now, and once a step
         plain = partial(operation, weight=weight, bias=bias) if "parametrizations" in module._modules else layer.plain
         if not run.recompute and kernels.is_small(operation, x, weight):
@@ -176,10 +177,6 @@ class Step:
         show(neuron.module, y)
         return y
 
-    def _signals(self, x: Any) -> Any:
-        """Return signals [B, C, L] with their channels last in memory, where the run has them: PyTorch loses this."""
-        return channels_last(x) if self.run.sequence.last and isinstance(x, Tensor) and x.ndim == 3 else x
-
     def sequence(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         """Run an `nn.Sequential`, whose pairs of a BatchNorm and neurons are known."""
         return run_layers(layer.module, *args) if len(args) == 1 and not kwargs else layer.plain(*args, **kwargs)
@@ -192,7 +189,7 @@ class Step:
         if isinstance(module, nn.MaxPool1d | nn.MaxPool2d):
             found = kernels.max_pool(module, x)
             return layer.plain(*args, **kwargs) if found is None else found
-        y = self._signals(layer.plain(*args, **kwargs))
+        y = layer.plain(*args, **kwargs)
         if torch.is_grad_enabled() and not kernels.others_save():
             spikes = kernels.look(x.detach())
             if spikes or kernels.tag_of(x):

@@ -95,6 +95,22 @@ class OneByOne(nn.Module):
         return x
 
 
+class Views(OneByOne):
+    def forward(self, x):
+        x = self.layers[:-2](x)
+        return self.layers[-1](x.view(len(x), -1))  # which signals with their channels last do not take
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_a_view_of_signals_keeps_them_as_they_are(images):
+    layers, x, y = of_signals(1, False), torch.randn(4, 64, 1, 128), torch.randint(5, (64,))
+    if images:
+        layers, x = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(2), *layers), x.view(4, 64, 1, 8, 16)
+    expected, _ = run(layers, sltt.BPTT(fold=1), x, y, "off")
+    found, _ = run(Views(layers), sltt.BPTT(), x, y, "on", compile="on")
+    assert_close(found, {f"layers.{name}": grad for name, grad in expected.items()}, 1e-3)
+
+
 @pytest.mark.parametrize("own_forward", [False, True])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_signals_run_as_images_of_one_row(rule, own_forward, sparse_calls):
