@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from turns import in_turns, timed
 
 import sltt
+from sltt import kernels
 from sltt.analysis import peak_memory
 
 B = 64
@@ -69,8 +70,10 @@ class Waiting:
 @torch.no_grad()
 def by_blocks(model: nn.Sequential, x: Tensor, y: Tensor, block: int) -> None:
     """Write the gradients of the mean loss over T steps [T, B, N]."""
+    hidden: list[Any]
+    head: Any
     *hidden, head = model
-    layers = [Waiting(linear, neuron) for linear, neuron in zip(hidden[::2], hidden[1::2], strict=True)]  # type: ignore[arg-type]
+    layers = [Waiting(linear, neuron) for linear, neuron in zip(hidden[::2], hidden[1::2], strict=True)]
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     T = len(x)
@@ -111,7 +114,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    with sltt.kernels.using(sparse="off"):
+    with kernels.using(sparse="off"):
         measure(asked.steps, asked.repeats)
 
 
