@@ -76,8 +76,9 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
             rules = cheaper_rules(ready.model, T)
             found = agreement(*arguments, rules, steps=ready.repeat)
             memory = functools.cache(lambda rule, ready=ready: ready.memory(own.size, rule).batch)
-            rank = lambda r, of=memory: of(r) / (LESS if repr(r) == "BPTT()" else 1)  # noqa: E731
-            rivals = sorted(_contestants(rules, found), key=rank)
+            rivals = sorted(
+                _contestants(rules, found), key=lambda r, of=memory: of(r) / (LESS if repr(r) == "BPTT()" else 1)
+            )
             if asked.trial and (tau, T) not in trials:
                 trials[tau, T] = rivals, _run_trial(here, build, rivals, T, asked.trial, asked.seeds, report)
             # after more epochs, other windows may agree than those that were tried

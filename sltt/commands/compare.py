@@ -223,7 +223,8 @@ def print_compared(found: Mapping[str, Any], report: Console) -> None:
 def _measure(row: dict[str, Any], name: str, here: Session, built: Settings, report: Console) -> None:
     """Measure one training batch, on the trained weights, as far as it goes.
 
-    The bytes above what is allocated before it, its operations, and the cosine of the gradient with BPTT's.
+    The bytes above what is allocated before it, its operations, the energy of an inference, and the cosine of
+    the gradient with BPTT's.
     """
     try:
         ready = Prepared(here, built, built.steps)
