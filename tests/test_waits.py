@@ -178,7 +178,7 @@ def test_an_input_that_nobody_looks_at_gives_nan_where_it_is_damaged():
     assert not time_steps(torch.zeros(3, 2, 4), None).bounds
     assert not time_steps(torch.empty(3, 2, 4, dtype=torch.uint8, device="meta"), None).bounds
     for bound in (1.0, torch.inf, torch.nan):
-        run = Run(nn.Sequential(sltt.LIF()), Sequence(torch.ones(1), 1, True, (torch.tensor(bound),)))
+        run = Run(nn.Sequential(sltt.LIF()), Sequence(torch.ones(1), 1, True, (torch.tensor(bound),)), sltt.Step())
         assert run.result(torch.ones(2))[0].isnan().tolist() == [bound != 1] * 2
 
 

@@ -15,6 +15,7 @@ from sltt.rules.folding import choose_fold
 from sltt.sequence.hooks import keep_hooks
 from sltt.sequence.layout import Layout
 from sltt.sequence.run import Run
+from sltt.sequence.step import Step
 from sltt.sequence.steps import time_steps
 
 
@@ -69,7 +70,7 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
     for hook in hooks.values():
         hook.sees_folds = True  # pyright: ignore[reportAttributeAccessIssue]
     with keep_hooks(*(m.register_forward_pre_hook(hook, with_kwargs=True) for m, hook in hooks.items())):
-        fold = choose_fold(Run(model, time_steps(x, steps))).trained  # as in a training
+        fold = choose_fold(Run(model, time_steps(x, steps), Step())).trained  # as in a training
         unroll(model, x, steps=steps, fold=fold)
     for name, path in found.items():
         path.density /= max(1, inputs[name])

@@ -14,10 +14,11 @@ from sltt.kernels.layers.weights import Weights
 from sltt.kernels.native import origin as library_origin
 from sltt.kernels.native import problem as library_problem
 from sltt.kernels.neuron.custom import CustomStep, custom_step
+from sltt.kernels.neuron.equations import NeuronStep
 from sltt.kernels.neuron.native_step import steady_means
 from sltt.kernels.neuron.recurrence import recurrent_steps, runs_recurrence
 from sltt.kernels.neuron.sensitivity import Sensitivity
-from sltt.kernels.neuron.step import NeuronStep, fast_step, neuron_step, normed_step, run_step, steps_by_channel
+from sltt.kernels.neuron.step import fast_step, neuron_step, normed_step, run_step, steps_by_channel
 from sltt.kernels.neuron.triton_step import problem as triton_problem
 from sltt.kernels.norm.norm import batch_statistics, counting_batches, plain_norm, stepwise_norm
 from sltt.kernels.options import Compile, Sparse, choosing_once, compiler_problem, using, without_modes

@@ -1,4 +1,4 @@
-"""Base of the rules: the contract, and running a network without a rule.
+"""Base of the rules: the contract.
 
 Shapes: T time steps, B samples, C classes.
 """
@@ -7,27 +7,24 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sltt import kernels
 from sltt.checks import function, instance, whole_number
 from sltt.frozen import Frozen, arguments_of
 from sltt.losses import Activity, SequenceLoss, bind_loss, check_loss, is_per_step
 from sltt.rules.batch import Backward, Batch, Fold, Output, StepLoss
 from sltt.rules.diagnosis import check_reached, explain_errors, note
 from sltt.rules.fold_trial import ProbeLoss
-from sltt.rules.folding import choose_fold, fold_of
+from sltt.rules.folding import choose_fold
 from sltt.rules.gradients import add_together
+from sltt.rules.stream import Stream
 from sltt.sequence.padding import Padded, check_lengths, target_of
 from sltt.sequence.run import Run
 from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence, time_steps
-
-if TYPE_CHECKING:
-    from sltt.rules.stream import Stream
 
 
 class Rule(Frozen, ABC):
@@ -75,7 +72,7 @@ class Rule(Frozen, ABC):
         update: Callable[[], Any] | None = None,
         seed: int | None = None,
         mean_logits: bool = False,
-        stream: "Stream | None" = None,
+        stream: Stream | None = None,
     ) -> Output:
         """Run one batch.
 
@@ -228,50 +225,6 @@ class Rule(Frozen, ABC):
         taken = arguments_of(type(self))
         settings = ", ".join(f"{k}={v}" for k, v in vars(self).items() if k in taken and v != taken[k].default)
         return f"{type(self).__name__}({settings})"
-
-
-def unroll(model: nn.Module, x: Tensor, *, steps: int | None = None, fold: int | Literal["auto"] = "auto") -> Tensor:
-    """Run T time steps without a graph and return the logits [T, B, C]; the prediction is their mean over time.
-
-    An input that is NaN or infinite raises ValueError on the CPU, and gives logits that are NaN on another device.
-
-    Args:
-        model: maps the input of one time step [B, ...] to logits [B, C]; its mode, training or not, stays as it is.
-        x: a sequence, time first [T, B, ...]; or, with `steps`, a static input [B, ...] shown at every step.
-        steps: T for a static input.
-        fold: time steps in one call of the network, as of the rules.
-    """
-    instance("model", model, nn.Module)
-    return run_steps(model, time_steps(x, steps), fold_of(fold))[0]
-
-
-@torch.no_grad()
-def run_steps(
-    model: nn.Module, sequence: Sequence, fold: int | Literal["auto"], states: dict[str, Any] | None = None
-) -> tuple[Tensor, dict[str, Any]]:
-    """Run the time steps of a sequence from states on; return the logits [T, B, C] and the states behind them."""
-    x = sequence.x
-    network = Run(model, sequence, hoist=True, repeats=False, grad=False)
-    layout = network.layout
-    # a real batch shows whether calls change weights, so that the next ones share what is made of them
-    looks = not layout.steady and not layout.looked and sequence.steps > 1 and x.device.type == "cpu"
-    before = [(p, p.clone()) for p in model.parameters()] if looks else []
-    try:
-        n = choose_fold(network, fold).forward
-        with network:
-            network.resume(states or {})
-            calls = [range(t, min(t + n, sequence.steps)) for t in range(0, sequence.steps, n)]
-            network.weights = kernels.Weights(len(calls))
-            logits = [network(network.sequence.input(call), len(call)).clone() for call in calls]
-            (result,), states = network.result(torch.cat(logits)), network.states()
-        if looks:
-            layout.looked, layout.steady = True, all(torch.equal(p, was) for p, was in before)
-    except Exception as error:
-        note(error, network)
-        raise
-    finally:
-        torch.clear_autocast_cache()  # casts of weights without a graph would cut them off in a training after it
-    return result, states
 
 
 def _check_targets(sequence: Sequence, target: Any) -> None:

@@ -58,8 +58,9 @@ def choose_fold(run: Run, fold: int | Literal["auto"] = "auto", rule: Any = None
     Raises:
         ValueError: so many steps as were asked for would change results.
     """
-    # a lazy layer has no weights before its first batch
-    if fold == 1 or run.sequence.steps == 1 or not run.sequence.batch or any(map(is_lazy, run.model.parameters())):
+    if fold == 1 or run.sequence.steps == 1 or not run.sequence.batch:
+        return Fold()
+    if run.layout.lazy and any(map(is_lazy, run.model.parameters())):
         return Fold()
     if fold != "auto":
         run.require_folds()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import instance
-from sltt.rules.base import run_steps
 from sltt.rules.folding import fold_of
+from sltt.rules.unrolling import run_steps
 from sltt.sequence.layout import Layout
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.run import Run

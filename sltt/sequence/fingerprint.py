@@ -8,6 +8,7 @@ closures and in other libraries' objects, and the values of parameters.
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from functools import partial
+from operator import attrgetter, is_not
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ _LISTS = {list, tuple, set, frozenset, deque}
 _OPAQUE = {"builtins", "functools", "torch", "numpy", "sltt"}  # whose objects are values, functions or modules
 _DEPTH = 4  # of lists, dictionaries and objects in each other
 _LENGTH = 1024  # of a longer one, only its length counts
+_LEARNS, _is_there = attrgetter("requires_grad"), partial(is_not, None)
 
 Row = tuple[Any, ...]
 
@@ -31,14 +33,44 @@ class Fingerprint:
 
     def __init__(self, layers: Iterable[Any], device: torch.device | None = None):
         self._device = device and device.type
-        self._layers = [(layer, _INTERNAL.union(layer.states)) for layer in layers]
+        self._layers: list[tuple[Any, set[str], bool, bool]] = []
+        for layer in layers:
+            package = type(layer.module).__module__.partition(".")[0]
+            own = layer.role.kind == "other" and package not in ("torch", "sltt")
+            self._layers.append((layer, _INTERNAL.union(layer.states), package in LIBRARIES, own))
         self._registrations = registrations()
         self._rows, self._held = self._read()
 
     def _read(self) -> tuple[list[Row], list[Any]]:
-        """Return a row for each layer, and the objects whose ids are in it: as long as they live, ids are theirs."""
+        """Return a row for each layer, and the objects whose ids are in it: as long as they live, ids are theirs.
+
+        It is read before each batch, and calls a function for what is no plain value alone.
+        """
         held: list[Any] = []
-        return [_row(layer, internal, held, self._device) for layer, internal in self._layers], held
+        rows: list[Row] = []
+        for layer, internal, theirs, own in self._layers:
+            values = vars(layer.module)
+            parameters, children, attributes = values["_parameters"].values(), values["_modules"].values(), []
+            held += (*parameters, *children)
+            for name, value in values.items():
+                # what neurons of a library note of a step, such as sinabs' firing rate, is no part of what they do
+                if name in internal or (theirs and type(value) not in _ATOMS):
+                    continue
+                if (kind := type(value)) in _LISTS and len(value) < _LENGTH and _ATOMS.issuperset(map(type, value)):
+                    value = kind, *value
+                elif kind not in _ATOMS:
+                    while isinstance(value, Handler):  # of a run around this one
+                        value = value.args[0].before
+                    if name == "forward" and value is None:
+                        continue
+                    value = _freeze(value, held, self._device)
+                attributes.append((name, value))
+            if own:
+                attributes += [(k, _freeze(buffer, held, self._device)) for k, buffer in values["_buffers"].items()]
+            ids, hooks = (*map(id, parameters), None, *map(id, children)), count_hooks(layer.module)
+            learns = (*map(_LEARNS, filter(_is_there, parameters)),)
+            rows.append((type(layer.module), ids, learns, tuple(values["_buffers"].keys()), hooks, attributes))
+        return rows, held
 
     def changes(self) -> dict[str, Any]:
         """Return what has changed, such as "the attribute mix of blocks.0", and numbers as they are now."""
@@ -48,38 +80,12 @@ class Fingerprint:
         if rows == self._rows:
             return {}
         found: dict[str, Any] = {}
-        for (layer, _), row, before in zip(self._layers, rows, self._rows, strict=True):
+        for (layer, *_), row, before in zip(self._layers, rows, self._rows, strict=True):
             if row[:-1] != before[:-1]:
                 found[f"the modules, parameters or hooks of {layer}"] = row[:-1]
             now, then = dict(row[-1]), dict(before[-1])
             found |= {f"{name} of {layer}": now.get(name) for name in now | then if now.get(name) != then.get(name)}
         return found
-
-
-def _row(layer: Any, internal: set[str], held: list[Any], device: str | None) -> Row:
-    module = layer.module
-    values = vars(module)
-    parameters, children = tuple(values["_parameters"].values()), tuple(values["_modules"].values())
-    held += parameters
-    held += children
-    package = type(module).__module__.partition(".")[0]
-    attributes = []
-    for name, value in values.items():
-        # what neurons of a library keep or note of a step, such as sinabs' firing rate, is no part of what they do
-        if name in internal or (package in LIBRARIES and type(value) not in _ATOMS):
-            continue
-        if type(value) not in _ATOMS:
-            while isinstance(value, Handler):  # of a run around this one
-                value = value.args[0].before
-            if name == "forward" and value is None:
-                continue
-            value = _freeze(value, held, device)
-        attributes.append((name, value))
-    if layer.role.kind == "other" and package not in ("torch", "sltt"):
-        attributes += [(name, _freeze(buffer, held, device)) for name, buffer in values["_buffers"].items()]
-    learns = tuple([p is not None and p.requires_grad for p in parameters])
-    ids = tuple(map(id, parameters)), tuple(map(id, children))
-    return type(module), ids, learns, tuple(values["_buffers"].keys()), count_hooks(module), attributes
 
 
 def _freeze(value: Any, held: list[Any], device: str | None, depth: int = 0) -> Any:

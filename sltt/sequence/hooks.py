@@ -34,12 +34,16 @@ class Handler(partial):
 
 def count_hooks(module: nn.Module) -> int:
     """Count the hooks on a module and its weights, without those that compute its weights, and those of ours."""
-    hooks = [hook for name in _HOOKS for hook in vars(module)[name].values()]
+    hooks, values = [], vars(module)
+    for name in _HOOKS:
+        hooks += values[name].values()
     for p in module._parameters.values():  # which see the gradient of one time step
         for some in (getattr(p, "_backward_hooks", None), getattr(p, "_post_accumulate_grad_hooks", None)):
             hooks += (some or {}).values()
-    ours = (type(hook).__module__.startswith("torch.nn.utils") or hasattr(hook, "sees_folds") for hook in hooks)
-    return len(hooks) - sum(ours)
+    count = len(hooks)
+    for hook in hooks:
+        count -= type(hook).__module__.startswith("torch.nn.utils") or hasattr(hook, "sees_folds")
+    return count
 
 
 @contextmanager

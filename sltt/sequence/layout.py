@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from sltt._torch import FABRIC, is_compiled
 from sltt.sequence.fingerprint import Fingerprint
@@ -64,6 +66,9 @@ class Layout:
         self.unproved = find_unproved(self.layers)  # why structure does not prove that samples are treated alike
         # no call of the network changes its weights: structure proves it, or a real batch showed it
         self.steady = self.unproved is None
+        # waits for the gradients of all weights in the backward of each step
+        self.distributed = any(isinstance(m, DistributedDataParallel) for m in self.layers)
+        self.lazy = any(map(is_lazy, model.parameters()))  # it has no weights before its first batch
         self.looked = "hooks on" in (self.unproved or "")  # an evaluation looked for that
         convolutions = (m for m in self.layers if isinstance(m, nn.Conv1d | nn.Conv2d))
         self.pixels = {len(m.stride) for m in convolutions}  # axes beside batch and channels in what they read
@@ -135,7 +140,9 @@ class Layout:
         for layer in self.layers.values():
             if type(layer.module).__module__.partition(".")[0] not in ("torch", "sltt"):
                 for key, value in vars(layer.module).items():
-                    listed = [] if key == "_modules" else _modules_in(value)
+                    if key in _OF_MODULES or not isinstance(value, nn.Module | list | tuple | dict):
+                        continue
+                    listed = _modules_in(value)
                     found = (inner for module in listed for inner in module.modules())
                     yield from ((layer, key, module) for module in found if module not in self.layers)
 
@@ -144,6 +151,7 @@ class Layout:
         return [tensor for layer in self.keepers for tensor in state_tensors(layer.module)]
 
 
+_OF_MODULES = {*vars(nn.Module())}  # attributes of all modules
 _KEPT = "_sltt_layouts"  # the attribute of a network with its layouts
 _CHANGES = 3  # batches in a row before each of which the network changed
 

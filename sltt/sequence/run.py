@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from sltt import kernels
 from sltt.sequence.claims import claim, release
@@ -27,7 +26,6 @@ from sltt.sequence.layout import Layer, Layout, layout_of
 from sltt.sequence.once import Results, is_sharded
 from sltt.sequence.proof import find_modes
 from sltt.sequence.state import detach_module, map_tensors, reset_module, state_names, state_tensors
-from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence
 
 
@@ -37,7 +35,7 @@ class Run:
     Args:
         model: maps the input of one time step [B, ...] to logits [B, C].
         sequence: the input.
-        step: what layers do in a time step.
+        step: what layers do in a time step, a `Step`.
         hoist: `sltt.once` keeps what it computes from a static input.
         repeats: the first layers, of a static input, run in each time step; else once, see `count_repeats`.
         grad: a graph is built in some steps.
@@ -51,7 +49,7 @@ class Run:
         self,
         model: nn.Module,
         sequence: Sequence,
-        step: Step | None = None,
+        step: Any,
         *,
         hoist: bool = False,
         repeats: bool = True,
@@ -65,12 +63,11 @@ class Run:
         self.model, self.sequence, self.batch = model, sequence, sequence.batch
         if self.layout.unproved is None:
             self.take_channels_last()
-        self.step = step or Step()
+        self.step = step
         self.step.run = self
         self.thread = threading.get_ident()
-        # DistributedDataParallel waits for the gradients of all weights in the backward of each step
-        waits = any(isinstance(module, DistributedDataParallel) for module in self.layout.layers)
-        self._hoists, self._repeats, self._grad = hoist, repeats or waits or find_modes() is not None, grad
+        repeats = repeats or self.layout.distributed or find_modes() is not None
+        self._hoists, self._repeats, self._grad = hoist, repeats, grad
         self.keep, self.weights = keep, kernels.Weights()
         self.seen: deque[Tensor] = deque(maxlen=2)  # with `recompute`, outputs that a sum may have
         self.fold = 1  # n, the time steps in the call in progress; 1 within a layer that takes them one after the other

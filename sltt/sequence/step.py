@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Container
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,9 @@ from sltt._torch import _current_graph_task_id, has_own_operations
 from sltt.sequence.hooks import runs_hooks
 from sltt.sequence.layout import Layer
 from sltt.sequence.pairs import run_layers
+from sltt.sequence.run import Run
 from sltt.sequence.spikes import show
 from sltt.sequence.steps import channels_last, in_backward
-
-if TYPE_CHECKING:
-    from sltt.sequence.run import Run
 
 NEURON = (
     "runs twice in a time step, and has one membrane potential: use a neuron of its own for each place. A forward that "
@@ -39,7 +37,7 @@ class Step:
         trained: the steps that have one.
     """
 
-    run: "Run"
+    run: Run
     eager = False
     waits = False
     trained: Container[int] = ()

@@ -56,7 +56,7 @@ def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None
         return
     _check_call(model, sequence)
     if rule.fold != "auto":
-        rule.choose_fold(Run(model, sequence))
+        rule.choose_fold(Run(model, sequence, rule.step()))
     if sequence.batch < 2 or any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules()):
         return  # what normalises by the statistics of the batch, in evaluation too, is not judged
     if found := _find_mixing(model, sequence):
@@ -214,7 +214,7 @@ def _run(model: nn.Module, x: Tensor, seed: int) -> list[ModuleCall]:
     devices = [x.device] if x.is_cuda else []
     with (
         keep_hooks(*hooks), evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices),
-        kernels.using(sparse="off", compile="off"), Run(model, Sequence(x, 1, True), grad=False) as run,
+        kernels.using(sparse="off", compile="off"), Run(model, Sequence(x, 1, True), Step(), grad=False) as run,
     ):  # fmt: skip
         torch.manual_seed(seed)
         run(x)

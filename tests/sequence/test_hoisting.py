@@ -168,7 +168,7 @@ def test_a_change_in_place_of_what_is_kept_is_refused():
 
 def test_weights_that_a_rule_changes_in_the_middle_are_computed_anew():
     conv = ScaledWSConv2d(2, 3, 3)
-    with Run(nn.Sequential(conv, sltt.LIF()), time_steps(torch.zeros(3, 1, 2, 4, 4), None), grad=False):
+    with Run(nn.Sequential(conv, sltt.LIF()), time_steps(torch.zeros(3, 1, 2, 4, 4), None), sltt.Step(), grad=False):
         first = sltt.once(conv.standardised_weight)
         assert sltt.once(conv.standardised_weight) is first
         with torch.no_grad():

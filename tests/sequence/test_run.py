@@ -148,7 +148,7 @@ def test_a_copy_that_is_made_in_a_run_runs_by_itself(how):
 def test_a_part_whose_states_are_empty_may_run_a_sequence_of_its_own():
     inner, (x, _) = nn.Sequential(nn.Linear(6, 6), sltt.LIF()).double(), batch()
     outer = nn.Sequential(inner, nn.Linear(6, 3)).double()
-    with Run(outer, time_steps(x, None), grad=False) as run:
+    with Run(outer, time_steps(x, None), sltt.Step(), grad=False) as run:
         expected = sltt.unroll(inner, x)  # before the first step
         assert run_of(inner[1]) is run
         run(x[0])

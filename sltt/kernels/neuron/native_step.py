@@ -9,17 +9,15 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sltt.kernels.native import library_for
+from sltt.kernels.neuron.equations import NeuronStep
 from sltt.kernels.options import dense
 from sltt.surrogates import Above, ArcTan, Exponential, FastSigmoid, Gaussian, Rectangle, Sigmoid, Surrogate, Triangle
-
-if TYPE_CHECKING:
-    from sltt.kernels.neuron.step import NeuronStep
 
 Known = dict[type[Surrogate], Callable[[Any], tuple[int, float, float]]]
 # the number of a surrogate in spikes_neuron.cpp and triton_kernels.py, and its constants
@@ -45,7 +43,7 @@ class _Constants(ctypes.Structure):
 class NativeStep:
     """A step in native code."""
 
-    def __init__(self, library: ctypes.CDLL, step: "NeuronStep", decay: float):
+    def __init__(self, library: ctypes.CDLL, step: NeuronStep, decay: float):
         above, found = describe(step.surrogate, SURROGATES)
         self.differentiates = found is not None
         number, a, b = found or (0, 1.0, 1.0)
@@ -98,7 +96,7 @@ class NativeStep:
 
 
 def native_step(
-    step: "NeuronStep", like: Tensor, x_dtype: torch.dtype, dtype: torch.dtype, decay: Any, gradient: bool = False
+    step: NeuronStep, like: Tensor, x_dtype: torch.dtype, dtype: torch.dtype, decay: Any, gradient: bool = False
 ) -> NativeStep | None:
     """Return the step in native code; None where it cannot run, or cannot give a `gradient` that is asked for.
 
@@ -119,7 +117,7 @@ def native_step(
 
 
 def steady_means(
-    step: "NeuronStep", x: Tensor, steps: int, dtype: torch.dtype, start: float, decay: Tensor | None
+    step: NeuronStep, x: Tensor, steps: int, dtype: torch.dtype, start: float, decay: Tensor | None
 ) -> tuple[Tensor, ...] | None:
     """Return means over T time steps under the current x, from the potential `start`: of s, of ∂s/∂x in x's type.
 

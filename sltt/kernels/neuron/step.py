@@ -13,13 +13,13 @@ All is elementwise on memory: tensors of any dense memory format are taken as fl
 
 import functools
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sltt.kernels.derivatives import differentiable_once
+from sltt.kernels.neuron.equations import NeuronStep
 from sltt.kernels.neuron.native_step import NativeStep, native_step
 from sltt.kernels.neuron.triton_step import Tiles, TritonStep, by_channel, triton_step
 from sltt.kernels.norm import triton_norm
@@ -28,58 +28,6 @@ from sltt.kernels.options import Kernel, in_force, known_layout, match_format, o
 from sltt.kernels.spikes.bits import pack, unpack
 from sltt.kernels.spikes.looks import BITS, BITS_FROM, PACK_FROM, can_pack
 from sltt.kernels.spikes.saved import keep_count, tag_of, tag_spikes
-from sltt.surrogates import Surrogate
-
-
-@dataclass(frozen=True)
-class NeuronStep:
-    """The constants of a neuron's step; `decay` is None where it is a tensor. The equations are those of `lif_step`."""
-
-    decay: float | None
-    v_threshold: float
-    v_reset: float | None
-    decay_input: bool
-    detach_reset: bool
-    surrogate: Surrogate
-    subtract: float | None = None
-    most: float = 1.0
-
-    @property
-    def amount(self) -> float:
-        """Return what a soft reset subtracts."""
-        return self.v_threshold if self.subtract is None else self.subtract
-
-    def charge(self, v: Tensor, x: Tensor, decay: float | Tensor) -> Tensor:
-        """Return u, the membrane potential after the charge."""
-        current = (1 - decay) * x if self.decay_input else x
-        if not self.v_reset:
-            return decay * v + current
-        return self.v_reset + decay * (v - self.v_reset) + current
-
-    def fires(self, u: Tensor) -> Tensor:
-        """Return the spikes: one at the threshold; where `most` is not 1, ⌊u/V_th⌋ of them up to it."""
-        if self.most == 1:
-            return self.surrogate.fires(u - self.v_threshold)
-        return (u / self.v_threshold).trunc().clamp(0, self.most)
-
-    def reset(self, u: Tensor, s: Tensor) -> Tensor:
-        """Return v, the membrane potential after the reset."""
-        if self.v_reset is None:
-            return u - self.amount * s
-        return u - (u - self.v_reset) * s
-
-    def derivatives(self, kept: Tensor, s: Tensor) -> tuple[Tensor, Any]:
-        """Return ∂s/∂u and ∂v/∂u; `kept` is v for a soft reset and u for a hard one."""
-        soft = self.v_reset is None
-        fires = self.surrogate.derivative(kept - (self.v_threshold - self.amount * s if soft else self.v_threshold))
-        stays: Any = 1.0 if soft else 1 - s
-        if not self.detach_reset:
-            stays = stays - fires * (self.amount if self.v_reset is None else kept - self.v_reset)
-        return fires, stays
-
-    def rate(self, decay: Tensor | None) -> Any:
-        """Return λ: the constant, or the tensor in its place."""
-        return self.decay if decay is None else decay
 
 
 def neuron_step(

@@ -7,17 +7,15 @@ device, so that a graph can hold it.
 
 import functools
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sltt.kernels.neuron.equations import NeuronStep
 from sltt.kernels.neuron.native_step import SURROGATES, describe, fires_as_usual
 from sltt.kernels.options import compiler_problem, options
 from sltt.surrogates import Triangle
-
-if TYPE_CHECKING:
-    from sltt.kernels.neuron.step import NeuronStep
 
 WARPS = 4
 REPLAYED = 8  # time steps at most, each of which takes a register an element, or code
@@ -26,7 +24,7 @@ REPLAYED = 8  # time steps at most, each of which takes a register an element, o
 class TritonStep:
     """A step in Triton."""
 
-    def __init__(self, step: "NeuronStep"):
+    def __init__(self, step: NeuronStep):
         from sltt.kernels.neuron import triton_kernels  # imports Triton
 
         above, found = describe(step.surrogate, SURROGATES)
@@ -145,7 +143,7 @@ def block_of(x: Tensor) -> int:
 
 
 def triton_step(
-    step: "NeuronStep", like: Tensor, x_dtype: torch.dtype, dtype: torch.dtype, decay: Tensor | None
+    step: NeuronStep, like: Tensor, x_dtype: torch.dtype, dtype: torch.dtype, decay: Tensor | None
 ) -> TritonStep | None:
     """Return the step in Triton; None where it cannot run. The arguments are those of `native_step`.
 
@@ -169,8 +167,6 @@ def problem(device: torch.device) -> str | None:
     """Return why no step runs in Triton on a device, in one line; None if it does. The first call runs one."""
     if reason := compiler_problem(device):
         return reason
-    from sltt.kernels.neuron.step import NeuronStep
-
     x = torch.zeros(1, device=device, dtype=torch.float32)
     try:
         TritonStep(NeuronStep(0.5, 1.0, None, False, False, Triangle())).forward(x, x, None, x, x, None, None)
