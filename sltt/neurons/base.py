@@ -212,19 +212,12 @@ class Neuron(Stateful):
         return ", ".join(f"{name}={f'{v:.4g}' if name in learned else v}" for name, v in shown.items())
 
 
-set_role(
-    Neuron,
-    Role(
-        "keeper",
-        lambda neuron: neuron.states,
-        lambda neuron: neuron.reset(),
-        lambda neuron: neuron.spikes,
-        advance=lambda neuron: (
-            neuron.prepare() if neuron.spikes and not own_forward(neuron, Neuron) and not transforms_active() else None
-        ),
-        of=Neuron,
-    ),
-)
+def _advance_of(neuron: Neuron) -> Callable[[Tensor, int, bool], Tensor] | None:
+    return neuron.prepare() if neuron.spikes and not own_forward(neuron, Neuron) and not transforms_active() else None
+
+
+_ROLE = Role("keeper", lambda m: m.states, lambda m: m.reset(), lambda m: m.spikes, advance=_advance_of, of=Neuron)
+set_role(Neuron, _ROLE)
 
 
 def split_steps(x: Tensor, steps: int) -> Tensor:

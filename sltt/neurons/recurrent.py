@@ -104,9 +104,4 @@ class Recurrent(Stateful):
         return advance
 
 
-set_role(
-    Recurrent,
-    Role(
-        "keeper", lambda module: module.states, lambda module: module.reset(), advance=lambda module: module.prepare()
-    ),
-)
+set_role(Recurrent, Role("keeper", lambda m: m.states, lambda m: m.reset(), advance=lambda m: m.prepare()))

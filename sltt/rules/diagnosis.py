@@ -98,9 +98,7 @@ def _cause(run: Run) -> str | None:
             f"{name or 'the model'} ({kind}) keeps a tensor in `.{attribute}` from step to step, which no rule knows "
             f"of: {remedy}"
         )
-    if unseen := run.layout.find_unseen():
-        return unseen
-    return None
+    return run.layout.find_unseen()
 
 
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
