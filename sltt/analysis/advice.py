@@ -122,10 +122,10 @@ def _sizes(rule: str, memory: Mapping[str, int]) -> str:
     return f"{sizes[rule]} ({', '.join(others)})"
 
 
-def _rest_on_gradients(found: Sequence[Agreement], epochs: int) -> str:
+def _rest_on_gradients(agreements: Sequence[Agreement], epochs: int) -> str:
     """Say what the advice without a trial rests on."""
     network = f"after {count_of(epochs, 'epoch')}" if epochs else "of an untrained network"
-    worst = ", ".join(f"{name_rules([a.rule])} {a.least:.3f}" for a in found if a.rule != "BPTT()")
+    worst = ", ".join(f"{name_rules([a.rule])} {a.least:.3f}" for a in agreements if a.rule != "BPTT()")
     return (
         f"this rests on the gradients of one batch {network} (worst cosine: {worst}; {AGREES} needed). --trial trains "
         "for some epochs, and sltt compare for all."

@@ -94,11 +94,11 @@ class _Exact:
 
     @functools.cached_property
     def gradients(self) -> dict[str, Tensor]:
-        found = self._gradients(BPTT())
-        while self.scale > 1 and not all(g.isfinite().all() for g in found.values()):
+        gradients = self._gradients(BPTT())
+        while self.scale > 1 and not all(g.isfinite().all() for g in gradients.values()):
             self.scale /= 2
-            found = self._gradients(BPTT())
-        return found
+            gradients = self._gradients(BPTT())
+        return gradients
 
     @functools.cached_property
     def without_resets(self) -> "_Exact":
@@ -111,12 +111,12 @@ class _Exact:
 
     def compare(self, rule: Rule) -> Agreement:
         exact = self.gradients  # first, since it finds the scale
-        found = self._gradients(rule)
-        layers = {module: _measure(found, exact, names)[:2] for module, names in _modules(exact).items()}
+        gradients = self._gradients(rule)
+        layers = {module: _measure(gradients, exact, names)[:2] for module, names in _modules(exact).items()}
         other = self.without_resets
         without = other.gradients
-        least = _worst_cosine(found if other is self else other._gradients(rule), without)
-        return Agreement(repr(rule), *_measure(found, exact, list(exact)), layers, least)
+        least = _worst_cosine(gradients if other is self else other._gradients(rule), without)
+        return Agreement(repr(rule), *_measure(gradients, exact, list(exact)), layers, least)
 
     def _gradients(self, rule: Rule) -> dict[str, Tensor]:
         twin = copy_model(self.model)
@@ -141,18 +141,18 @@ def _modules(parameters: Iterable[str]) -> dict[str, list[str]]:
     return modules
 
 
-def _worst_cosine(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+def _worst_cosine(gradients: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     """Return the smallest cosine, of all parameters or of a module with a weight matrix; 0 without a gradient."""
-    cosines = [_measure(found, exact, list(exact))[0]]
+    cosines = [_measure(gradients, exact, list(exact))[0]]
     for names in _modules(exact).values():
         if any(exact[name].ndim > 1 and exact[name].any() for name in names):
-            cosine, ratio, _ = _measure(found, exact, names)
+            cosine, ratio, _ = _measure(gradients, exact, names)
             cosines.append(cosine if ratio else 0.0)
     return min(cosines)
 
 
-def _measure(found: dict[str, Tensor], exact: dict[str, Tensor], names: list[str]) -> tuple[float, float, float]:
+def _measure(gradients: dict[str, Tensor], exact: dict[str, Tensor], names: list[str]) -> tuple[float, float, float]:
     b = torch.cat([exact[name].flatten() for name in names]).double()
-    a = torch.cat([found.get(name, torch.zeros_like(exact[name])).flatten() for name in names]).double()
+    a = torch.cat([gradients.get(name, torch.zeros_like(exact[name])).flatten() for name in names]).double()
     norm = b.norm()
     return float(a @ b / (a.norm() * norm)), float(a.norm() / norm), float((a - b).norm() / norm)

@@ -81,17 +81,17 @@ class Energy:
     def picojoules(self) -> dict[str, tuple[float, float, float, float]]:
         """Return E_ops, E_neurons, E_memory on chip and E_memory from DRAM of docs/energy.md, by the network."""
         macs, acs, ann, bits = *map(self.total, ("macs", "acs", "ann_macs")), math.ceil(math.log2(self.steps + 1))
-        outputs, found = self.updates / self.steps * self.passes, {}
+        outputs, energies = self.updates / self.steps * self.passes, {}
         matched = f"w8a{bits}", 0.2 * bits / 8 + 0.1, bits / 8
         networks = ("32 bits", FLOAT32, "32 bits", FLOAT32[0], 4), ("8 bits", INT8, *matched)
         for snn, (mac, ac, update, weight), name, ann_mac, activation in networks:
             held = (2 * (macs + acs) + 12 * self.updates + 4 * self.spikes) * SRAM
             memory = held + (macs + acs) * weight * SRAM, held + self.weights * weight * self.steps * DRAM
-            found[f"SNN {snn}"] = macs * mac + acs * ac, self.updates * update + self.spikes * ac, *memory
+            energies[f"SNN {snn}"] = macs * mac + acs * ac, self.updates * update + self.spikes * ac, *memory
             held = (ann / 2 + outputs) * activation * SRAM
             memory = held + ann / 2 * weight * SRAM, held + self.weights * weight * self.passes * DRAM
-            found[f"ANN {name}"] = ann * ann_mac, 0.0, *memory
-        return found
+            energies[f"ANN {name}"] = ann * ann_mac, 0.0, *memory
+        return energies
 
     def tables(self) -> dict[str, list[dict[str, Any]]]:
         """Return the rows of two tables: counts and energies of networks, and ratios of their energies.
@@ -224,12 +224,12 @@ class _Counter(TorchFunctionMode):
         spiking = observe_spikes(self.neurons, self._fire)
         with keep_hooks(*hooks), spiking, kernels.using(bits=False), self:  # no kernel stands for what the mode sees
             logits = unroll(self.model, self.x, steps=self.static, fold=1)
-        for name, one in self.layers.items():
+        for name, layer in self.layers.items():
             if not self.static or self.last[name]:
-                one.ann_macs /= self.static or 1
+                layer.ann_macs /= self.static or 1
             else:  # it ran `once`; NeuroBench calls it in each step
-                one.dense, one.effective_macs = one.dense * self.static, one.effective_macs * self.static
-                one.effective_acs *= self.static
+                layer.dense, layer.effective_macs = layer.dense * self.static, layer.effective_macs * self.static
+                layer.effective_acs *= self.static
         steps, weights = sum(self.lengths) / self.batch, [m.weight for m in modules.values() if isinstance(m, LAYERS)]
         updates, spikes, active = (count / self.batch for count in (self.updates, self.spikes, self.active))
         size, zeros = sum(w.numel() for w in weights), sum(int((w == 0).sum()) for w in weights)
@@ -261,7 +261,7 @@ class _Counter(TorchFunctionMode):
         """Count the operations of a convolution or linear layer."""
         if (key := (self._inside[-1], x.shape[1:], weight.shape)) not in self._fans:
             weights = torch.ones_like(weight), weight != 0
-            self._fans[key] = [_fan_out(func, x, one.double(), *settings[1:]) for one in weights]
+            self._fans[key] = [_fan_out(func, x, w.double(), *settings[1:]) for w in weights]
         (fan, kept), known = self._fans[key], getattr(x, "counts", None)
         x, known = self._real(x), None if known is None else self._real(known)
         dense, effective, counts = len(x) * float(fan.sum()), float(((x != 0) * kept).sum()), _count_spikes(x, known)
@@ -274,11 +274,11 @@ class _Counter(TorchFunctionMode):
 
     def _add(self, spiking: bool, **counts: float) -> None:
         name = self._inside[-1]
-        one = self.layers.setdefault(name, LayerOperations(name))
+        layer = self.layers.setdefault(name, LayerOperations(name))
         self.last[name] = self.step
-        one.spiking |= spiking
+        layer.spiking |= spiking
         for key, count in counts.items():
-            setattr(one, key, getattr(one, key) + count / self.batch)
+            setattr(layer, key, getattr(layer, key) + count / self.batch)
 
     def _real(self, x: Tensor) -> Tensor:
         """Return the rows of the samples whose sequences have not ended, in a tensor with one or more a sample."""
@@ -293,8 +293,8 @@ class _Counter(TorchFunctionMode):
             return out
         if func in _LAYERS:
             named = {name: value for name, value in kwargs.items() if name not in ("input", "weight", "bias")}
-            given = *args, *(kwargs[name] for name in ("input", "weight") if name in kwargs)
-            self._layer(partial(func, **named), *given)
+            inputs = *args, *(kwargs[name] for name in ("input", "weight") if name in kwargs)
+            self._layer(partial(func, **named), *inputs)
         elif func in _MATRIX_PRODUCTS:
             a, b = (*args, *(kwargs[name] for name in ("input", "other", "mat2") if name in kwargs))
             self._product(torch.matmul, a, b)
@@ -329,22 +329,22 @@ def _count_spikes(x: Tensor, known: Tensor | None) -> Tensor | None:
 
 def _pass_counts(func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Do with the counts of spikes what a function of spikes alone does with these; an average becomes a sum."""
-    tensors: list[Any] = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-    made: list[Any] = [one for one in (out if isinstance(out, list | tuple) else [out]) if isinstance(one, Tensor)]
-    if not (spikes := tensors and all(hasattr(one, "counts") for one in tensors)):
-        for one in made:
-            vars(one).pop("counts", None)  # it was changed in place
+    tensors: list[Any] = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
+    made: list[Any] = [t for t in (out if isinstance(out, list | tuple) else [out]) if isinstance(t, Tensor)]
+    if not (spikes := tensors and all(hasattr(tensor, "counts") for tensor in tensors)):
+        for tensor in made:
+            vars(tensor).pop("counts", None)  # it was changed in place
     if not spikes or not made or "dropout" in (name := func.__name__):
         return
-    args, kwargs = tree_map_only(Tensor, lambda one: vars(one)["counts"], (args, kwargs))
+    args, kwargs = tree_map_only(Tensor, lambda tensor: vars(tensor)["counts"], (args, kwargs))
     found, times = func(*args, **kwargs), 1
     if name.startswith("avg_pool"):
         size = torch.tensor(args[1] if len(args) > 1 else kwargs["kernel_size"]).expand(int(name[-2]))
         times = (args[6] if len(args) > 6 else kwargs.get("divisor_override")) or int(size.prod())
     elif name == "mean" or name.startswith("adaptive_avg_pool"):
         times = tensors[0].numel() / max(made[0].numel(), 1)
-    for one, counts in zip(made, found if isinstance(found, list | tuple) else [found], strict=True):
-        one.counts = counts * times
+    for tensor, counts in zip(made, found if isinstance(found, list | tuple) else [found], strict=True):
+        tensor.counts = counts * times
 
 
 def _sums(equation: Any) -> bool:

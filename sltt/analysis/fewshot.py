@@ -75,10 +75,10 @@ def draw_shots(labels: Sequence[int], classes: Sequence[int], shot: int, seed: i
     whole_number("shot", shot, least=1)
     generator = torch.Generator().manual_seed(seed)
     drawn = []
-    for one in classes:
-        indices = [i for i, label in enumerate(labels) if label == one]
+    for number in classes:
+        indices = [i for i, label in enumerate(labels) if label == number]
         if len(indices) < shot:
-            raise ValueError(f"class {one} has {len(indices)} training samples, fewer than shot={shot}")
+            raise ValueError(f"class {number} has {len(indices)} training samples, fewer than shot={shot}")
         drawn += [indices[i] for i in torch.randperm(len(indices), generator=generator)[:shot].tolist()]
     return drawn
 
@@ -89,12 +89,12 @@ def prototypes(embeddings: Tensor, labels: Tensor, classes: int) -> Tensor:
     return sums / labels.bincount(minlength=classes).unsqueeze(1)
 
 
-def incremental(known: Tensor, embeddings: Tensor, labels: Tensor, sizes: Sequence[int]) -> FewShot:
+def incremental(centres: Tensor, embeddings: Tensor, labels: Tensor, sizes: Sequence[int]) -> FewShot:
     """Classify test samples after each session, by the prototypes [C, D] of the classes seen so far.
 
     ŷ = argmax_c ⟨e, p_c⟩ / (|e| |p_c|)
     """
-    cosine = F.normalize(embeddings, dim=1) @ F.normalize(known, dim=1).T
+    cosine = F.normalize(embeddings, dim=1) @ F.normalize(centres, dim=1).T
     accuracies, right = [], torch.empty(0)
     for seen in itertools.accumulate(sizes):
         there = labels < seen

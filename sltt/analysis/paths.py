@@ -46,11 +46,11 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
     The decision depends on the batch size, the precision, the memory format and `kernels.using(sparse=…)`: measure
     under those of the training. See `measure_energy` for the arguments.
     """
-    found: dict[str, LayerPath] = {}
+    paths: dict[str, LayerPath] = {}
     inputs = Counter[str]()
 
     def look(name: str, layer: Any, args: Any, kwargs: Any) -> None:
-        path, x = found.setdefault(name, LayerPath(name)), args[0] if args else kwargs["input"]
+        path, x = paths.setdefault(name, LayerPath(name)), args[0] if args else kwargs["input"]
         path.calls += 1
         path.density += int(torch.count_nonzero(x))
         inputs[name] += x.numel()
@@ -72,6 +72,6 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
     with keep_hooks(*(m.register_forward_pre_hook(hook, with_kwargs=True) for m, hook in hooks.items())):
         fold = choose_fold(Run(model, time_steps(x, steps), Step())).trained  # as in a training
         unroll(model, x, steps=steps, fold=fold)
-    for name, path in found.items():
+    for name, path in paths.items():
         path.density /= max(1, inputs[name])
-    return list(found.values())
+    return list(paths.values())

@@ -109,9 +109,9 @@ def _build(
     with ThreadPoolExecutor(workers) as pool:
         made = chain.from_iterable(pool.map(make, part) for part in parts)
         console = Console(stderr=True)
-        for i, one in enumerate(track(made, title, len(frames), console=console, disable=not console.is_terminal)):
-            if one is not None:
-                frames[len(kept)] = np.minimum(one, 2**16 - 1)
+        for i, frame in enumerate(track(made, title, len(frames), console=console, disable=not console.is_terminal)):
+            if frame is not None:
+                frames[len(kept)] = np.minimum(frame, 2**16 - 1)
                 checksums.append(zlib.crc32(frames[len(kept)]))
                 kept.append(i)
     frames.flush()

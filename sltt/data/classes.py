@@ -28,7 +28,7 @@ class Classes(Data):
     def __init__(self, data: Data, classes: list[int]):
         self.data = instance("data", data, Data)
         self.classes = whole_numbers("classes", classes, least=0)
-        if twice := [one for one in self.classes if self.classes.count(one) > 1]:
+        if twice := [label for label in self.classes if self.classes.count(label) > 1]:
             raise ValueError(f"class {twice[0]} stands twice in classes={list(self.classes)}: name each once")
         super().__init__(data.validation)
 
@@ -44,8 +44,8 @@ class Classes(Data):
             raise ValueError(f"class {empty[0]} of {name} has no training samples: leave it out")
 
         def choose(split: str, samples: Dataset[Any]) -> Dataset[Any]:
-            known = labels if split in ("train", "plain") else class_labels(samples)
-            return _Chosen(samples, self.classes, known)
+            labels_of_split = labels if split in ("train", "plain") else class_labels(samples)
+            return _Chosen(samples, self.classes, labels_of_split)
 
         lengths, kept = splits.lengths, [i for i, label in enumerate(labels) if label in self.classes]
         return splits.with_each(
@@ -58,15 +58,15 @@ class Classes(Data):
 
 def class_labels(samples: Any) -> list[int]:
     """Return the class of each sample; read sample by sample where the data set does not keep a list."""
-    known = find_labels(samples, None)
-    return [int(y) for y in (known if known is not None else (samples[i][1] for i in range(len(samples))))]
+    kept = find_labels(samples, None)
+    return [int(y) for y in (kept if kept is not None else (samples[i][1] for i in range(len(samples))))]
 
 
 class _Chosen(Dataset[Any]):
     """The samples of some classes; class `classes[i]` is i."""
 
     def __init__(self, samples: Dataset[Any], classes: Sequence[int], labels: Sequence[int]):
-        number = {one: i for i, one in enumerate(classes)}
+        number = {label: i for i, label in enumerate(classes)}
         self.samples = samples
         self.indices = [i for i, label in enumerate(labels) if label in number]
         self.targets = [number[labels[i]] for i in self.indices]

@@ -222,12 +222,12 @@ class CIFAR10DVS(_Events):
     expected = (9_000, 1_000)
 
     def recordings(self, train: bool) -> Recordings:
-        found: Recordings = []
+        recordings: Recordings = []
         for label, name in enumerate(self.classes):
             files = [(p.stem.rpartition("_")[2], p) for p in (self.root / self.folder / name).glob("*.aedat*")]
             numbered = sorted((int(number), path) for number, path in files if number.isdigit())
-            found += [(path, label) for number, path in numbered if (number < 900) == train]
-        return found
+            recordings += [(path, label) for number, path in numbered if (number < 900) == train]
+        return recordings
 
     def fetch(self) -> None:
         download(self.root, self.folder)
@@ -256,18 +256,18 @@ class EventFolder(_Events):
         self.classes = sorted(p.name for p in (self.root / "train").glob("*") if p.is_dir())
 
     def recordings(self, train: bool) -> Recordings:
-        found: Recordings = []
+        recordings: Recordings = []
         home = self.root / ("train" if train else "test")
         for label, name in enumerate(self.classes):
             files = sorted(p for p in (home / name).glob("*") if p.is_file() and not p.name.startswith("."))
             if train and not files:
                 raise FileNotFoundError(f"the class folder {home / name} has no recordings: add some, or remove it")
-            found += [(path, label) for path in files]
+            recordings += [(path, label) for path in files]
         if unknown := sorted({p.name for p in home.glob("*") if p.is_dir()} - set(self.classes)):
             raise ValueError(
                 f"{home} has classes that train does not have: {', '.join(unknown[:5])}; remove them, or add both"
             )
-        return found
+        return recordings
 
 
 def download(root: Path, name: str, **arguments: Any) -> None:

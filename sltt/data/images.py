@@ -230,7 +230,7 @@ class ImageFolder(_Images):
                 "Set --data.root; or --data.test 0.2, where it holds CLASS/*, without train and test."
             )
         # a test folder without labels may lie beside val
-        home = next((one for one in homes if train or _folders(one) & _folders(self.root / "train")), homes[0])
+        home = next((path for path in homes if train or _folders(path) & _folders(self.root / "train")), homes[0])
         return self._open(home)
 
     def _open(self, home: Path) -> Any:

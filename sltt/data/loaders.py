@@ -26,7 +26,7 @@ def as_data(data: Any, batch_size: int) -> Data:
     """Return a data set of `sltt.data`, or make one of loaders (train, validation, test); else raise ValueError."""
     if isinstance(data, DataLoader):
         data = (data,)
-    if isinstance(data, tuple | list) and data and all(isinstance(one, DataLoader | None) for one in data):
+    if isinstance(data, tuple | list) and data and all(isinstance(loader, DataLoader | None) for loader in data):
         return from_loaders(data, batch_size)
     if not isinstance(data, Data):
         got = data.__name__ + ", a class: call it" if isinstance(data, type) else type(data).__name__
@@ -46,15 +46,15 @@ def from_loaders(loaders: Loaders, batch_size: int) -> Data:
             come first.
     """
     named = zip(("train", "validation", "test"), loaders, strict=False)
-    given = {name: loader for name, loader in named if loader is not None}
-    if "train" not in given:
+    parts = {name: loader for name, loader in named if loader is not None}
+    if "train" not in parts:
         raise ValueError("expected a loader of training samples first, got None")
-    for name, loader in given.items():
+    for name, loader in parts.items():
         _check_loader(name, loader, batch_size)
-    sets: dict[str, Any] = {name: loader.dataset for name, loader in given.items()}
+    sets: dict[str, Any] = {name: loader.dataset for name, loader in parts.items()}
     return _OwnData(
-        {name: Subset(one, range(len(one))) for name, one in sets.items()},  # two splits may read the same data set
-        {"static": _is_static(given["train"]), "collates": {name: one.collate_fn for name, one in given.items()}},
+        {name: Subset(part, range(len(part))) for name, part in sets.items()},  # two splits may read the same data set
+        {"static": _is_static(parts["train"]), "collates": {name: loader.collate_fn for name, loader in parts.items()}},
     )
 
 

@@ -82,7 +82,7 @@ class _OwnData(Data):
         by_length: bool = False,
     ):
         super().__init__(validation)
-        self.datasets = {name: one for name, one in datasets.items() if one is not None or name == "train"}
+        self.datasets = {name: dataset for name, dataset in datasets.items() if dataset is not None or name == "train"}
         for name, dataset in self.datasets.items():
             _check_dataset(name, dataset, columns)
         self.form, self.columns, self.classes, self.by_length = form, columns, classes, by_length
@@ -104,26 +104,26 @@ class _OwnData(Data):
             **parts,
             **self.form,
             classes=self._count(labels),
-            fingerprint=fingerprint(labels or [], kept, held, [len(one) for one in samples.values()]),
+            fingerprint=fingerprint(labels or [], kept, held, [len(dataset) for dataset in samples.values()]),
             lengths=[len(samples["train"][i][0]) for i in kept] if self.by_length else None,
         )
 
     def _samples(self, name: str, dataset: Any, steps: int) -> Any:
         if self.collates:
             return dataset
-        found = _Samples(name, dataset, self.columns, self.form["static"], steps if self.form["pad"] else None)
-        found[0]  # a mistake shows here, and not in the middle of a training
-        return found
+        checked = _Samples(name, dataset, self.columns, self.form["static"], steps if self.form["pad"] else None)
+        checked[0]  # a mistake shows here, and not in the middle of a training
+        return checked
 
     def _labels(self, samples: Any) -> list[int] | None:
         """Return the class of each training sample; None where targets are no classes."""
         if self.form.get("per_step") or not _is_class(self._target(samples, 0)):
             return None
         dataset = samples.dataset if isinstance(samples, _Samples) else samples
-        found = find_labels(dataset, self.columns)
+        labels = find_labels(dataset, self.columns)
         last = len(samples) - 1
-        if found is not None and all(found[i] == self._target(samples, i) for i in (0, last // 2, last)):
-            return [int(y) for y in found]
+        if labels is not None and all(labels[i] == self._target(samples, i) for i in (0, last // 2, last)):
+            return [int(y) for y in labels]
         return [int(self._target(samples, i)) for i in range(len(samples))]
 
     def _target(self, samples: Any, i: int) -> Any:
@@ -197,14 +197,14 @@ def _tensor(name: str, x: Any) -> Tensor:
             raise ValueError(f"{name} is an image of mode {x.mode} and of unknown range: make it an array of floats")
         return image
     try:
-        found = x if isinstance(x, Tensor) else _single(torch.as_tensor(np.asarray(x)))
+        tensor = x if isinstance(x, Tensor) else _single(torch.as_tensor(np.asarray(x)))
     except (TypeError, ValueError) as error:
         got = type(x).__name__
         raise ValueError(f"{name}: expected a tensor, a NumPy array or a PIL image, got a {got}: convert it") from error
-    if found.dtype == torch.uint8:
+    if tensor.dtype == torch.uint8:
         scaled = "x.float() / 255" if isinstance(x, Tensor) else 'x.astype("float32") / 255'
         raise ValueError(f"{name} has whole numbers from 0 to 255, which layers do not take: {scaled}")
-    return found
+    return tensor
 
 
 def _target(target: Any) -> Any:
@@ -212,8 +212,8 @@ def _target(target: Any) -> Any:
     if _is_class(target):
         return int(target)
     try:
-        found = target if isinstance(target, Tensor) else _single(torch.as_tensor(target))
-        return found if found.ndim else found.unsqueeze(0)  # [B, 1] as the outputs of a network, not [B]
+        tensor = target if isinstance(target, Tensor) else _single(torch.as_tensor(target))
+        return tensor if tensor.ndim else tensor.unsqueeze(0)  # [B, 1] as the outputs of a network, not [B]
     except (TypeError, ValueError, RuntimeError) as error:
         remedy = "map names to 0 … C − 1"
         raise ValueError(f"expected a class index or numbers as target, got {target!r}: {remedy}") from error

@@ -197,7 +197,7 @@ def _read_npz(path: Path) -> Recording:
 
 def _of_names(arrays: Any) -> Recording:
     columns = [_to_integers(name, arrays[name].ravel()) for name in "xytp"]
-    if len(lengths := {len(one) for one in columns}) > 1:
+    if len(lengths := {len(column) for column in columns}) > 1:
         raise RecordingError(f"expected arrays of one length, got {min(lengths)} and {max(lengths)}")
     return Recording(*columns)
 

@@ -60,15 +60,15 @@ class SpokenDigits(Data):
 
     def load(self, steps: int) -> Splits:
         named = [(p, re.fullmatch(r"(\d)_(\w+)_(\d+)", p.stem)) for p in sorted(self.root.glob("recordings/*.wav"))]
-        found = [(path, *name.groups()) for path, name in named if name]
-        if not found:
+        recordings = [(path, *name.groups()) for path, name in named if name]
+        if not recordings:
             where = f"looked in {self.root.resolve()}, expected recordings/0_theo_7.wav and so on there"
             raise FileNotFoundError(f"SpokenDigits not found: {where}. Get it by git clone {URL}, and set --data.root.")
-        speakers = sorted({speaker for _, _, speaker, _ in found})
+        speakers = sorted({speaker for _, _, speaker, _ in recordings})
         if self.speaker not in (None, *speakers):
             raise ValueError(f"speaker must be one of {', '.join(speakers)}, or None, got {self.speaker!r}")
         bank, splits = mel_bank(self.bands), ([], [])
-        for path, digit, speaker, index in found:
+        for path, digit, speaker, index in recordings:
             tested = int(index) < 5 if self.speaker is None else speaker == self.speaker
             splits[tested].append((log_mel(read_wav(path), bank)[:steps], int(digit)))
         train, test, statistics = prepare(*splits, self.delta)

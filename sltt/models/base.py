@@ -24,8 +24,8 @@ def delays_before(delays: Delays, layers: int) -> list[tuple[list[nn.Module], in
     """Return for each layer with weights the `Delay` before it, if there is one, and how many taps it reads."""
     if len(sequence("delays", delays, "taps")) > layers:
         raise ValueError(f"delays must be taps of at most {layers} layers with weights, got {len(delays)}")
-    found = [[] if taps is None else [Delay(taps)] for taps in [*delays, *[None] * (layers - len(delays))]]
-    return [([*delay], len(delay[0].taps) if delay else 1) for delay in found]
+    modules = [[] if taps is None else [Delay(taps)] for taps in [*delays, *[None] * (layers - len(delays))]]
+    return [([*delay], len(delay[0].taps) if delay else 1) for delay in modules]
 
 
 def stage_blocks(blocks: Sequence[int]) -> list[tuple[int, int]]:

@@ -105,10 +105,10 @@ class Neuron(Stateful):
         """
         self._prepare_states(x, steps)
         (step, learned), neuron = self.kernel_step(x), cast(Any, self)
-        found = None if step is None else normed_step(step, neuron.v, x, norm, bias, learned, steps, cut)
-        if found is None:
+        results = None if step is None else normed_step(step, neuron.v, x, norm, bias, learned, steps, cut)
+        if results is None:
             return None
-        spikes, neuron.v = found
+        spikes, neuron.v = results
         return spikes
 
     def kernel_step(self, x: Tensor | None = None) -> tuple[NeuronStep | None, Tensor | None]:
@@ -146,8 +146,8 @@ class Neuron(Stateful):
         if missing := [name for name in names if not hasattr(self, name)]:
             kind, name = type(self).__name__, missing[0]
             raise ValueError(f"{kind}.step takes {name}, and the neuron has none: set self.{name}, or define a method")
-        found = {name: getattr(self, name) for name in names}
-        return {name: value() if inspect.ismethod(value) else value for name, value in found.items()}
+        values = {name: getattr(self, name) for name in names}
+        return {name: value() if inspect.ismethod(value) else value for name, value in values.items()}
 
     def _fit_arguments(self, x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
         """Return the arguments, with tensors in the states' type and ready to be broadcast to x."""
@@ -206,8 +206,8 @@ class Neuron(Stateful):
         return spikes[0] if steps == 1 else torch.cat(spikes)
 
     def extra_repr(self) -> str:
-        found = {name: getattr(self, name, None) for name in arguments_of(type(self))}
-        shown = {name: value for name, value in found.items() if isinstance(value, int | float | Surrogate)}
+        settings = {name: getattr(self, name, None) for name in arguments_of(type(self))}
+        shown = {name: value for name, value in settings.items() if isinstance(value, int | float | Surrogate)}
         learned = {name for name in shown if isinstance(getattr(type(self), name, None), property)}
         return ", ".join(f"{name}={f'{v:.4g}' if name in learned else v}" for name, v in shown.items())
 
@@ -239,7 +239,7 @@ def check_forward(neuron: nn.Module) -> None:
 
 def _numbers_read(step: FunctionType) -> tuple[Any, ...]:
     """Return the numbers that a function reads from outside, in lists and dictionaries too: they are compiled in."""
-    found, waiting, seen = [], [step], set[Any]()
+    numbers, waiting, seen = [], [step], set[Any]()
     while waiting:
         if (function := waiting.pop()) in seen:
             continue
@@ -248,8 +248,8 @@ def _numbers_read(step: FunctionType) -> tuple[Any, ...]:
             if isinstance(value, FunctionType):
                 waiting += [value] if value.__module__.partition(".")[0] not in ("torch", "sltt") else []
             elif isinstance(value, int | float | str | bool | list | tuple | dict):
-                found.append(repr(value))
-    return tuple(found)
+                numbers.append(repr(value))
+    return tuple(numbers)
 
 
 @functools.cache
@@ -270,8 +270,8 @@ def argument_names(kind: type[Neuron]) -> tuple[str, ...]:
         expected = f"step(x, {', '.join(kind.states)}, *, …) -> (spikes, new states), a @staticmethod"
         raise ValueError(f"{kind.__name__} needs a function {expected}: it computes from its arguments alone")
     parameters = inspect.signature(function.__func__).parameters.values()
-    given = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if given[1:] != list(kind.states):
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if positional[1:] != list(kind.states):
         expected = f"x and the states {', '.join(kind.states)}; others are keyword arguments, behind a *"
-        raise ValueError(f"{kind.__name__}.step takes ({', '.join(given)}), expected {expected}")
+        raise ValueError(f"{kind.__name__}.step takes ({', '.join(positional)}), expected {expected}")
     return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)

@@ -57,11 +57,11 @@ def emits_bits(kind: type, step: CustomStep) -> bool:
 @torch.no_grad()
 def _run_alone(step: CustomStep, inputs: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:
     """Return the function's results where it is called for one neuron after the other."""
-    shape, found = (1,) * (3 if step.by_channel else 1), []
+    shape, results = (1,) * (3 if step.by_channel else 1), []
     for values in zip(*(t.expand(SHAPE).flatten() for t in (*inputs, *parameters)), strict=True):
         x, *others = (value.view(shape) for value in values)
-        found.append(step(x, others[: step.states], others[step.states :]))
-    return [torch.cat(of_neurons).view(SHAPE) for of_neurons in zip(*found, strict=True)]
+        results.append(step(x, others[: step.states], others[step.states :]))
+    return [torch.cat(of_neurons).view(SHAPE) for of_neurons in zip(*results, strict=True)]
 
 
 def _run_watched(kind: type, step: CustomStep, leaves: list[Tensor]) -> tuple[Tensor, ...]:

@@ -51,8 +51,8 @@ class RunningMax(Stateful):
             return pooled
         self.check_state("total", x, self.total.dtype)
         native = isinstance(self.pool, nn.MaxPool2d) and not own_forward(self.pool, nn.MaxPool2d)
-        if native and (found := running_max(self.pool, self.total, self.largest, x)):
-            self.total, self.largest, gained = found
+        if native and (results := running_max(self.pool, self.total, self.largest, x)):
+            self.total, self.largest, gained = results
             return gained
         kind = torch.promote_types(x.dtype, torch.float32)  # bfloat16 does not count further than 256
         total = self.total.to(kind) + x

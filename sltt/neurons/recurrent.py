@@ -85,8 +85,8 @@ class Recurrent(Stateful):
 
         def advance(x: Tensor, steps: int, cut: bool, weights: Weights, trace: Any = None) -> Tensor | None:
             (step, decay), weight = neuron.kernel_step(), layer.weight
-            known = step is not None and type(weight) is nn.Parameter and x.shape[-1] == layer.out_features
-            if not known or runs_hooks(neuron, layer) or has_own_operations():
+            takes_kernel = step is not None and type(weight) is nn.Parameter and x.shape[-1] == layer.out_features
+            if not takes_kernel or runs_hooks(neuron, layer) or has_own_operations():
                 return None
             if self.s is not None and not torch.equal(self.s * self.s, self.s):  # changed: no spikes any more
                 return None
@@ -94,10 +94,10 @@ class Recurrent(Stateful):
             assert step is not None
             assert neuron.v is not None
             tensors = x, self.s, neuron.v, weight, layer.bias, decay
-            found = recurrent_steps(step, *tensors, weights, steps, cut, trace)
-            if found is None:
+            results = recurrent_steps(step, *tensors, weights, steps, cut, trace)
+            if results is None:
                 return None
-            spikes, self.s, neuron.v = found
+            spikes, self.s, neuron.v = results
             show(neuron, spikes)
             return spikes
 

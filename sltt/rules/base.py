@@ -168,8 +168,8 @@ class Rule(Frozen, ABC):
             raise ValueError("a rule makes gradients, and torch.no_grad() is in force; to predict, use sltt.unroll")
         if isinstance(loss, SequenceLoss) and not isinstance(loss, self.sequence_losses):
             kind = type(loss).__name__
-            known = ", ".join(one.__name__ for one in self.sequence_losses)
-            takes = f"trains losses of one step and {known}" if known else "backpropagates a sum over time steps"
+            names = ", ".join(loss_type.__name__ for loss_type in self.sequence_losses)
+            takes = f"trains losses of one step and {names}" if names else "backpropagates a sum over time steps"
             raise ValueError(
                 f"{self} {takes}, and not {kind}: use BPTT(), or the nearest sum, "
                 + (f"PerStep(MSELoss()) for {kind}" if loss.per_step else f"the loss inside {kind} by itself")

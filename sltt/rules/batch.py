@@ -96,15 +96,15 @@ class Batch:
             logits = self.network(self.sequence.input(steps), len(steps), cut, recompute)
         self.network.results.in_graph = True
         self._largest = self._largest or max(map(Tensor.numel, self.network.layout.state_tensors()), default=0)
-        given = logits.detach()
+        detached = logits.detach()
         if self.mean:
-            part = given.sum(0, keepdim=True, dtype=torch.promote_types(given.dtype, torch.float32)) / self.steps
+            part = detached.sum(0, keepdim=True, dtype=torch.promote_types(detached.dtype, torch.float32)) / self.steps
             self._logits = part if self._logits is None else self._logits + part
         else:
             if self._logits is None:
-                self._logits = given.new_empty(self.steps, *given.shape[1:])
+                self._logits = detached.new_empty(self.steps, *detached.shape[1:])
             # a copy, since a model may go on to change what it gave, such as a sum over time
-            self._logits[steps.start : steps.stop] = given
+            self._logits[steps.start : steps.stop] = detached
         self._ran.update(steps)
         if not graph:
             # Casts of weights that autocast caches without a graph would cut the weights off in later steps.
@@ -178,11 +178,11 @@ class Batch:
                 self.backward(value)
         with torch.no_grad():
             self._total = self._total + value.detach() + (watching.penalty() / self.steps if watching else 0.0)
-        found = [leaf.grad, *(state.grad for state in states)]
+        gradients = [leaf.grad, *(state.grad for state in states)]
         for state in states:
             state.grad = None
             state.requires_grad_(False)
-        return found
+        return gradients
 
     def hand_over(self, total: Tensor, logits: Tensor, gradients: list[Tensor | None]) -> Tensor:
         """Return `total`, whose backward gives time steps that ran again what `backpropagate_logits` found."""

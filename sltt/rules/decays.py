@@ -20,8 +20,8 @@ def decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], 
     role = role_of(type(neuron))
     ours = _find_equivalent(neuron, role)
     theirs = role.decay if role.decay and not isinstance(ours, Neuron) else None
-    known = theirs(neuron) is not None if theirs else isinstance(ours, Neuron) and hasattr(ours, "decay")
-    if not known:
+    has_decay = theirs(neuron) is not None if theirs else isinstance(ours, Neuron) and hasattr(ours, "decay")
+    if not has_decay:
         raise ValueError(
             f"the λ of {name} ({type(neuron).__name__}) is not known, and traces need it: give a neuron of ours an "
             "attribute `decay`, say it by sltt.register(…, decay=…), or set one λ for all traces, OTTT(decay=…)"

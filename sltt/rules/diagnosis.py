@@ -45,9 +45,9 @@ def _place(run: Run, error: Exception) -> str | None:
         weights = [*module.parameters(recurse=False)]
         kind = f"{type(module).__name__}({module.extra_repr()})"
         text = f"in {layers[module].name or 'the model'}, {kind}, on an input {list(x.shape)} of {x.dtype}"
-        for has, given in ((x.dtype, {p.dtype for p in weights}), (x.device.type, {p.device.type for p in weights})):
-            if given and has not in given:
-                return f"{text}, with weights of {(of := given.pop())}: give x.to({of}), or change the network"
+        for has, types in ((x.dtype, {p.dtype for p in weights}), (x.device.type, {p.device.type for p in weights})):
+            if types and has not in types:
+                return f"{text}, with weights of {(of := types.pop())}: give x.to({of}), or change the network"
         return f"{text}: make the layer for such an input, or see what comes before it" if weights else text
     return None
 
@@ -85,8 +85,8 @@ def _cause(run: Run) -> str | None:
             "the input has a graph, through which the backward of each time step would go: make it in the network, "
             "once a sequence by sltt.once, or detach it"
         )
-    if found := next((one for one in plain_tensors(run.model) if one[-1].grad_fn is not None), None):
-        name, module, attribute, _ = found
+    if leftover := next((kept for kept in plain_tensors(run.model) if kept[-1].grad_fn is not None), None):
+        name, module, attribute, _ = leftover
         kind = type(module).__name__
         remedy = (
             f"add it to {kind}.states"

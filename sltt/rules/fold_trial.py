@@ -115,8 +115,8 @@ def find_difference(run: Run, fold: int, make_step: Callable[[], Step], run_rule
     problem: str | None = None
     for precise in (True, False):
         try:
-            found = _compare(run, fold, make_step, run_rule, precise)
-            return found or _compare(run, fold, _Opened, run_steps, precise)
+            difference = _compare(run, fold, make_step, run_rule, precise)
+            return difference or _compare(run, fold, _Opened, run_steps, precise)
         except PlainError:
             if not precise:
                 raise
@@ -185,9 +185,9 @@ def _compare(run: Run, fold: int, make_step: Callable[[], Step], run_rule: RunRu
         weights, layout = [(name, p, p.detach().clone()) for name, p in twin.named_parameters()], layout_of(twin)
         part = Sequence(x.to(kind, copy=True), most, sequence.static)  # a forward may change it
         with watch if watch is not None and steps == 1 else nullcontext(), kernels.using(bits=not opened):
-            given = _run(twin, part, steps, step, run_rule)  # where operations are watched, no kernel looks at values
+            outcome = _run(twin, part, steps, step, run_rule)  # where operations are watched, no kernel looks at values
         changes = layout.changes()
-        return given, changes | {name: p.detach() for name, p, before in weights if not torch.equal(p, before)}
+        return outcome, changes | {name: p.detach() for name, p, before in weights if not torch.equal(p, before)}
 
     try:
         plain, changed = results(1)
@@ -216,14 +216,14 @@ def _compare(run: Run, fold: int, make_step: Callable[[], Step], run_rule: RunRu
 def _run(twin: nn.Module, sequence: Sequence, fold: int, step: Step, run_rule: RunRule) -> dict[str, Tensor | None]:
     """Run a rule on a copy; return logits, states, gradients and buffers by name, in the order of their importance."""
     with without_marked_hooks(twin.modules()), torch.enable_grad(), Run(twin, sequence, step) as run:
-        found: dict[str, Any] = {"the logits": run_rule(run, fold)}
+        results: dict[str, Any] = {"the logits": run_rule(run, fold)}
         run.results.finish(Tensor.backward)
         for layer in run.layout.keepers:
             for name in layer.states:
-                found[f"the state {name} of {layer}"] = getattr(layer.module, name)
+                results[f"the state {name} of {layer}"] = getattr(layer.module, name)
     for name, p in twin.named_parameters():  # one behind a long delay may have 0 in a call of several steps alone
-        found[f"the gradient of {name}"] = torch.zeros_like(p) if p.grad is None else p.grad
-    return found | {f"the buffer {name}": buffer for name, buffer in twin.named_buffers()}
+        results[f"the gradient of {name}"] = torch.zeros_like(p) if p.grad is None else p.grad
+    return results | {f"the buffer {name}": buffer for name, buffer in twin.named_buffers()}
 
 
 def _find_unequal(first: dict[str, Any], second: dict[str, Any], tolerance: float) -> str | None:

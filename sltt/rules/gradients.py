@@ -26,10 +26,10 @@ def add_together(backward: Callable[[Tensor], Any], model: nn.Module) -> Callabl
         try:
             return backward(value)
         finally:
-            found = [(of_before, p.grad) for p, of_before in sums if p.grad is not None]
+            pairs = [(of_before, p.grad) for p, of_before in sums if p.grad is not None]
             for p, of_before in sums:
                 p.grad = of_before
-            if found:
-                add_to_each(*map(list, zip(*found, strict=True)))
+            if pairs:
+                add_to_each(*map(list, zip(*pairs, strict=True)))
 
     return run

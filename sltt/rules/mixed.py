@@ -95,7 +95,7 @@ class Mixed(Rule):
         outer = {name: _outermost_layer(name, layers) for name in layers}  # neurons inside of another have its window
 
         def matches(name: str, pattern: str) -> bool:
-            return any(pattern == one or fnmatchcase(one, pattern) for one in (name, _WRAPPERS.sub("", name)))
+            return any(pattern == form or fnmatchcase(form, pattern) for form in (name, _WRAPPERS.sub("", name)))
 
         for pattern in self.windows:
             if not any(matches(name, pattern) for name in outer.values()):

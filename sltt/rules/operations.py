@@ -61,9 +61,9 @@ class Operations(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         result = func(*args, **kwargs)
-        self.reads.update(map(id, given))
+        self.reads.update(map(id, tensors))
         if self.ours:
             return result
         unknown = torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded
@@ -71,13 +71,13 @@ class Operations(DispatchMode):
             raise UnknownError(f"calls {func}")
         kinds = int | float if torch.Tag.pointwise in func.tags else float  # sizes are of the batch
         numbers = [v for v in tree_leaves((args, kwargs)) if isinstance(v, kinds)]
-        self.called.append((func, [id(t) for t in given if isinstance(t, nn.Parameter)], numbers))
+        self.called.append((func, [id(t) for t in tensors if isinstance(t, nn.Parameter)], numbers))
         name, results = func._opname.removesuffix("_"), [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if not any(id(t) in self.samples for t in given):
-            if func._schema.is_mutable or not all(id(t) in self._constants for t in given):
+        if not any(id(t) in self.samples for t in tensors):
+            if func._schema.is_mutable or not all(id(t) in self._constants for t in tensors):
                 raise UnknownError(f"calls {func} on what is not its input")
             kept = self._constants
-        elif self._is_alike(func, name, args, kwargs, given, results):
+        elif self._is_alike(func, name, args, kwargs, tensors, results):
             kept = self.samples
         else:
             raise UnknownError(f"calls {func}, which may mix samples")
@@ -88,24 +88,24 @@ class Operations(DispatchMode):
         """Note what a layer that is known gives."""
         self.samples.update((id(t), t) for t in tree_leaves(result) if isinstance(t, Tensor))
 
-    def _is_alike(self, func: Any, name: str, args: Any, kwargs: Any, given: Any, results: Any) -> bool:
+    def _is_alike(self, func: Any, name: str, args: Any, kwargs: Any, tensors: Any, results: Any) -> bool:
         """Return whether each sample of the results is of this sample alone; samples are in the first dimension."""
-        samples = [t for t in given if id(t) in self.samples]
+        samples = [t for t in tensors if id(t) in self.samples]
         rows, first = {len(t) if t.ndim else 0 for t in samples}, samples[0]
         if any(not t.ndim or len(t) % self.batch or not len(t) for t in results) or 0 in rows:
             return False
         if id(args[0]) not in self.samples and func._schema.is_mutable:
             return False
         if torch.Tag.pointwise in func.tags or name in ("where", "copy", "fill", "masked_fill"):
-            return rows == {len(results[0])} and all(self._broadcasts(t, results[0]) for t in given)
+            return rows == {len(results[0])} and all(self._broadcasts(t, results[0]) for t in tensors)
         if name in _WEIGHTED:
             at = _WEIGHTED[name]
             if name == "embedding" and any(args[3:4]):  # its gradient counts the rows that all samples read
                 return False
             return len(samples) == 1 and first is args[at] and len(results[0]) == len(first) and first.ndim > 1
         if name.startswith(tuple(_PAIRED.split())):
-            return len(rows) == 1 and all(t.ndim > 2 and self._broadcasts(t, first) for t in given)
-        if len(rows) > 1 or len(samples) < len(given) - (name in ("native_layer_norm", "native_group_norm")) * 2:
+            return len(rows) == 1 and all(t.ndim > 2 and self._broadcasts(t, first) for t in tensors)
+        if len(rows) > 1 or len(samples) < len(tensors) - (name in ("native_layer_norm", "native_group_norm")) * 2:
             return False
         if name == "as_strided":  # of a dimension of size 1, in another memory format
             steps = zip(first.shape, first.stride(), args[2], strict=False)

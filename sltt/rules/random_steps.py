@@ -79,12 +79,12 @@ def split_into_calls(
         count = sum(kinds[t] for t in part)
         if count < len(part) and 8 * (count - 1) >= len(part):
             kinds |= dict.fromkeys(part, part)
-    found: list[Any] = []
+    plan: list[Any] = []
     for kind, run in groupby(steps, kinds.__getitem__):
         if isinstance(kind, range):
-            found.append((kind, True, trained))
+            plan.append((kind, True, trained))
             continue
         first, *others = run
         calls = split(range(first, first + 1 + len(others)), fold.trained if kind else fold.forward)
-        found += [(call, kind, None) for call in calls]
-    return found
+        plan += [(call, kind, None) for call in calls]
+    return plan

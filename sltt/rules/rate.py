@@ -209,8 +209,8 @@ class _NeuronLayer(_RateLayer):
         return _Rate.apply(x, rate, by_input.to(x.dtype), by_parameters, *learned)  # type: ignore[return-value]
 
     def steady(self, x: Tensor) -> Tensor:
-        if (found := self._steady_by_kernel(x)) is not None:
-            return found
+        if (rate := self._steady_by_kernel(x)) is not None:
+            return rate
         with torch.no_grad():
             for _ in range(self.steps):
                 show(self.module, self.step(x))
@@ -225,12 +225,12 @@ class _NeuronLayer(_RateLayer):
         if step is None or not counts:
             return None
         with torch.no_grad():
-            found = kernels.steady_means(step, x, steps, module.state_type(x), module.start, decay)
-            if found is None:
+            means = kernels.steady_means(step, x, steps, module.state_type(x), module.start, decay)
+            if means is None:
                 return None
             for watch in seen:
-                watch.see(watch.name, _spikes(found[0], steps), x.numel() * steps)
-        return _Rate.apply(x, *found[:2], found[2:], *(() if decay is None else (decay,)))
+                watch.see(watch.name, _spikes(means[0], steps), x.numel() * steps)
+        return _Rate.apply(x, *means[:2], means[2:], *(() if decay is None else (decay,)))
 
 
 def _spikes(rate: Tensor, steps: int) -> Tensor:

@@ -20,11 +20,11 @@ def run_in_segments(batch: Batch, length: int, fold: Fold) -> Output:
     segments = split(range(batch.steps), length)
     starts: list[Snapshot] = []
     weights = [] if run.layout.steady else [(name, p, p.detach().sum()) for name, p in batch.model.named_parameters()]
-    found: dict[int, list[Tensor | None]] = {}  # gradients of logits, since a loss is called once for each step
+    of_logits: dict[int, list[Tensor | None]] = {}  # gradients, since a loss is called once for each step
     for segment in segments[:-1]:
         starts.append(Snapshot(run))
         for call in split(segment, fold.trained):
-            found[call.start] = batch.backpropagate_logits(call, batch.run(call, graph=False))
+            of_logits[call.start] = batch.backpropagate_logits(call, batch.run(call, graph=False))
     starts.append(Snapshot(run))
     changes = [name for name, p, total in weights if not torch.equal(p.detach().sum(), total)]
     changed = run.layout.changes() if weights else {}  # of lists and tensors that it keeps, the logits tell
@@ -47,7 +47,7 @@ def run_in_segments(batch: Batch, length: int, fold: Fold) -> Output:
                     total = total + batch.forward(call)
                     continue
                 before = [(t, batch.logits(t).clone()) for t in call]
-                total = batch.hand_over(total, batch.run(call), found.pop(call.start))
+                total = batch.hand_over(total, batch.run(call), of_logits.pop(call.start))
                 same |= {t: torch.isclose(batch.logits(t), o, 1e-3, 1e-5, equal_nan=True).all() for t, o in before}
             if end is None:
                 end = Snapshot(run)

@@ -96,14 +96,14 @@ class TraceStep(CreditStep):
 
         def trace(read: Tensor) -> tuple[Tensor, list[Any]]:
             """Return what stands for the spikes that the weights read, and for 1."""
-            found = traces.read(inner, read if weight.requires_grad else None, run.fold)
+            kept = traces.read(inner, read if weight.requires_grad else None, run.fold)
             ones = [1.0] * run.fold
-            if found is None:
+            if kept is None:
                 return read, ones
-            if found.first:
-                found.decays = [traces.decays[neuron]]
+            if kept.first:
+                kept.decays = [traces.decays[neuron]]
                 return read, ones
-            return read if found.read is None else found.read.now, found.ones if traces.inputs else ones
+            return read if kept.read is None else kept.read.now, kept.ones if traces.inputs else ones
 
         learns = run.follows and (weight.requires_grad or (bias is not None and bias.requires_grad))
         run.take_turn(layer, NEURON)
@@ -257,7 +257,7 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...
 def _bias_gradient(grad: Tensor, ones: list[float | Tensor], channels: int) -> Any:
     """Return the gradient of a bias, whose input 1 has the trace `ones` in each time step of grad [n·B, ...]."""
     others = [axis for axis in range(grad.ndim) if axis != channels % grad.ndim]
-    return sum(part.sum(others) * one for part, one in zip(grad.chunk(len(ones)), ones, strict=True))
+    return sum(part.sum(others) * trace for part, trace in zip(grad.chunk(len(ones)), ones, strict=True))
 
 
 def _scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:

@@ -103,9 +103,9 @@ class _Trace:
 
     def follows(self) -> Decays | None:
         """Return the one constant λ that it follows, without a synaptic current; None for others."""
-        found = [decay() for decay in self.decays]
-        constant = not any(isinstance(decay, Tensor) or synaptic for decay, synaptic in found)
-        return found[0] if constant and len(set(found)) == 1 else None
+        decays = [decay() for decay in self.decays]
+        constant = not any(isinstance(decay, Tensor) or synaptic for decay, synaptic in decays)
+        return decays[0] if constant and len(set(decays)) == 1 else None
 
 
 class Traces:
@@ -128,13 +128,13 @@ class Traces:
         recurrent = [m for m in layout.layers if isinstance(m, Recurrent)]
         # of a recurrent layer, the neurons whose spikes it reads
         self.own = {layer: m.neuron for m in recurrent for layer in m.layer.modules()}
-        known = {part for neuron in names for part in neuron.modules()}
+        inside = {part for neuron in names for part in neuron.modules()}
         # the other layers with a state, neither in neurons nor around some, and what finds their λ
         self.carriers = {
             k.module: partial(decay_of, k.module, k.name, decay)
             for k in layout.keepers
             if inputs and not (isinstance(k.module, Delay) or getattr(k.module, "timeless", False))
-            if known.isdisjoint(k.module.modules())
+            if inside.isdisjoint(k.module.modules())
         }
         self.traces: dict[tuple[nn.Module, int], _Trace] = {}
         self.through_decay: dict[nn.Module, Tensor] = {}  # ∂v/∂λ of neurons with a learnable λ
@@ -153,16 +153,16 @@ class Traces:
         keepers = [k.module for k in layout.keepers]
         keepers = [k for k in keepers if not (isinstance(k, Recurrent) and k.runs_in_one_call())]
         inside = {m for keeper in keepers for m in keeper.modules() if m is not keeper}
-        found = []
+        problems = []
         for module, layer in layout.layers.items():
             if module in inside and layer.role.kind == "weight":
-                found.append(f"{layer}, which runs within a layer with a state")
+                problems.append(f"{layer}, which runs within a layer with a state")
             bias = getattr(module, "bias", None)
             if self.inputs and layer.role.kind == "norm" and bias is not None and bias.requires_grad:
-                found.append(f"the bias of {layer}")
+                problems.append(f"the bias of {layer}")
             if self.learns_decay(module):
-                found.append(f"the λ of {layer}")
-        return found
+                problems.append(f"the λ of {layer}")
+        return problems
 
     def end(self, value: Tensor, steps: int) -> None:
         """After the forward of n time steps and its loss; before the backward, where checkpoints run layers again."""
@@ -215,8 +215,8 @@ class Traces:
                 how = "in a fold" if steps > 1 else "in a step without a backward, of OTTT(k=…)"
                 raise ValueError(f"{layer} did not run in the first time step, and OTTT has no traces for it {how}")
             begun = (t.read for t in self.traces.values() if t.first and t.read is not None)
-            known = next((read for read in begun if read.last is not None and read.last() is x), None)
-            trace = self.traces[key] = _Trace(None if x is None else known or _Read(x))
+            shared = next((read for read in begun if read.last is not None and read.last() is x), None)
+            trace = self.traces[key] = _Trace(None if x is None else shared or _Read(x))
             if not self.inputs and source is not None:
                 trace.decays.append(self.decays[source])
         elif trace.decays:

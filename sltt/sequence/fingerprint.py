@@ -79,13 +79,13 @@ class Fingerprint:
         rows, _ = self._read()
         if rows == self._rows:
             return {}
-        found: dict[str, Any] = {}
+        changes: dict[str, Any] = {}
         for (layer, *_), row, before in zip(self._layers, rows, self._rows, strict=True):
             if row[:-1] != before[:-1]:
-                found[f"the modules, parameters or hooks of {layer}"] = row[:-1]
+                changes[f"the modules, parameters or hooks of {layer}"] = row[:-1]
             now, then = dict(row[-1]), dict(before[-1])
-            found |= {f"{name} of {layer}": now.get(name) for name in now | then if now.get(name) != then.get(name)}
-        return found
+            changes |= {f"{name} of {layer}": now.get(name) for name in now | then if now.get(name) != then.get(name)}
+        return changes
 
 
 def _freeze(value: Any, held: list[Any], device: str | None, depth: int = 0) -> Any:

@@ -107,8 +107,8 @@ class Layout:
         """
         kept = {inner for keeper in self.keepers for child in keeper.module.children() for inner in child.modules()}
         asked = [(layer, layer.role.check) for layer in self.layers.values() if layer.role.check]
-        found = [(layer, check(layer.module, batch, layer.module in kept)) for layer, check in asked]
-        if problems := [f"{layer} {problem}" for layer, problem in found if problem]:
+        answers = [(layer, check(layer.module, batch, layer.module in kept)) for layer, check in asked]
+        if problems := [f"{layer} {problem}" for layer, problem in answers if problem]:
             raise ValueError("a rule runs one time step in a call of the model, but " + "; ".join(problems))
         if not self.keepers:
             warnings.warn(
@@ -120,9 +120,9 @@ class Layout:
 
     def require_folds(self) -> None:
         """Raise one ValueError that names every layer that cannot take several time steps in a call."""
-        found = [(layer, layer.role.folds(layer.module)) for layer in self.layers.values() if layer.role.folds]
-        found += [(layer, "runs in compiled code") for layer in self.keepers if layer.compiled]
-        if problems := [f"{layer} {problem}" for layer, problem in found if problem]:
+        answers = [(layer, layer.role.folds(layer.module)) for layer in self.layers.values() if layer.role.folds]
+        answers += [(layer, "runs in compiled code") for layer in self.keepers if layer.compiled]
+        if problems := [f"{layer} {problem}" for layer, problem in answers if problem]:
             raise ValueError(f"fold needs layers that treat time steps alike, but {'; '.join(problems)}; use fold=1")
 
     def find_unseen(self) -> str | None:
@@ -143,8 +143,8 @@ class Layout:
                     if key in _OF_MODULES or not isinstance(value, nn.Module | list | tuple | dict):
                         continue
                     listed = _modules_in(value)
-                    found = (inner for module in listed for inner in module.modules())
-                    yield from ((layer, key, module) for module in found if module not in self.layers)
+                    modules = (inner for module in listed for inner in module.modules())
+                    yield from ((layer, key, module) for module in modules if module not in self.layers)
 
     def state_tensors(self) -> list[Tensor]:
         """Return the tensors in all states, in an order that is the same wherever a time step ends."""
@@ -197,7 +197,7 @@ def _modules_in(value: Any) -> list[nn.Module]:
     values = list(value.values()) if isinstance(value, dict) else value
     if not isinstance(values, list | tuple) or not values or not isinstance(values[0], nn.Module | dict | list | tuple):
         return []
-    return [module for one in values for module in _modules_in(one)]
+    return [module for item in values for module in _modules_in(item)]
 
 
 def spiking_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -126,9 +126,9 @@ class Results:
                 backward(hand_over(torch.zeros((), device=value.device), [(value, leaf.grad)]))
 
 
-def hand_over(total: Tensor, found: list[tuple[Tensor, Tensor]]) -> Tensor:
+def hand_over(total: Tensor, gradients: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the scalar `total`, whose backward also gives each tensor the gradient that an earlier one found."""
-    return _HandOver.apply([g for _, g in found], total, *(x for x, _ in found))  # type: ignore[return-value]
+    return _HandOver.apply([g for _, g in gradients], total, *(x for x, _ in gradients))  # type: ignore[return-value]
 
 
 class _HandOver(torch.autograd.Function):

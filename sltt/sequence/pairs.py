@@ -67,8 +67,8 @@ def _run_pair(norm: nn.Module, neuron: nn.Module, x: Tensor) -> Tensor | None:
     if (run := run_of(neuron)) is None:
         return None
     first, second = (run.layout.layers.get(module) for module in (norm, neuron))
-    known = first is not None and second is not None and second.spikes and first.role.stepwise
-    return run.step.pair(first, second, x) if known else None  # pyright: ignore[reportArgumentType]
+    is_known = first is not None and second is not None and second.spikes and first.role.stepwise
+    return run.step.pair(first, second, x) if is_known else None  # pyright: ignore[reportArgumentType]
 
 
 def is_pair(norm: nn.Module, neuron: nn.Module | None = None) -> bool:

@@ -13,12 +13,12 @@ def refers_to(value: Any, modules: dict[nn.Module, Any]) -> bool:
     """Return whether a function or an object holds, or reaches through what it holds, one of the modules."""
     waiting, seen = [value], dict[int, Any]()
     while waiting and len(seen) < _REACHED:
-        one = waiting.pop()
-        if isinstance(one, nn.Module) and one in modules:
+        item = waiting.pop()
+        if isinstance(item, nn.Module) and item in modules:
             return True
-        if id(one) not in seen and not isinstance(one, ModuleType | type | Tensor):
-            seen[id(one)] = one
-            waiting += _held_by(one)
+        if id(item) not in seen and not isinstance(item, ModuleType | type | Tensor):
+            seen[id(item)] = item
+            waiting += _held_by(item)
     return bool(waiting)
 
 
@@ -48,8 +48,8 @@ def _held_by(value: Any) -> Iterator[Any]:
 def variables_of(function: FunctionType) -> list[Any]:
     """Return what a function reads from outside: the values in its closure, and of its global variables."""
     cells = [cell.cell_contents for cell in function.__closure__ or () if cell != _EMPTY]
-    names, found = _global_names(function.__code__), function.__globals__
-    return cells + [found[name] for name in names if name in found]
+    names, variables = _global_names(function.__code__), function.__globals__
+    return cells + [variables[name] for name in names if name in variables]
 
 
 _EMPTY = CellType()

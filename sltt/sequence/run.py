@@ -141,7 +141,7 @@ class Run:
             return 0
         count = 0
         for i, (module, behind) in enumerate(pairwise(modules), 1):
-            layer, following = (self.layout.layers.get(one) for one in (module, behind))
+            layer, following = (self.layout.layers.get(m) for m in (module, behind))
             if layer is None or following is None or not (type(module) is nn.Flatten or _is_plain(layer)):
                 break
             if module._forward_hooks or count_hooks(module) or runs_hooks(module, behind):
@@ -174,11 +174,11 @@ class Run:
     def states(self) -> dict[str, Any]:
         """Return the states, for a run that goes on with the sequence: by layer and attribute, without a graph."""
         keepers = [(layer.name, layer.module) for layer in self.layout.keepers]
-        found = {key: {name: getattr(module, name) for name in state_names(module)} for key, module in keepers}
-        for states in found.values():
+        kept = {key: {name: getattr(module, name) for name in state_names(module)} for key, module in keepers}
+        for states in kept.values():
             if isinstance(past := states.get("past"), tuple):  # of a delay, which keeps bits
                 states["past"] = tuple(x.dense() if isinstance(x, kernels.Spikes) else x for x in past)
-        return map_tensors(Tensor.detach, found)
+        return map_tensors(Tensor.detach, kept)
 
     def resume(self, states: dict[str, Any]) -> None:
         """Go on from the states of another run."""
@@ -284,7 +284,7 @@ class Run:
 
     def one_by_one(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Any = None) -> Any:
         """Run the time steps of the call one after the other within a layer; None is its own forward."""
-        n, call, given = self.fold, self.call, []
+        n, call, outputs = self.fold, self.call, []
         forward = forward or layer.plain
         if n == 1:
             return forward(*args, **kwargs)
@@ -298,29 +298,29 @@ class Run:
                         detach_module(part)
                 self._calls += 1
                 self.call = self._calls
-                given.append(_copy_output(forward(*(part[t] for part in parts), **named[t]), layer.parts))
+                outputs.append(_copy_output(forward(*(part[t] for part in parts), **named[t]), layer.parts))
         finally:
             self.fold, self.call = n, call
-        return _join_outputs(given)
+        return _join_outputs(outputs)
 
 
 def _is_plain(layer: Layer) -> bool:
     """Return whether a layer is a linear layer, a convolution or a pooling as PyTorch has it."""
-    known = layer.is_known and layer.role.kind in ("weight", "pool") and not layer.compiled
-    return known and "parametrizations" not in layer.module._modules
+    is_known = layer.is_known and layer.role.kind in ("weight", "pool") and not layer.compiled
+    return is_known and "parametrizations" not in layer.module._modules
 
 
-def _copy_output(given: Any, parts: list[nn.Module]) -> Any:
+def _copy_output(output: Any, parts: list[nn.Module]) -> Any:
     """Return a layer's output, copied where it is a state, which may change in place in the next time step."""
-    if not isinstance(given, Tensor):
-        return given
-    memory = given.untyped_storage()._cdata
+    if not isinstance(output, Tensor):
+        return output
+    memory = output.untyped_storage()._cdata
     states = (state for part in parts for state in state_tensors(part))
-    return given.clone() if any(state.untyped_storage()._cdata == memory for state in states) else given
+    return output.clone() if any(state.untyped_storage()._cdata == memory for state in states) else output
 
 
-def _join_outputs(given: list[Any]) -> Any:
+def _join_outputs(outputs: list[Any]) -> Any:
     """Join a layer's outputs of n time steps to [n·B, ...]; of a tuple, which ends in the state, each part."""
-    if isinstance(given[0], tuple):
-        return tuple(map(_join_outputs, map(list, zip(*given, strict=True))))
-    return torch.cat(given) if isinstance(given[0], Tensor) else given[-1]
+    if isinstance(outputs[0], tuple):
+        return tuple(map(_join_outputs, map(list, zip(*outputs, strict=True))))
+    return torch.cat(outputs) if isinstance(outputs[0], Tensor) else outputs[-1]

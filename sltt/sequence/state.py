@@ -153,17 +153,17 @@ def role_of(cls: type) -> Role:
     """Return the role of the modules of a class."""
     for library in {c.__module__.partition(".")[0] for c in cls.__mro__} & LIBRARIES:
         import_module(f"sltt.interop.{library}")
-    found = [c for c in cls.__mro__ if c in _roles]
-    for other in found[1:]:
-        both = {_roles[c].kind for c in (found[0], other)} == {"keeper"}
-        if both and not issubclass(found[0], other):
+    bases = [c for c in cls.__mro__ if c in _roles]
+    for other in bases[1:]:
+        both = {_roles[c].kind for c in (bases[0], other)} == {"keeper"}
+        if both and not issubclass(bases[0], other):
             raise ValueError(
-                f"{cls.__name__} is a {found[0].__name__} and a {other.__name__}, which keep their states in different "
+                f"{cls.__name__} is a {bases[0].__name__} and a {other.__name__}, which keep their states in different "
                 f"ways: say how {cls.__name__} does, by sltt.register({cls.__name__}, states=…)"
             )
     # what keeps a state is a keeper in the first place, as a BatchNorm with a state is; but for a subclass with a role
-    keeper = next((c for c in found if _roles[c].kind == "keeper"), None)
-    return _OTHER if not found else _roles[keeper if keeper and not issubclass(found[0], keeper) else found[0]]
+    keeper = next((c for c in bases if _roles[c].kind == "keeper"), None)
+    return _OTHER if not bases else _roles[keeper if keeper and not issubclass(bases[0], keeper) else bases[0]]
 
 
 def state_names(module: nn.Module) -> tuple[str, ...]:
@@ -209,10 +209,10 @@ def detach_module(module: nn.Module) -> None:
 
 def state_tensors(module: nn.Module) -> list[Tensor]:
     """Return the tensors in the states of one module."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for name in state_names(module):
-        map_tensors(found.append, getattr(module, name))
-    return found
+        map_tensors(tensors.append, getattr(module, name))
+    return tensors
 
 
 def map_tensors(function: Callable[[Tensor], Any], state: Any) -> Any:

@@ -142,8 +142,8 @@ class Step:
             kernels.tag_sum(args[0], self.run.seen)
         if steps > 1:
             return kernels.stepwise_norm(layer.module, *args, **kwargs, steps=steps)
-        known = layer.is_known and len(args) == 1
-        return kernels.plain_norm(layer.module, *args) if known else layer.plain(*args, **kwargs)
+        is_known = layer.is_known and len(args) == 1
+        return kernels.plain_norm(layer.module, *args) if is_known else layer.plain(*args, **kwargs)
 
     def pair(self, norm: Layer, neuron: Layer, x: Tensor) -> Tensor | None:
         """Run a BatchNorm and the neurons behind it in one pass; return None where each runs by itself."""
@@ -185,8 +185,8 @@ class Step:
             return layer.plain(*args, **kwargs)
         x, module = args[0], layer.module
         if isinstance(module, nn.MaxPool1d | nn.MaxPool2d):
-            found = kernels.max_pool(module, x)
-            return layer.plain(*args, **kwargs) if found is None else found
+            pooled = kernels.max_pool(module, x)
+            return layer.plain(*args, **kwargs) if pooled is None else pooled
         y = layer.plain(*args, **kwargs)
         if torch.is_grad_enabled() and not kernels.others_save():
             spikes = kernels.look(x.detach())

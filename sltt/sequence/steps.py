@@ -46,20 +46,20 @@ class Sequence:
 
     def _repeat(self, steps: int) -> Tensor:
         """Return x of so many time steps; calls of a sequence share it, unless the network changed it in place."""
-        known = self._folded.get(steps)
-        if known is None or self.x.requires_grad or known.is_inference() or known._version:
+        folded = self._folded.get(steps)
+        if folded is None or self.x.requires_grad or folded.is_inference() or folded._version:
             whole = torch.cat([self.x] * steps)  # which keeps the memory format of images alone
-            known = self._folded[steps] = channels_last(whole) if self.last else whole
-        return known
+            folded = self._folded[steps] = channels_last(whole) if self.last else whole
+        return folded
 
     def same_at_each_step(self, x: Tensor, steps: int) -> bool:
         """Return whether x [n·B, ...] is a static input of n time steps, as it is or with its pixels reshaped."""
-        known = self._folded.get(steps)
+        folded = self._folded.get(steps)
         return (
-            known is not None
+            folded is not None
             and not transforms_active()
-            and x.untyped_storage()._cdata == known.untyped_storage()._cdata
-            and (x.shape[0], x.stride(0), x.numel()) == (len(known), known.stride(0), known.numel())
+            and x.untyped_storage()._cdata == folded.untyped_storage()._cdata
+            and (x.shape[0], x.stride(0), x.numel()) == (len(folded), folded.stride(0), folded.numel())
             and not (x.is_inference() or x._version)
         )
 
