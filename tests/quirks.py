@@ -27,6 +27,7 @@ class Net(nn.Module):
         self.b = self.a2 = nn.Linear(width, width)
         self.n2 = sltt.Recurrent(sltt.LIF(tau=3.0), nn.Linear(width, width)) if kind == "recurrent" else sltt.PLIF(2.0)
         self.o, self.shared, self.t, self.mix, self.log = nn.Linear(width, 3), shared, 0, 0.0, {"seen": 0}
+        self.mixes = [0.0]
         self.norms = nn.ModuleList(nn.BatchNorm1d(width, affine=False) for _ in range(12))
         self.register_buffer("mean", torch.zeros(width))
         self.quirks = {}
@@ -118,6 +119,7 @@ QUIRKS = {  # what, and where in the network
     "mixes samples": ("current", lambda net, h: h - 0.2 * h.mean(0)),
     "mixes a little": ("hidden", lambda net, h: h - 3e-5 * h.flip(0)),
     "mixes by a flag": ("hidden", lambda net, h: h - net.mix * h.mean(0)),
+    "mixes by a list": ("hidden", lambda net, h: h - net.mixes[0] * h.mean(0)),
     "mixes neurons that fired": ("spikes", lambda net, h: torch.where(h == 1, h - h.mean(0), h)),
     "knows the place in the batch": ("current", lambda net, h: h + 0.3 * SIDE[: len(h), :1].to(h).expand_as(h[:20])),
     "mean of the past": ("current", without_graph(lambda net, h: net.mean.mul_(0.5).add_(h.mean(0)))),
@@ -143,7 +145,12 @@ BETWEEN = {  # what changes between two batches
     "a flag": lambda net: setattr(net, "mix", 0.5),
     "a threshold": lambda net: setattr(net.n1, "v_threshold", 0.7),
     "a module": lambda net: setattr(net, "b", nn.Linear(*net.b.weight.shape[::-1]).to(net.b.weight)),
+    "neurons": lambda net: setattr(net, "n1", sltt.LIF(tau=3.0)),
     "the mode": lambda net: net.eval(),
+    "a value in a list": lambda net: net.mixes.__setitem__(0, 0.5),
+    "a hook": lambda net: net.a.register_forward_hook(lambda m, i, o: o - 0.3 * o.mean(0)),
+    "a hook on a weight": lambda net: net.a.weight.register_hook(lambda g: g.clamp(-1e-3, 1e-3)),
+    "a parametrization": lambda net: nn.utils.parametrizations.weight_norm(net.b),
     "a frozen layer": lambda net: net.a.requires_grad_(False),
     "a forward": lambda net: setattr(net.norm, "forward", lambda h: h - 0.3 * h.mean(0)),
 }

@@ -37,7 +37,7 @@ def test_losses(loss):
 
 @pytest.mark.parametrize("between", BETWEEN)
 def test_what_changes_between_batches(between):
-    quirk = ["mixes by a flag"] if between == "a flag" else []
+    quirk = {"a flag": ["mixes by a flag"], "a value in a list": ["mixes by a list"]}.get(between, [])
     assert [case(quirk, between=between, rule=rule) for rule in ("SLTT", "unroll")] == ["equal", "equal"]
 
 
