@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,23 +113,17 @@ class _Exact:
         gradients = self._gradients(rule)
         layers = {module: _measure(gradients, exact, names)[:2] for module, names in _modules(exact).items()}
         other = self.without_resets
-        without = other.gradients
-        least = _worst_cosine(gradients if other is self else other._gradients(rule), without)
+        least = _worst_cosine(gradients if other is self else other._gradients(rule), other.gradients)
         return Agreement(repr(rule), *_measure(gradients, exact, list(exact)), layers, least)
 
     def _gradients(self, rule: Rule) -> dict[str, Tensor]:
         twin = copy_model(self.model)
         twin.zero_grad(set_to_none=True)
-        with _fork(self.x):
+        with torch.random.fork_rng(devices=[self.x.device] if self.x.is_cuda else []):
             arguments = twin, self.x, self.target, self.loss
             how = {"backward": lambda value: (value * self.scale).backward(), "update": lambda: None}
             rule(*arguments, steps=self.steps, **how)
         return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
-
-
-def _fork(x: Tensor) -> AbstractContextManager[None]:
-    """Draw random numbers inside this block that do not count."""
-    return torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
 
 
 def _modules(parameters: Iterable[str]) -> dict[str, list[str]]:

@@ -222,5 +222,4 @@ def hold_out(labels: Sequence[int], share: float) -> tuple[list[int], list[int]]
 
 def fingerprint(samples: Sequence[Any], *splits: Sequence[int]) -> str:
     """Return twelve hexadecimal digits of a hash of the samples' names or labels, and of which is in which split."""
-    digest = hashlib.sha256(repr([list(samples), *map(list, splits)]).encode())
-    return digest.hexdigest()[:12]
+    return hashlib.sha256(repr([list(samples), *map(list, splits)]).encode()).hexdigest()[:12]

@@ -44,8 +44,7 @@ class Classes(Data):
             raise ValueError(f"class {empty[0]} of {name} has no training samples: leave it out")
 
         def choose(split: str, samples: Dataset[Any]) -> Dataset[Any]:
-            labels_of_split = labels if split in ("train", "plain") else class_labels(samples)
-            return _Chosen(samples, self.classes, labels_of_split)
+            return _Chosen(samples, self.classes, labels if split in ("train", "plain") else class_labels(samples))
 
         lengths, kept = splits.lengths, [i for i, label in enumerate(labels) if label in self.classes]
         return splits.with_each(

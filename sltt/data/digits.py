@@ -32,8 +32,7 @@ class Digits(Data):
 
     def load(self, steps: int) -> Splits:
         images, labels = _digits()
-        x = ((images - images.mean()) / images.std()).unsqueeze(1)
-        return _split(self, x, labels)
+        return _split(self, ((images - images.mean()) / images.std()).unsqueeze(1), labels)
 
 
 class DigitsEvents(Digits):

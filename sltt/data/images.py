@@ -218,8 +218,7 @@ class ImageFolder(_Images):
         if split := _folders(self.root) & {"train", "test", "val"}:
             raise ValueError(f"test={self.test} splits {self.root}/CLASS/*, and it has {min(split)}: leave test out")
         plain = self._open(self.root)
-        tested = hold_out(plain.targets, self.test)[1]
-        return self.split_images(plain, tested, self.names(plain))
+        return self.split_images(plain, hold_out(plain.targets, self.test)[1], self.names(plain))
 
     def open(self, train: bool) -> Any:
         names = ("train",) if train else ("test", "val")

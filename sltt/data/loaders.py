@@ -75,8 +75,7 @@ def _is_static(loader: DataLoader[Any]) -> bool:
     if not isinstance(two, tuple | list) or len(two) != 2 or not isinstance(two[0], Tensor):
         remedy = "sltt.data.from_datasets(…, columns=…) takes dictionaries"
         raise ValueError(f"expected batches (x, target) of tensors, got {type(two).__name__}; {remedy}")
-    shapes = two[0].shape, three[0].shape
-    changed = [i for i, sizes in enumerate(zip(*shapes, strict=False)) if sizes == (2, 3)]
+    changed = [i for i, sizes in enumerate(zip(two[0].shape, three[0].shape, strict=False)) if sizes == (2, 3)]
     if changed[:1] == [1]:
         return False
     if changed[:1] == [0] and two[0].ndim in (2, 4):

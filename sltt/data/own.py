@@ -95,8 +95,7 @@ class _OwnData(Data):
     def load(self, steps: int) -> Splits:
         samples = {name: self._samples(name, dataset, steps) for name, dataset in self.datasets.items()}
         labels = self._labels(samples["train"])
-        order = range(len(samples["train"]))
-        kept, held = hold_out(labels or [0] * len(order), self.validation)
+        kept, held = hold_out(labels or [0] * len(samples["train"]), self.validation)
         parts: dict[str, Any] = {"validation": None, "test": None, **samples}
         if held:
             parts |= {"train": Subset(samples["train"], kept), "validation": Subset(samples["train"], held)}
@@ -119,8 +118,7 @@ class _OwnData(Data):
         """Return the class of each training sample; None where targets are no classes."""
         if self.form.get("per_step") or not _is_class(self._target(samples, 0)):
             return None
-        dataset = samples.dataset if isinstance(samples, _Samples) else samples
-        labels = find_labels(dataset, self.columns)
+        labels = find_labels(samples.dataset if isinstance(samples, _Samples) else samples, self.columns)
         last = len(samples) - 1
         if labels is not None and all(labels[i] == self._target(samples, i) for i in (0, last // 2, last)):
             return [int(y) for y in labels]

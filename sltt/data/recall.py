@@ -88,8 +88,7 @@ class Recall(Data):
         labels = samples.labels.tolist()
         test = Subset(samples, range(self.samples, count))
         identity = [self.classes, self.delay, self.noise, self.channels, self.seed, self.cues, *labels]
-        known = labels[: self.samples]
-        return self.split(samples, known, test, identity, static=False, classes=self.classes)
+        return self.split(samples, labels[: self.samples], test, identity, static=False, classes=self.classes)
 
 
 class _Sequences(Dataset[Any]):

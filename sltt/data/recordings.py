@@ -93,8 +93,7 @@ def frames(
         x, y = x * size // width, y * size // height
         height = width = size
     index = ((step * 2 + recording.p.astype(np.int64)) * height + y) * width + x
-    counts = np.bincount(index, minlength=steps * 2 * height * width)
-    return counts.reshape(steps, 2, height, width)
+    return np.bincount(index, minlength=steps * 2 * height * width).reshape(steps, 2, height, width)
 
 
 def _problem(recording: Recording, sensor: tuple[int, int], slicing: Slicing, steps: int) -> str | None:

@@ -40,17 +40,15 @@ class SequentialDigits(Digits):
             parts = ", ".join(str(n) for n in range(1, PIXELS + 1) if PIXELS % n == 0)
             raise ValueError(f"{PIXELS} pixels do not part into steps={steps} equal time steps: choose one of {parts}")
         splits = super().load(steps)
-        order = torch.tensor(_permutation() if self.permute else range(PIXELS)).view(steps, -1)
+        pixels = list(range(PIXELS))
+        if self.permute:  # in an order that depends on no random generator's version
+            pixels.sort(key=lambda i: hashlib.sha256(f"pixel {i}".encode()).digest())
+        order = torch.tensor(pixels).view(steps, -1)
         return splits.with_each(
             lambda _, images: Mapped(images, partial(_in_order, order=order)),
             static=False,
             fingerprint=fingerprint([splits.fingerprint, *order.flatten().tolist()]),
         )
-
-
-def _permutation() -> list[int]:
-    """Return an order of the pixels that depends on no random generator's version."""
-    return sorted(range(PIXELS), key=lambda i: hashlib.sha256(f"pixel {i}".encode()).digest())
 
 
 def _in_order(image: Tensor, order: Tensor) -> Tensor:

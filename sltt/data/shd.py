@@ -41,8 +41,7 @@ class SHD(Data):
             where = f"looked in {self.root.resolve()}, expected SHD/shd_train.h5 and SHD/shd_test.h5 there"
             raise FileNotFoundError(f"SHD not found: {where}. Set --data.root, or get it with --data.download true.")
         samples, test = (self._read(name, steps) for name in ("train", "test"))
-        identity = [*samples.targets, *test.targets]
-        return self.split(samples, samples.targets, test, identity, static=False, classes=20)
+        return self.split(samples, samples.targets, test, [*samples.targets, *test.targets], static=False, classes=20)
 
     def _file(self, name: str) -> Path:
         return self.root / "SHD" / f"shd_{name}.h5"

@@ -92,7 +92,8 @@ class Mixed(Rule):
     def window_lengths(self, model: nn.Module, steps: int) -> dict[nn.Module, int]:
         """Return the window of each module with a state, in time steps; T or more is that of the whole sequence."""
         layers = neuron_layers(model)
-        outer = {name: _outermost_layer(name, layers) for name in layers}  # neurons inside of another have its window
+        # neurons inside of another have its window
+        outer = {name: next(n for n in layers if name == n or name.startswith(f"{n}.")) for name in layers}
 
         def matches(name: str, pattern: str) -> bool:
             return any(pattern == form or fnmatchcase(form, pattern) for form in (name, _WRAPPERS.sub("", name)))
@@ -107,11 +108,6 @@ class Mixed(Rule):
             return window if isinstance(window, int) else steps
 
         return {module: length(outer[name]) for name, module in layers.items()}
-
-
-def _outermost_layer(name: str, layers: Iterable[str]) -> str:
-    """Return the first of the layers that a layer is inside of, or the layer itself."""
-    return next((outer for outer in layers if name == outer or name.startswith(f"{outer}.")), name)
 
 
 def neuron_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -37,8 +37,7 @@ class Layer:
 
     def __post_init__(self) -> None:
         self.is_known = self.role.of is not None and not own_forward(self.module, self.role.of)
-        keeps = bool(self.states or self.role.kind == "keeper")
-        self.spikes = keeps and self.role.spikes(self.module)
+        self.spikes = bool(self.states or self.role.kind == "keeper") and self.role.spikes(self.module)
         self.detach = self.module.detach if isinstance(self.module, Stateful) else partial(detach_module, self.module)
 
     @property
@@ -142,8 +141,7 @@ class Layout:
                 for key, value in vars(layer.module).items():
                     if key in _OF_MODULES or not isinstance(value, nn.Module | list | tuple | dict):
                         continue
-                    listed = _modules_in(value)
-                    modules = (inner for module in listed for inner in module.modules())
+                    modules = (inner for module in _modules_in(value) for inner in module.modules())
                     yield from ((layer, key, module) for module in modules if module not in self.layers)
 
     def state_tensors(self) -> list[Tensor]:

@@ -46,8 +46,7 @@ class Padded(NamedTuple):
 
     def rows(self, index: Sequence[int], per_step: bool) -> "Padded":
         """Return the targets of some samples."""
-        rows = torch.tensor(index)
-        return Padded(self.target.index_select(int(per_step), rows), [self.lengths[b] for b in index])
+        return Padded(self.target.index_select(int(per_step), torch.tensor(index)), [self.lengths[b] for b in index])
 
     def split(self, count: int, per_step: bool) -> list["Padded"]:
         """Return the targets in so many parts, as `Tensor.tensor_split`."""

@@ -155,8 +155,7 @@ def role_of(cls: type) -> Role:
         import_module(f"sltt.interop.{library}")
     bases = [c for c in cls.__mro__ if c in _roles]
     for other in bases[1:]:
-        both = {_roles[c].kind for c in (bases[0], other)} == {"keeper"}
-        if both and not issubclass(bases[0], other):
+        if {_roles[c].kind for c in (bases[0], other)} == {"keeper"} and not issubclass(bases[0], other):
             raise ValueError(
                 f"{cls.__name__} is a {bases[0].__name__} and a {other.__name__}, which keep their states in different "
                 f"ways: say how {cls.__name__} does, by sltt.register({cls.__name__}, states=…)"

@@ -90,8 +90,7 @@ class BatchLoop:
         learner, rule, processes = self.learner, self.stage.rule, self.learner.processes
         settings, loss_of, length = learner.settings, learner.loss, self.sampler.length
         place = state.batch + len(self._uncounted)
-        epoch = state.epoch + place / self.batches
-        set_rates(learner.optim, learner.initial, self.stage, settings.schedule, epoch)
+        set_rates(learner.optim, learner.initial, self.stage, settings.schedule, state.epoch + place / self.batches)
         learner.optim.zero_grad()
         largest = min(settings.size, length)
         size = min(largest, length - place * settings.size)
