@@ -80,5 +80,5 @@ def _is_static(loader: DataLoader[Any]) -> bool:
         return False
     if changed[:1] == [0] and two[0].ndim in (2, 4):
         return True
-    found = f"the loader makes batches {list(three[0].shape)} of 3 images, or sequences whose time comes second"
-    raise ValueError(f"{found}. Say which: sltt.data.from_datasets(loader.dataset, static=True or False)")
+    problem = f"the loader makes batches {list(three[0].shape)} of 3 images, or sequences whose time comes second"
+    raise ValueError(f"{problem}. Say which: sltt.data.from_datasets(loader.dataset, static=True or False)")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sltt import kernels
 from sltt.losses import SequenceLoss, Watching, is_mean, is_per_step
-from sltt.sequence.once import hand_over
+from sltt.sequence.once import add_gradients
 from sltt.sequence.padding import Padded, Real
 from sltt.sequence.reach import refers_to
 from sltt.sequence.run import Run
@@ -184,13 +184,13 @@ class Batch:
             state.requires_grad_(False)
         return gradients
 
-    def hand_over(self, total: Tensor, logits: Tensor, gradients: list[Tensor | None]) -> Tensor:
+    def add_gradients(self, total: Tensor, logits: Tensor, gradients: list[Tensor | None]) -> Tensor:
         """Return `total`, whose backward gives time steps that ran again what `backpropagate_logits` found."""
         if isinstance(self.loss, Watching):
             total = total + self.loss.penalty() / self.steps
         states = [s for s in self.network.layout.state_tensors() if s.is_floating_point()]
         pairs = zip([logits.clone(), *states], gradients, strict=False)
-        return hand_over(total, [(x, g) for x, g in pairs if g is not None and x.requires_grad])
+        return add_gradients(total, [(x, g) for x, g in pairs if g is not None and x.requires_grad])
 
     def _sum_losses(self, steps: range | list[int], logits: Tensor, loss: Any = None) -> Tensor:
         """Return the sum of the losses of logits [n, B, C] of time steps, over T."""

@@ -108,12 +108,12 @@ def plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tenso
     """
     for name, module in model.named_modules():
         library = type(module).__module__.partition(".")[0]
-        known = role_of(type(module)).kind == "keeper" and not isinstance(module, Stateful)
-        if library in ("torch", "sltt") or known:
+        is_registered = role_of(type(module)).kind == "keeper" and not isinstance(module, Stateful)
+        if library in ("torch", "sltt") or is_registered:
             continue
-        known, private = {"_parameters", "_buffers", *state_names(module)}, isinstance(module, Stateful)
+        states, private = {"_parameters", "_buffers", *state_names(module)}, isinstance(module, Stateful)
         for key, value in (*vars(module).items(), *module._buffers.items()):
             tensors: list[Tensor] = []
-            if key not in known and not (private and key.startswith("_")):
+            if key not in states and not (private and key.startswith("_")):
                 map_tensors(tensors.append, value)
             yield from ((name, module, key, tensor) for tensor in tensors)

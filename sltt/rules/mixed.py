@@ -11,7 +11,7 @@ from sltt._torch import WRAPPERS
 from sltt.rules.base import Rule
 from sltt.rules.batch import Batch, Output
 from sltt.sequence.layout import Layer, Layout
-from sltt.sequence.once import hand_over
+from sltt.sequence.once import add_gradients
 from sltt.sequence.reach import graph_nodes, operations
 from sltt.sequence.state import detach_module, state_tensors
 from sltt.sequence.step import Step
@@ -172,10 +172,10 @@ class _Cut(Step):
 
         A kept state that is made of that output later would get its gradient steps too late.
         """
-        found = [(output, then) for of, output, then in self._first if of is module]
-        if len(found) != 1 or not isinstance(found[0][0], Tensor):
+        outputs = [(output, then) for of, output, then in self._first if of is module]
+        if len(outputs) != 1 or not isinstance(outputs[0][0], Tensor):
             return False
-        (output, then), states = found[0], self._kept_states()
+        (output, then), states = outputs[0], self._kept_states()
         if (node := output.grad_fn) is None:
             return True
         later = graph_nodes([state.grad_fn for state in states - then], stop={*before, node})
@@ -188,11 +188,11 @@ class _Cut(Step):
 
         The output itself is forgotten: its spikes are saved as bits in the graph.
         """
-        found = [(output, leaf.grad) for output, leaf in self._outputs if leaf.grad is not None]
+        gradients = [(output, leaf.grad) for output, leaf in self._outputs if leaf.grad is not None]
         self._outputs.clear()
-        if not found:
+        if not gradients:
             return waiting
-        return hand_over(found[0][0].new_zeros(()) if waiting is None else waiting, found)
+        return add_gradients(gradients[0][0].new_zeros(()) if waiting is None else waiting, gradients)
 
     def _separates(self, value: Tensor, before: set[Any]) -> bool:
         """Return whether what is above the cut, and goes now, shares nothing with what is below it, and waits.

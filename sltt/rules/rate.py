@@ -124,7 +124,7 @@ class _RateStep(Step):
         """Run the layer in this pass."""
         if layer.spikes and not in_backward():
             self.run.take_turn(layer, NEURON)
-        self.run.shows = self.what == "step"
+        self.run.counts_spikes = self.what == "step"
         forward = getattr(self.gathered[layer], self.what)
         return forward(x) if self.what != "step" else self.run.one_by_one(layer, (x,), {}, forward)
 

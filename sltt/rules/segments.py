@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sltt.rules.batch import Batch, Fold, Output
-from sltt.sequence.once import hand_over
+from sltt.sequence.once import add_gradients
 from sltt.sequence.snapshot import Snapshot
 
 
@@ -47,13 +47,13 @@ def run_in_segments(batch: Batch, length: int, fold: Fold) -> Output:
                     total = total + batch.forward(call)
                     continue
                 before = [(t, batch.logits(t).clone()) for t in call]
-                total = batch.hand_over(total, batch.run(call), of_logits.pop(call.start))
+                total = batch.add_gradients(total, batch.run(call), of_logits.pop(call.start))
                 same |= {t: torch.isclose(batch.logits(t), o, 1e-3, 1e-5, equal_nan=True).all() for t, o in before}
             if end is None:
                 end = Snapshot(run)
             else:
                 states = zip(run.layout.state_tensors(), gradients, strict=True)
-                total = hand_over(total, [(s, g) for s, g in states if g is not None and s.requires_grad])
+                total = add_gradients(total, [(s, g) for s, g in states if g is not None and s.requires_grad])
             batch.backward(total)
             starts.pop()
     finally:

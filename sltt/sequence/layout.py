@@ -30,7 +30,7 @@ class Layer:
     before: Any = None  # the forward that the instance had before a run; None is that of its class
     plain: Any = None  # the forward that the run's handler stands for
     advance: Any = None  # runs several time steps in a call, see `Role`; None where the layer cannot
-    seen: int = 0  # the call of the network in which it ran last
+    last_call: int = 0  # the call of the network in which it ran last
     is_known: bool = field(init=False)  # its forward is that of the class that has the role
     spikes: bool = field(init=False)  # it is a layer of neurons
     detach: Callable[[], Any] = field(init=False)  # drops the graph behind its states

@@ -123,15 +123,15 @@ class Results:
         """Send the gradients that the time steps left in the results through the graphs behind them."""
         for value, leaf, _ in reversed(self._results.values()):  # a later result may have been made from an earlier
             if leaf.grad is not None:
-                backward(hand_over(torch.zeros((), device=value.device), [(value, leaf.grad)]))
+                backward(add_gradients(torch.zeros((), device=value.device), [(value, leaf.grad)]))
 
 
-def hand_over(total: Tensor, gradients: list[tuple[Tensor, Tensor]]) -> Tensor:
+def add_gradients(total: Tensor, gradients: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the scalar `total`, whose backward also gives each tensor the gradient that an earlier one found."""
-    return _HandOver.apply([g for _, g in gradients], total, *(x for x, _ in gradients))  # type: ignore[return-value]
+    return _AddGradients.apply([g for _, g in gradients], total, *(x for x, _ in gradients))  # type: ignore[return-value]
 
 
-class _HandOver(torch.autograd.Function):
+class _AddGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradients: Any, total: Tensor, *values: Tensor) -> Tensor:  # type: ignore[override]
         ctx.gradients = gradients

@@ -76,11 +76,11 @@ def pad_batch(x: Tensor, y: Padded, steps: int, per_step: bool) -> tuple[Tensor,
 def check_lengths(lengths: Sequence[Any], steps: int, batch: int) -> None:
     """Raise ValueError unless there is a length of 1 … T for each sample."""
     try:
-        found = torch.as_tensor(lengths)
+        numbers = torch.as_tensor(lengths)
     except (TypeError, ValueError, RuntimeError):
-        found = torch.empty(0)
-    one_each = found.shape == (batch,) and found.dtype != torch.bool
-    if not one_each or not ((found >= 1) & (found <= steps) & (found == found.floor())).all():
+        numbers = torch.empty(0)
+    one_each = numbers.shape == (batch,) and numbers.dtype != torch.bool
+    if not one_each or not ((numbers >= 1) & (numbers <= steps) & (numbers == numbers.floor())).all():
         shown = repr(lengths)
         raise ValueError(
             f"expected lengths from 1 to T = {steps} of {batch} samples, got {shown if len(shown) < 80 else shown[:77]}"

@@ -73,13 +73,13 @@ class Run:
         self.fold = 1  # n, the time steps in the call in progress; 1 within a layer that takes them one after the other
         self.steps = 1  # n, within such a layer too
         self.cut = False  # no gradient flows from one of these steps to the step before
-        self.shows = True  # what neurons give are spikes
-        self.call = self._calls = self._outer = 0
+        self.counts_spikes = True  # what neurons give are spikes, not rates
+        self.call = self._calls = self._forwards = 0
         self.pairs: dict[nn.Module, Layer] = {}
         self.paired: tuple[Layer, Tensor] | None = None
         self._kept: set[Layer] = set()  # in the second call, the layers that have a state
         self._handled: list[Layer] = []
-        self._until_the_end = ExitStack()
+        self._exit_stack = ExitStack()
         self.folds = False  # a call has taken several time steps
 
     def __enter__(self) -> Self:
@@ -94,7 +94,7 @@ class Run:
         try:
             self.reset()
             self.handle()
-            self.counted = self._until_the_end.enter_context(kernels.counting_batches())
+            self.counted = self._exit_stack.enter_context(kernels.counting_batches())
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -103,12 +103,12 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._until_the_end:
-            self._until_the_end.callback(release, self._before)
-            self._until_the_end.callback(self.reset)
+        with self._exit_stack:
+            self._exit_stack.callback(release, self._before)
+            self._exit_stack.callback(self.reset)
             for layer in reversed(self._handled):
                 self.drop(layer)
-                layer.plain, layer.seen = None, 0
+                layer.plain, layer.last_call = None, 0
             self._handled.clear()
             self.layout.in_use = False
 
@@ -152,7 +152,7 @@ class Run:
 
     def enter(self, context: AbstractContextManager[Any]) -> None:
         """Enter a context until the end of the run."""
-        self._until_the_end.enter_context(context)
+        self._exit_stack.enter_context(context)
 
     def drop(self, layer: Layer) -> None:
         """Give a layer the forward back that it had before the run."""
@@ -205,7 +205,7 @@ class Run:
         if not self.keep:
             torch.clear_autocast_cache()
         self._calls += 1
-        second, self._outer = self._outer == 1, self._outer + 1
+        second, self._forwards = self._forwards == 1, self._forwards + 1
         self._kept = {k for k in self.layout.keepers if state_tensors(k.module)} if second else set()
         self.call, self.fold, self.steps, self.cut = self._calls, steps, steps, cut
         try:
@@ -265,14 +265,14 @@ class Run:
 
     def take_turn(self, layer: Layer, problem: str) -> None:
         """Note that a layer runs; raise ValueError with `problem` if it has run in this call of the network."""
-        if layer.seen == self.call:
+        if layer.last_call == self.call:
             raise ValueError(f"{layer} {problem}")
         if layer in self._kept and not state_tensors(layer.module):
             raise ValueError(
                 f"{layer} was reset in the middle of a sequence: leave the reset out of forward, a rule resets the "
                 "network before each sequence"
             )
-        layer.seen = self.call
+        layer.last_call = self.call
 
     def take_paired(self, layer: Layer | None = None, *args: Any) -> Tensor:
         """Return the spikes of the neurons that a BatchNorm has run, to the layer that reads its output next."""

@@ -44,7 +44,7 @@ class Watch:
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if torch.compiler.is_compiling():  # compiled code does not look for new hooks: its neurons look at `watched`
             return
-        if (run := run_of(module)) is None or run.shows:
+        if (run := run_of(module)) is None or run.counts_spikes:
             self.see(self.name, spikes_of(output))
 
     @property

@@ -115,6 +115,7 @@ def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(cap
     assert 0 < row["cosine"] < 1
 
 
+@pytest.mark.slow
 def test_a_training_counts_where_its_gradient_cannot_be_compared(capsys, here, monkeypatch):
     """BPTT, for the cosine, may need more memory than there is."""
 

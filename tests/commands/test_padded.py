@@ -84,6 +84,7 @@ def test_the_loss_is_that_of_the_real_steps_in_batches_of_any_size():
     assert loss(7) == pytest.approx(loss(30), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_an_export_to_c_is_as_accurate(here, capsys):
     assert run(capsys, "train", *RECIPE, "--run", "run")[0] == 0
     code, shown, err = run(capsys, "export", "run", "--to", "c")

@@ -14,6 +14,7 @@ from sltt.data.recordings import read
 from sltt.training.trained import Trained
 
 
+@pytest.mark.slow
 def test_files_are_predicted_as_the_test_samples_are(here, capsys):
     for label, shade in (("cat", 40), ("dog", 200)):
         (here / "images" / label).mkdir(parents=True)

@@ -2,6 +2,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -42,6 +43,7 @@ def test_train_then_eval(here, capsys):
     assert mirrored["firing_rate"] != measured["firing_rate"]  # the logits of this network are constant
 
 
+@pytest.mark.slow
 def test_the_weights_of_the_best_and_of_the_last_epoch_are_both_tested(here, capsys):
     # the second epoch undoes the first
     spoiling = ["--optimizer.lr", "0.05", "--schedule", "sltt.schedules.Constant", "--schedule.warmup", "0"]
