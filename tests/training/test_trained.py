@@ -13,6 +13,7 @@ from sltt.training.trained import Trained
 from tests.training.blobs import Blobs, equal, network, train
 
 
+@pytest.mark.slow
 def test_a_run_made_in_python_is_reported_by_the_command_and_used_in_python(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     loss, rule = nn.CrossEntropyLoss(), sltt.SLTT(k=2)
@@ -86,7 +87,18 @@ def test_a_loaded_network_is_measured_at_the_t_of_its_training(tmp_path, caplog)
 
 def test_a_run_of_the_command_loads_by_the_network_that_its_recipe_names(tmp_path):
     run = str(tmp_path / "run")
-    tiny = ["--epochs", "1", "--model.width", "2", "--model.neuron.tau", "3.0", "--device", "cpu"]
+    tiny = [
+        "--epochs",
+        "1",
+        "--model.width",
+        "2",
+        "--model.neuron.tau",
+        "3.0",
+        "--device",
+        "cpu",
+        "--batch_size",
+        "512",
+    ]
     assert main(["train", "digits", *tiny, "--run", run]) == 0
     found = sltt.load(run)
     assert found.features[2].tau == 3.0
