@@ -105,8 +105,3 @@ def _exists(name):
 def test_every_recipe_is_in_the_table():
     table = (DOCS / "recipes.md").read_text()
     assert [name for name in shipped_recipes() if f"`{name}`" not in table] == []
-
-
-def test_every_page_is_in_the_navigation():
-    navigation = (DOCS.parent / "mkdocs.yml").read_text()
-    assert [page.name for page in DOCS.glob("*.md") if f"{page.name}\n" not in navigation] == []

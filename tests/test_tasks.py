@@ -332,7 +332,7 @@ device: cpu
 def test_a_recipe_names_losses_of_pytorch_and_leaves_out_the_optimizer(tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text(RECIPE)
     run = str(tmp_path / "run")
-    assert main(["train", str(tmp_path / "mine.yaml"), "--run", run]) == 0
+    assert main(["train", str(tmp_path / "mine.yaml"), "--run", run, "--batch_size", "512", "--steps", "1"]) == 0
     capsys.readouterr()
     assert main(["eval", run, "--json"]) == 0
     assert 0 <= json.loads(capsys.readouterr().out)["accuracy"] <= 1

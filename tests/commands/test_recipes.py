@@ -69,10 +69,11 @@ def test_imagenet_is_its_two_stages():
     assert whole["model"] == stages[0]["model"] == stages[1]["model"]
 
 
-def test_recipes_lists_each_with_a_line(capsys):
+def test_recipes_lists_each_with_a_line_and_prints_one(capsys):
     code, out, _ = run(capsys, "recipes")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == list(shipped_recipes())
+    assert run(capsys, "recipes", "digits")[1] == shipped_recipes()["digits"].read_text()
 
 
 FRAMES = {  # small where the network takes any size

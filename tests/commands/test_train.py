@@ -74,13 +74,6 @@ def test_any_value_can_be_overridden_and_is_kept(here, capsys):
     assert "last.ckpt" in out
 
 
-def test_a_recipe_of_ones_own(here, capsys):
-    assert run(capsys, "recipes", "digits")[0] == 0
-    Path("mine.yaml").write_text(run(capsys, "recipes", "digits")[1])
-    assert run(capsys, "train", "mine.yaml", *TINY, "--epochs", "1", "--rule", "TBPTT", "--rule.window", "2")[0] == 0
-    assert [p.name[:10] for p in Path("runs").iterdir()] == ["mine-tbptt"]
-
-
 def test_resume_takes_the_runs_configuration(here, capsys):
     assert run(capsys, "train", *TINY, "--epochs", "1", "--run", "a")[0] == 0
     code, out, _ = run(capsys, "train", "--resume", "a", "--epochs", "2")
