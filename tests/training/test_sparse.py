@@ -68,15 +68,14 @@ def test_a_gpu_gets_networks_and_images_channels_last_unless_they_fail_so(flatte
     monkeypatch.setattr(session, "prefers_channels_last", lambda device: True)
     report, lines, results = Console(quiet=True), [], []
     report.line = lines.append
-    one = {"sparse": "off", "steps": 1}
     for name, given in (("run", asked), *([("expected", last)] if asked is not last else [])):
         model = nn.Sequential(sees := Sees(), *network())
         model[-2] = flatten
-        trained(tmp_path / name, model, channels_last=given, report=report, epochs=1, **one)
+        trained(tmp_path / name, model, channels_last=given, sparse="off", steps=1, report=report, epochs=1)
         assert sees.last is last
         assert model[1].weight.is_contiguous() is not last
         sees.last = None
-        sltt.evaluate(model, Images(), channels_last=given, device="cpu", **one)
+        sltt.evaluate(model, Images(), channels_last=given, sparse="off", steps=1, device="cpu")
         assert sees.last is last
         results.append(model.state_dict())
     assert sum("channels-last" in line for line in lines) == last

@@ -87,18 +87,7 @@ def test_a_loaded_network_is_measured_at_the_t_of_its_training(tmp_path, caplog)
 
 def test_a_run_of_the_command_loads_by_the_network_that_its_recipe_names(tmp_path):
     run = str(tmp_path / "run")
-    tiny = [
-        "--epochs",
-        "1",
-        "--model.width",
-        "2",
-        "--model.neuron.tau",
-        "3.0",
-        "--device",
-        "cpu",
-        "--batch_size",
-        "512",
-    ]
+    tiny = ["--epochs=1", "--model.width=2", "--model.neuron.tau=3.0", "--device=cpu", "--batch_size=512"]
     assert main(["train", "digits", *tiny, "--run", run]) == 0
     found = sltt.load(run)
     assert found.features[2].tau == 3.0
