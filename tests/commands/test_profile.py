@@ -164,6 +164,9 @@ def test_the_command(capsys, here):
     most = [fits["steps"] or 10_000 for fits in found["fits"]]  # only the logits of SLTT's steps take memory
     assert 5 * most[0] < min(most[1:])
     assert [cost["fold"]["trained"] for cost in found["costs"]] == [1] * len(found["costs"])
+    exact = found["costs"][-1]
+    assert exact["rule"].startswith("BPTT:segment=")
+    assert exact["memory"]["total"] <= 10 * MB < bptt["memory"]["total"]
 
 
 def test_a_network_is_measured_as_it_trains():
