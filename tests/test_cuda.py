@@ -249,14 +249,6 @@ def test_bits_on_cuda(n, dtype, mode):
     assert torch.equal(unpack(packed, 2.5, dtype).cpu(), x)
 
 
-def test_a_twin_is_balanced_where_its_network_is():
-    ann = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)).to(DEVICE)
-    twin = sltt.interop.spiking(ann, partial(sltt.PLIF, tau=2.0), data=sltt.data.Digits())
-    assert {tensor.device for tensor in [*twin.parameters(), *twin.buffers()]} == {DEVICE}
-    x, y = torch.rand(4, 1, 8, 8).to(DEVICE), torch.randint(10, (4,)).to(DEVICE)
-    sltt.SLTT()(twin, x, y, LOSS, steps=2)
-
-
 def test_data_on_the_device_trains(tmp_path):
     samples = TensorDataset(torch.rand(12, 6).to(DEVICE), (torch.arange(12) % 3).to(DEVICE))
     loader = DataLoader(samples, batch_size=4, shuffle=True)
