@@ -57,6 +57,13 @@ def main() -> int:
         return int(measure(given.step, given.device, given.out))
     own = [sys.executable, __file__, "--device", given.device, "--out", str(given.out), "--step"]
     test = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--timeout", "0"]
+    paths = [str(ROOT), *([str(given.wheels)] if given.wheels else []), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    if given.device == "cpu":  # beside other work, threads that wait for each other take all the time
+        environment |= {"OMP_NUM_THREADS": "1"}
+        if not given.first:  # the tests run on a device in the memory of the host, and in Triton's interpreter
+            environment |= {"STANDIN": "1", "TRITON_INTERPRET": "1"}
+            test += ["-W", "ignore:An output with one", "-W", "ignore:Module already imported"]
     steps: dict[str, tuple[float, list[str]]] = {}
     if given.first:
         steps |= {name: (limit, [*own, name]) for name, limit in FIRST.items()}
@@ -66,10 +73,6 @@ def main() -> int:
         steps |= {f"equations of {name}": (540, [*test, *shard]) for name, shard in EQUATIONS.items()}
     if not steps:
         return collect(given.wheels, given.python)
-    paths = [str(ROOT), *([str(given.wheels)] if given.wheels else []), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    if given.device == "cpu":  # beside other work, threads that wait for each other take all the time
-        environment |= {"OMP_NUM_THREADS": "1"}
     return run_steps(steps, given.out, 60 * given.minutes, environment)
 
 
