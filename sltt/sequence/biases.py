@@ -42,17 +42,16 @@ class Biases:
     def _may_leave_out(self, module: Any, norm: Any) -> bool:
         run = self._run
         layer, after = (run.layout.layers.get(one) for one in (module, norm))
-        if not all(one and one.is_known and not one.compiled for one in (layer, after)):
+        if not run.drops_biases or not all(one and one.is_known and not one.compiled for one in (layer, after)):
             return False
         weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
         if layer.role.kind != "weight" or type(weight) is not nn.Parameter or type(bias) is not nn.Parameter:
             return False
-        if bias.requires_grad and not weight.requires_grad:  # whose gradient tells of the bias's
-            return False
         mean = norm.running_mean if norm.track_running_stats and norm.num_batches_tracked is not None else None
         if mean is None or mean.dtype != bias.dtype or norm.momentum is None:
             return False
-        if not run.drops_biases or any(norm is other for (_, other), calls in self._calls.items() if calls is not None):
+        taken = any(norm is other for (_, other), calls in self._calls.items() if calls is not None)
+        if taken or bias.requires_grad > weight.requires_grad:  # the weight's gradient tells of the bias's
             return False
         return not (module._forward_hooks or norm._forward_hooks or count_hooks(module) or runs_hooks(module, norm))
 
