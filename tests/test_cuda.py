@@ -16,7 +16,7 @@ from sltt import kernels
 from sltt.kernels.neuron import triton_step
 from sltt.kernels.spikes.bits import pack, unpack
 from sltt.rules import segments
-from sltt.training import graphs
+from sltt.training import evaluation, graphs
 from sltt.training.batch_loop import BatchLoop
 from sltt.training.console import Console
 from tests.conftest import LOSS, RULES, SURROGATES, batch, small_network
@@ -205,6 +205,22 @@ def test_a_batch_of_a_training_waits_for_nothing_and_the_next_one_is_copied_besi
 
     monkeypatch.setattr(BatchLoop, "run", run)
     train_blobs(tmp_path / "run", images(), Images(), batch_size=10, epochs=2, device="cuda", **more)
+
+
+def test_a_batch_of_an_evaluation_waits_for_nothing(monkeypatch):
+    plain = evaluation.whole_epoch
+
+    def batches(loader):
+        found = plain(loader)
+        yield from itertools.islice(found, 3)  # of which the memory is measured
+        with no_waits():
+            yield from found
+
+    monkeypatch.setattr(evaluation, "whole_epoch", batches)
+    settings = {"batch_size": 2, "steps": 3, "loss": LOSS, "metric": [sltt.metrics.Accuracy(), nn.CrossEntropyLoss()]}
+    metrics = [sltt.evaluate(images(), Images(), device=device, **settings) for device in ("cuda", "cpu")]
+    for got, expected in zip(*(one.scores.values() for one in metrics), strict=True):
+        assert got == pytest.approx(expected)
 
 
 def test_on_cuda_a_damaged_input_gives_a_loss_that_is_nan():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sltt import kernels
+from sltt.sequence.biases import Biases
 from sltt.sequence.claims import claim, release
 from sltt.sequence.hooks import Handler, count_hooks, runs_hooks
 from sltt.sequence.layout import Layer, Layout, layout_of
@@ -71,7 +72,7 @@ class Run:
         # DistributedDataParallel waits for the gradients of all weights in the backward of each step
         waits = any(isinstance(module, DistributedDataParallel) for module in self.layout.layers)
         self._hoists, self._repeats, self._grad = hoist, repeats or waits or find_modes() is not None, grad
-        self.keep, self.weights = keep, kernels.Weights()
+        self.keep, self.weights, self.biases = keep, kernels.Weights(), Biases(self)
         self.seen: deque[Tensor] = deque(maxlen=2)  # with `recompute`, outputs that a sum may have
         self.fold = 1  # n, the time steps in the call in progress; 1 within a layer that takes them one after the other
         self.steps = 1  # n, within such a layer too
@@ -93,11 +94,14 @@ class Run:
         self.layout.in_use = True
         x = self.sequence.x
         fixed = x if self.sequence.static and (self._hoists or not x.requires_grad) else None
-        self.results = Results(fixed, self._hoists, self._grad, self.keep and not is_sharded(self.model))
+        keep = self.keep and not is_sharded(self.model)
+        self.results = Results(fixed, self._hoists, self._grad, keep)
+        self.drops_biases = keep and not (self._repeats or x.is_cpu)  # in front of a BatchNorm
         try:
             self.reset()
             self.handle()
             self.counted = self._until_the_end.enter_context(kernels.counting_batches())
+            self._until_the_end.callback(self.biases.finish)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -260,7 +264,8 @@ class Run:
         states = [s for layer in self.layout.keepers if layer.spikes for s in state_tensors(layer.module)]
         first = [s[:1] if s.ndim else s for s in states if s.is_floating_point() and s.numel()]
         device, bounds = values[0].device, [bound for s in first for bound in s.detach().aminmax()]
-        bounds = [bound.to(device) for bound in (*bounds, *self.weights.sums, *self.sequence.bounds)]
+        bounds += [*self.weights.sums, *self.biases.bounds(), *self.sequence.bounds]
+        bounds = [bound.to(device) for bound in bounds]
         damaged = ~torch.stack(bounds).isfinite().all() if bounds else False  # together: each look is a few launches
         if damaged is False or (device.type == "cpu" and not damaged):
             return values
