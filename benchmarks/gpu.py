@@ -14,8 +14,10 @@ Logs are in runs/gpu, results in docs/results/gpu. `--data DIR` has CIFAR-10 as 
 The first minutes on a GPU that is lent (`first_hour.py`): each result is a line of JSON at once, and the same command
 goes on after the last one. It needs no network and installs nothing: Python 3.12, PyTorch 2.11 and Triton 3.6 are
 enough, with the packages in DIR, which `--wheels` alone collects: numpy, pyyaml, packaging, lightning-fabric,
-lightning-utilities, rich, markdown-it-py, mdurl and pygments for trainings; pytest, pytest-timeout, pluggy, iniconfig,
-hypothesis, sortedcontainers and attrs for tests; spikingjelly, whose lines say so where it is missing.
+lightning-utilities, rich, markdown-it-py, mdurl, pygments, psutil, jsonargparse, docstring-parser, typeshed-client,
+importlib-resources, tensorboard, protobuf and absl-py for trainings; pytest, pytest-timeout, pluggy, iniconfig,
+hypothesis, sortedcontainers and attrs for tests; spikingjelly with loguru, whose lines say so where it is missing.
+DIR also names this package and its version.
 """
 
 import argparse

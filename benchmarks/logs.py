@@ -1,13 +1,21 @@
 """Which logs of docs/results are of older code, and how to measure them again.
 
-    python benchmarks/logs.py
+    python benchmarks/logs.py [--compare [COUNT]]
 
 `docs/results/measured.json` has for each log the machine, and a digest of the sources that change what it measures.
 `write` makes the entry. A log to which an older version contributed has none: delete the log, and measure it whole.
+
+Accuracies and gradients take hours, and change only with the gradients: `--compare` runs the version that wrote such a
+log beside this one, on so many random networks (tests/versions.py). Where logits, losses, gradients and statistics of
+all rules are the same, the log counts as measured now; its entry names that version.
 """
 
+import argparse
 import hashlib
 import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -90,7 +98,39 @@ def stale(root: Path = ROOT) -> dict[str, str]:
     return found
 
 
+def compare(count: int, root: Path = ROOT) -> None:
+    """Enter the logs of accuracies and gradients whose version gives what this one does."""
+    written: dict[str, list[str]] = {}
+    for file in stale(root):
+        name = Path(file).with_suffix("").as_posix()
+        if entry(name)[1] in (TRAINED, GRADIENTS):
+            done = subprocess.run(
+                ["git", "log", "-1", "--format=%h", "--", RESULTS / file], cwd=root, capture_output=True, text=True
+            )
+            written.setdefault(done.stdout.strip(), []).append(name)
+    for commit, names in written.items():
+        with tempfile.TemporaryDirectory() as folder:
+            old = str(Path(folder, "old"))
+            subprocess.run(["git", "worktree", "add", "--quiet", "--detach", old, commit], cwd=root, check=True)
+            try:
+                command = [sys.executable, "tests/versions.py", old, str(root), "--count", str(count)]
+                done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+            finally:
+                subprocess.run(["git", "worktree", "remove", "--force", old], cwd=root, check=True)
+        print(f"{commit} ({', '.join(names)}): {(done.stdout or done.stderr).strip().splitlines()[-1]}", flush=True)
+        if done.returncode == 0:
+            known = marks(root)
+            known |= {name: {"sources": digest(entry(name)[1], root), "same as": commit} for name in names}
+            (root / RESULTS / MEASURED).write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+        else:
+            print("".join(f"  {line}\n" for line in done.stdout.splitlines()[:-1]), end="", flush=True)
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compare", type=int, nargs="?", const=200, metavar="COUNT")
+    if count := parser.parse_args().compare:
+        compare(count)
     if old := stale():
         lines = "".join(f"\n  {name}: {how}" for name, how in old.items())
         raise SystemExit(f"{len(old)} logs of docs/results are of older code. Delete each, measure it again:{lines}")

@@ -261,6 +261,7 @@ CASES: dict[str, Case] = {
     "BPTT, recompute": our_case(by_rule(sltt.BPTT(recompute=True)), "BPTT"),
     "BPTT, segment = 2": our_case(by_rule(sltt.BPTT(segment=2)), "BPTT"),
     "BPTT, segment = √T": our_case(by_rule(lambda steps: sltt.BPTT(segment=round(steps**0.5))), "BPTT"),
+    "BPTT, segment = auto": our_case(by_rule(sltt.BPTT(segment="auto")), "BPTT"),
     "evaluation": Case(sltt.LIF, evaluation(), floor="relu, evaluation", evaluates=True),
     "evaluation, dense": Case(sltt.LIF, evaluation(sparse="off"), floor="relu, evaluation", evaluates=True),
     **JELLY,

@@ -84,6 +84,10 @@ def has_global_hooks() -> bool:
     return any(hooks) or bool(of._global_backward_hooks) or bool(of._global_backward_pre_hooks)
 
 
+# on a GPU one launch each
+_foreach_mul, _foreach_norm, _foreach_zero_ = torch._foreach_mul, torch._foreach_norm, torch._foreach_zero_  # pyright: ignore
+
+
 def add_to_each(tensors: list[Any], values: list[Any]) -> None:
     """Add to each tensor its value, a number or a tensor; on a GPU in one launch."""
     torch._foreach_add_(tensors, values)  # pyright: ignore[reportPrivateImportUsage]

@@ -173,7 +173,6 @@ OTHER_CALLS = [
     ("read(text)", partial(recordings.read, Path("x.txt"), (3, 3), "count", 4), recordings.RecordingError, "not a rec"),
     ("to_nir(dt)", lambda: sltt.interop.to_nir(network(), X[0], dt=0), ValueError, "dt must be greater than 0, got 0"),
     ("to_c(zeros)", lambda: sltt.interop.to_c(network(), 0 * X, "c", weights="int8"), ValueError, "is zero everywhere"),
-    ("spiking(weights)", lambda: sltt.interop.spiking(nn.ReLU(), weights={}), ValueError, "weights must be the path o"),
     ("fit(resume without run)", partial(fit, resume=True, run=None), ValueError, "resume=True needs the folder"),
     ("evaluate(split)", partial(evaluate, split="valid"), ValueError, "split must be one of"),
     ("evaluate(mirror)", partial(evaluate, mirror="yes"), ValueError, "mirror must be True or False"),

@@ -16,7 +16,7 @@ from sltt import kernels
 from sltt.kernels.neuron import triton_step
 from sltt.kernels.spikes.bits import pack, unpack
 from sltt.rules import segments
-from sltt.training import graphs
+from sltt.training import evaluation, graphs
 from sltt.training.batch_loop import BatchLoop
 from sltt.training.console import Console
 from tests.conftest import LOSS, RULES, SURROGATES, batch, small_network
@@ -207,6 +207,22 @@ def test_a_batch_of_a_training_waits_for_nothing_and_the_next_one_is_copied_besi
     train_blobs(tmp_path / "run", images(), Images(), batch_size=10, epochs=2, device="cuda", **more)
 
 
+def test_a_batch_of_an_evaluation_waits_for_nothing(monkeypatch):
+    plain = evaluation.whole_epoch
+
+    def batches(loader):
+        found = plain(loader)
+        yield from itertools.islice(found, 3)  # of which the memory is measured
+        with no_waits():
+            yield from found
+
+    monkeypatch.setattr(evaluation, "whole_epoch", batches)
+    settings = {"batch_size": 2, "steps": 3, "loss": LOSS, "metric": [sltt.metrics.Accuracy(), nn.CrossEntropyLoss()]}
+    metrics = [sltt.evaluate(images(), Images(), device=device, **settings) for device in ("cuda", "cpu")]
+    for got, expected in zip(*(one.scores.values() for one in metrics), strict=True):
+        assert got == pytest.approx(expected)
+
+
 def test_on_cuda_a_damaged_input_gives_a_loss_that_is_nan():
     model, (x, y) = small_network().to(DEVICE), batch()
     x[0, 0, 0] = float("inf")
@@ -247,14 +263,6 @@ def test_bits_on_cuda(n, dtype, mode):
         packed = pack(x.to(DEVICE))
     assert torch.equal(packed.cpu(), pack(x))
     assert torch.equal(unpack(packed, 2.5, dtype).cpu(), x)
-
-
-def test_a_twin_is_balanced_where_its_network_is():
-    ann = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)).to(DEVICE)
-    twin = sltt.interop.spiking(ann, partial(sltt.PLIF, tau=2.0), data=sltt.data.Digits())
-    assert {tensor.device for tensor in [*twin.parameters(), *twin.buffers()]} == {DEVICE}
-    x, y = torch.rand(4, 1, 8, 8).to(DEVICE), torch.randint(10, (4,)).to(DEVICE)
-    sltt.SLTT()(twin, x, y, LOSS, steps=2)
 
 
 def test_data_on_the_device_trains(tmp_path):

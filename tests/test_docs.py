@@ -16,7 +16,6 @@ DOCS = Path(sltt.__file__).parents[1] / "docs"
 MEASURES = [
     "agreement",
     "count_operations",
-    "find_learning_rate",
     "firing_rates",
     "iteration_seconds",
     "layer_paths",

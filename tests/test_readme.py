@@ -27,7 +27,6 @@ SHORT = {
     "compare": [*TINY, "256", "--epochs", "1"],
     "profile": [*TINY, "16", "--repeats", "1"],
     "agreement": [*TINY, "16"],
-    "lr": [*TINY, "256", "--batches", "10"],
 }
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line.startswith("sltt ")]
 

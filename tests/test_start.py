@@ -20,7 +20,7 @@ def test_every_name_is_there_and_a_batch_imports_no_heavy_library():
         import sltt
         assert {*sltt.__all__, "__version__"} <= {*dir(sltt)}
         assert not any(hasattr(sltt, name) for name in ("SLT", "a.<locals>"))
-        sltt.data.Digits, sltt.models.MLP, sltt.interop.spiking, sltt.devices.make_fabric, sltt.kernels.using
+        sltt.data.Digits, sltt.models.MLP, sltt.interop.convert, sltt.devices.make_fabric, sltt.kernels.using
         sltt.rules.base.Batch, sltt.training.fit.Fit, sltt.training.progress.Metrics
         from sltt import *
         assert SLTT is sltt.SLTT

@@ -10,5 +10,4 @@ from sltt.analysis.iteration import Memory as Memory, Seconds as Seconds, iterat
 from sltt.analysis.iteration import memory_parts as memory_parts
 from sltt.analysis.operations import Operations as Operations, count_operations as count_operations
 from sltt.analysis.paths import LayerPath as LayerPath, layer_paths as layer_paths
-from sltt.analysis.rates import RateTest as RateTest, find_learning_rate as find_learning_rate
 from sltt.memory import peak_memory as peak_memory

@@ -21,7 +21,6 @@ USAGE = """usage: sltt COMMAND ...
   sltt compare [RECIPE]     train several rules: --rules BPTT,SLTT,SLTT:k=1
   sltt fscil [RECIPE]       new classes from a few samples: --base 6 --way 1
   sltt profile [RECIPE]     memory, time and energy of rules: --steps 1,4,16
-  sltt lr [RECIPE]          find a learning rate, in a hundred batches
   sltt report FOLDER ...    one page with the results of all these commands
   sltt export RUN           write a trained network: --to nir, --to onnx, --to c
   sltt pack RUN             write a trained network into one file

@@ -5,6 +5,7 @@ those of sltt train.
 """
 
 import itertools
+import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ from sltt.commands.tables import Cell, Row, Table, bytes_cell, number
 from sltt.interop.adapted import find_own_code
 from sltt.memory import available_memory, parse_bytes
 from sltt.rules import Mixed, Rule
+from sltt.rules.segments import repeated_segments
 from sltt.sequence.padding import lengths_of
 from sltt.training.console import Console, megabytes
 from sltt.training.session import Session, session
@@ -84,6 +86,16 @@ def profile(
             report.line(f"{rule}, T = {T}")
             costs.append(_cost(here, recipe, rule, T, own.size, repeats))
         layers = _layers(here, own, max(steps), own.size)
+        if budget:
+            report.line("BPTT: what fits")
+            try:
+                exact = _exact_within(here, recipe, own.steps, own.size, budget)
+                if exact is None:
+                    report.line("no segments of BPTT fit the budget")
+                elif exact not in rules:
+                    costs.append(_cost(here, recipe, exact, own.steps, own.size, repeats))
+            except (ValueError, torch.OutOfMemoryError) as error:
+                report.warn(f"BPTT: what fits cannot be measured: {cause(error)}")
         for rule in rules if budget else ():
             report.line(f"{rule}: what fits")
             try:
@@ -253,6 +265,35 @@ def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budg
         # Large layers run other kernels than small ones: fit again at the budget.
         batches = max(found["batch"] // 2, 1), max(found["batch"], 2)
     return found
+
+
+def _exact_within(here: Session, recipe: Recipe, steps: int, batch: int, budget: int) -> str | None:
+    """Return BPTT with the segments that repeat the fewest time steps of those that fit a budget in bytes; or None."""
+
+    def rule(length: int, checkpoints: int) -> str:
+        return f"BPTT:segment={length}:checkpoints={checkpoints}" if length < steps else "BPTT"
+
+    def measure(length: int, checkpoints: int, steps: int) -> int:
+        return _memory(Prepared(here, recipe.build(rule=rule(length, checkpoints)), steps), batch).total
+
+    least, of_steps, of_states = measure(1, 1, 9), measure(4, 1, 9), measure(1, 5, 9)
+    room = budget
+    for _ in range(3):
+        fits = [
+            (length * repeated_segments(segments, checkpoints), length, checkpoints)
+            for length in range(1, steps + 1)
+            for segments in [math.ceil(steps / length)]
+            for checkpoints in range(1, max(segments, 2))
+            if least + (of_steps - least) / 3 * (length - 1) + (of_states - least) / 4 * (checkpoints - 1) <= room
+        ]
+        if not fits:
+            break
+        _, length, checkpoints = min(fits)
+        measured = measure(length, checkpoints, steps)
+        if measured <= budget:
+            return rule(length, checkpoints)
+        room *= budget / measured
+    return None
 
 
 def _run_largest(

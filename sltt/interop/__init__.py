@@ -1,4 +1,4 @@
-"""Other networks: neurons of other libraries under the rules here, conversion, twins of ANNs, NIR, ONNX and C.
+"""Other networks: neurons of other libraries under the rules here, conversion, NIR, ONNX and C.
 
 A network with neurons of SpikingJelly, snnTorch, sinabs or Norse is given to a rule as it is; Norse's, which pass their
 state through their calls, are wrapped in `sltt.interop.norse.KeepState`. No library is imported before it is used.
@@ -7,11 +7,9 @@ state through their calls, are wrapped in `sltt.interop.norse.KeepState`. No lib
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sltt.interop.activations import QCFS as QCFS
 from sltt.interop.c import to_c as to_c
 from sltt.interop.conversion import ConversionError as ConversionError, convert as convert
 from sltt.interop.onnx import to_onnx as to_onnx
-from sltt.interop.twin import spiking as spiking
 
 if TYPE_CHECKING:
     from sltt.interop.nir_export import to_nir as to_nir

@@ -171,33 +171,28 @@ def kind_of(module: nn.Module) -> type[nn.Module] | None:
     return next((kind for kind in LAYERS if isinstance(module, kind) and not own_forward(module, kind)), None)
 
 
-def trace(model: nn.Module, tracer: type[fx.Tracer] = Tracer, remedy: str = "") -> fx.Graph:
+def trace(model: nn.Module) -> fx.Graph:
     """Return the calls of a network; raise ValueError if torch.fx cannot trace it, or its names are no text of code."""
     check_names(model)
     try:
-        return tracer().trace(model)
+        return Tracer().trace(model)
     except Exception as error:  # of any kind, since symbols run through the network's own code
-        remedy = f"Write its forward without control flow that depends on values{remedy}"
+        remedy = "Write its forward without control flow that depends on values"
         reason = " ".join(str(error).split())
         remedy += "; x.shape[0] for len(x)" * ("'len'" in reason)
         raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx: {reason}. {remedy}") from error
 
 
-def check_hooks(modules: Iterable[tuple[str, nn.Module]], what: str, backward: bool = False) -> None:
+def check_hooks(modules: Iterable[tuple[str, nn.Module]], what: str) -> None:
     """Raise ValueError naming those modules with hooks, which `what` would not run."""
-    if hooked := [describe(path, module) for path, module in modules if has_hooks(module, backward)]:
+    if hooked := [describe(path, module) for path, module in modules if has_hooks(module)]:
         remedy = "write what they do into a forward, or remove them by the handles that their registration gave"
         raise ValueError(f"{what} would not run the hooks of {', '.join(hooked)}: {remedy}")
 
 
-def call_name(name: str) -> str:
-    """Return one name for nn.LeakyReLU, F.leaky_relu and F.leaky_relu_."""
-    return name.lower().replace("_", "")
-
-
 def function_name(node: fx.Node) -> str:
-    """Return the name of the function or method that a call runs: relu for `F.relu` and `Tensor.relu_`."""
-    return call_name(getattr(node.target, "__name__", str(node.target)).removeprefix("special_"))
+    """Return the name of the function or method that a call runs: maxpool2d for `F.max_pool2d`."""
+    return getattr(node.target, "__name__", str(node.target)).lower().replace("_", "")
 
 
 def calling_module(node: fx.Node) -> str:
@@ -205,7 +200,7 @@ def calling_module(node: fx.Node) -> str:
     return [*(path for path, _ in node.meta.get("nn_module_stack", {"": ("", None)}).values())][-1]
 
 
-_OF_FUNCTIONS = {call_name(kind.__name__): kind for kind in (nn.Flatten, *AVERAGES, *ADAPTIVE, *MAX_POOLS)}
+_OF_FUNCTIONS = {kind.__name__.lower(): kind for kind in (nn.Flatten, *AVERAGES, *ADAPTIVE, *MAX_POOLS)}
 _ARGUMENTS = {
     "Flatten": ("start_dim", "end_dim"),
     "Adaptive": ("output_size", "return_indices"),

@@ -46,6 +46,7 @@ struct Conv {  // shared with sparse.py
   int64_t words() const { return (ci + WORD - 1) / WORD; }          // blocks of input channels
   int64_t block() const { return std::min(ci, WORD); }              // channels of a block, the last one may have fewer
   int64_t padded() const { return (co + 15) / 16 * 16; }            // output channels in whole vectors
+  bool flat() const { return kh * kw * sh * sw == 1 && !ph && !pw && oh == h && ow == w; }  // pixels are independent
 };
 
 struct Outputs {  // a block of output channels
@@ -114,6 +115,36 @@ INLINE uint16_t narrow(float v) {  // to bfloat16: to the nearest, ties to even;
 }
 INLINE void put(float* to, float v) { *to = v; }
 INLINE void put(uint16_t* to, float v) { *to = narrow(v); }
+
+constexpr int WIDEST = (LANES == 16 ? 16 : 8);  // vectors of outputs whose sums are in registers
+constexpr int64_t COLUMNS = WIDEST * LANES;
+
+// Call function(NV, column) for each part of `columns` that has NV whole vectors, which is a constant.
+template <class F>
+INLINE void for_columns(int64_t columns, const F& function) {
+  for (int64_t at = 0; at < columns;) {
+    const int64_t left = (columns - at + LANES - 1) / LANES;
+    const auto part = [&](auto width) { function(width, at), at += width() * LANES; };
+    if (left >= WIDEST) part(std::integral_constant<int, WIDEST>());
+    else if (left >= 4) part(std::integral_constant<int, 4>());
+    else if (left >= 2) part(std::integral_constant<int, 2>());
+    else part(std::integral_constant<int, 1>());
+  }
+}
+
+// Add the rows of w that a list names to `in`, NV vectors of columns.
+template <int NV>
+__attribute__((noinline)) void add_rows(const float* w, int64_t pitch, const uint32_t* at, int64_t n, const float* in,
+                                        float* out) {
+  V total[NV];
+  for (int j = 0; j < NV; j++) total[j] = load(in + j * LANES);
+  for (int64_t e = 0; e < n; e++) {
+    const float* row = w + at[e] * pitch;
+    OPAQUE(row);
+    for (int j = 0; j < NV; j++) total[j] += load(row + j * LANES);
+  }
+  for (int j = 0; j < NV; j++) store(out + j * LANES, total[j]);
+}
 
 // Call function(number), where the number has the type of elements: of float, or bfloat16 as uint16_t.
 template <class F>

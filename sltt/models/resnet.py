@@ -13,7 +13,7 @@ from sltt.models.base import NeuronFactory, check_frame, neuron_maker, stage_blo
 from sltt.neurons import LIF
 from sltt.neurons.dropout import Dropout
 from sltt.sequence.once import once
-from sltt.sequence.pairs import normalise_and_fire
+from sltt.sequence.pairs import normalise_and_fire, run_before_norm
 
 
 class Block(nn.Module):
@@ -38,7 +38,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = normalise_and_fire(self.norm1, self.neuron1, x, hoist=True)
         shortcut = x if self.shortcut is None else self.shortcut(y)
-        y = self.conv1(y)  # one name, so that each tensor goes when the next is there
+        y = run_before_norm(self.conv1, y, self.norm2)  # one name, so that each tensor goes when the next is there
         y = normalise_and_fire(self.norm2, self.neuron2, y)
         y = self.conv2(self.dropout(y))
         return y + shortcut

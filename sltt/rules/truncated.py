@@ -15,7 +15,7 @@ from sltt.rules.batch import Batch, Output
 from sltt.rules.credit import Credit, CreditStep
 from sltt.rules.folding import fold_of
 from sltt.rules.random_steps import RandomSteps, number_of_steps, split_into_calls
-from sltt.rules.segments import run_in_segments, split
+from sltt.rules.segments import choose_segments, run_in_segments, split
 from sltt.sequence.step import Step
 
 
@@ -96,19 +96,24 @@ class BPTT(Truncated):
     of keeping them.
 
     Args:
-        segment: n, the time steps of a segment. Only one segment has its graph at a time. Of the others the states at
-            their start are kept, and their forward runs again for their backward. Memory is that of n steps and T/n
-            states, so about √T is best. None keeps the graph of all steps.
+        segment: n, the time steps of a segment. Only one segment has its graph at a time; the forward of the others
+            runs again for their backward, from states that were kept. "auto" takes few steps and few states, so that
+            no step runs forward more than three times: memory grows with √T. None keeps the graph of all steps.
+        checkpoints: most states that are kept at a time; None keeps those at the start of each segment, T/n.
         how: how the rule runs, see `Truncated`.
 
     Raises:
-        ValueError: segment < 1, together with recompute or hoist; and as of `Truncated`.
+        ValueError: segment < 1, together with recompute or hoist; checkpoints < 1, without a number as segment; and as
+            of `Truncated`.
     """
 
     sequence_losses = (SequenceLoss,)
 
-    def __init__(self, segment: int | None = None, **how: Any):
-        self.segment = None if segment is None else whole_number("segment", segment, least=1)
+    def __init__(self, segment: int | Literal["auto"] | None = None, checkpoints: int | None = None, **how: Any):
+        self.segment = segment if segment in (None, "auto") else whole_number("segment", segment, least=1)
+        self.checkpoints = None if checkpoints is None else whole_number("checkpoints", checkpoints, least=1)
+        if checkpoints is not None and not isinstance(self.segment, int):
+            raise ValueError(f"checkpoints are of segments of n steps: give segment=n, got segment={segment!r}")
         super().__init__(**how)
         if segment is not None and (self.recompute or self.hoist):
             raise ValueError("segment runs all layers again, recompute and hoist some of them: choose one")
@@ -131,7 +136,9 @@ class BPTT(Truncated):
         if batch.whole:
             raise ValueError("segment has no graph of all logits, which a loss of the whole sequence needs: use BPTT()")
         with kernels.choosing_once():
-            return run_in_segments(batch, self.segment, batch.fold)
+            if isinstance(self.segment, int):
+                return run_in_segments(batch, self.segment, self.checkpoints, batch.fold)
+            return run_in_segments(batch, *choose_segments(batch.steps, batch.fold.trained), batch.fold)
 
 
 class TBPTT(Truncated):

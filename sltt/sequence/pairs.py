@@ -40,6 +40,13 @@ def normalise_and_fire(norm: nn.Module, neuron: nn.Module, x: Tensor, *, hoist: 
     return y
 
 
+def run_before_norm(layer: nn.Module, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+    """Return `layer(x)`, which the norm alone reads: without the bias where a BatchNorm takes that off again."""
+    run = run_of(layer) if isinstance(norm, _BatchNorm) and not torch.compiler.is_compiling() else None
+    y = None if run is None else run.biases.weigh(layer, norm, x)
+    return layer(x) if y is None else y
+
+
 def run_layers(layers: Iterable[nn.Module], x: Tensor, hoisted: int = 0) -> Tensor:
     """Run modules one after the other, the first so many as by `sltt.once`."""
     modules = [*layers]
@@ -54,7 +61,10 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor, hoisted: int = 0) -> Tens
             x = run.results.keep(first, first, (x,))
     while modules:
         y = _run_pair(*modules[:2], x) if is_pair(*modules[:2]) else None
-        x, modules = (modules[0](x), modules[1:]) if y is None else (y, modules[2:])
+        if y is None:
+            x, modules = run_before_norm(modules[0], x, *modules[1:2]), modules[1:]
+        else:
+            x, modules = y, modules[2:]
     return x
 
 

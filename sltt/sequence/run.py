@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt import kernels
+from sltt.sequence.biases import Biases
 from sltt.sequence.claims import claim, release
 from sltt.sequence.hooks import Handler, count_hooks, runs_hooks
 from sltt.sequence.layout import Layer, Layout, layout_of
@@ -68,7 +69,7 @@ class Run:
         self.thread = threading.get_ident()
         repeats = repeats or self.layout.distributed or find_modes() is not None
         self._hoists, self._repeats, self._grad = hoist, repeats, grad
-        self.keep, self.weights = keep, kernels.Weights()
+        self.keep, self.weights, self.biases = keep, kernels.Weights(), Biases(self)
         self.seen: deque[Tensor] = deque(maxlen=2)  # with `recompute`, outputs that a sum may have
         self.fold = 1  # n, the time steps in the call in progress; 1 within a layer that takes them one after the other
         self.steps = 1  # n, within such a layer too
@@ -90,11 +91,14 @@ class Run:
         self.layout.in_use = True
         x = self.sequence.x
         fixed = x if self.sequence.static and (self._hoists or not x.requires_grad) else None
-        self.results = Results(fixed, self._hoists, self._grad, self.keep and not is_sharded(self.model))
+        keep = self.keep and not is_sharded(self.model)
+        self.results = Results(fixed, self._hoists, self._grad, keep)
+        self.drops_biases = keep and not (self._repeats or x.is_cpu)  # in front of a BatchNorm
         try:
             self.reset()
             self.handle()
             self.counted = self._exit_stack.enter_context(kernels.counting_batches())
+            self._exit_stack.callback(self.biases.finish)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -257,7 +261,8 @@ class Run:
         states = [s for layer in self.layout.keepers if layer.spikes for s in state_tensors(layer.module)]
         first = [s[:1] if s.ndim else s for s in states if s.is_floating_point() and s.numel()]
         device, bounds = values[0].device, [bound for s in first for bound in s.detach().aminmax()]
-        bounds = [bound.to(device) for bound in (*bounds, *self.weights.sums, *self.sequence.bounds)]
+        bounds += [*self.weights.sums, *self.biases.bounds(), *self.sequence.bounds]
+        bounds = [bound.to(device) for bound in bounds]
         damaged = ~torch.stack(bounds).isfinite().all() if bounds else False  # together: each look is a few launches
         if damaged is False or (device.type == "cpu" and not damaged):
             return values

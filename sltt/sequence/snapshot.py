@@ -33,17 +33,31 @@ class Buffers:
                 (buffer.data if same else buffer).copy_(value)
 
 
+class Surroundings:
+    """Buffers and random generators, so that a segment's second run is its first: masks, statistics and all."""
+
+    def __init__(self, run: Run):
+        self.buffers = Buffers(run)
+        self.generator = torch.get_rng_state()
+        devices = {p.device for p in run.model.parameters() if p.device.type == "cuda"}
+        self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+
+    def restore(self) -> None:
+        """Set them back."""
+        self.buffers.restore()
+        torch.set_rng_state(self.generator)
+        for device, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+
 class Snapshot:
-    """States, buffers and random generators, so that a segment's second run is its first: masks, statistics and all."""
+    """What a network is like at a time step: its states, and its surroundings."""
 
     def __init__(self, run: Run):
         names = [(layer, name) for layer in run.layout.keepers for name in state_names(layer.module)]
         # in containers of their own: a module may change a list in place
         self.states = [(layer, name, map_tensors(lambda s: s, getattr(layer.module, name))) for layer, name in names]
-        self.buffers = Buffers(run)
-        self.generator = torch.get_rng_state()
-        devices = {p.device for p in run.model.parameters() if p.device.type == "cuda"}
-        self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+        self.surroundings = Surroundings(run)
 
     def restore(self, leaves: bool = True) -> list[Tensor | None]:
         """Set everything back; returns the states as leaves that collect their gradient, None for those without one.
@@ -62,12 +76,5 @@ class Snapshot:
             elif leaves:
                 state = map_tensors(leaf, state)
             setattr(layer.module, name, state)
-        self.restore_surroundings()
+        self.surroundings.restore()
         return collected
-
-    def restore_surroundings(self) -> None:
-        """Set buffers and random generators back."""
-        self.buffers.restore()
-        torch.set_rng_state(self.generator)
-        for device, state in self.cuda.items():
-            torch.cuda.set_rng_state(state, device)

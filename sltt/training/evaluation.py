@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -135,11 +136,19 @@ def measure(
     state = Progress()
     scores = {name_of(metric): Score(metric, processes, state, selects) for metric in metrics}
     began = time.monotonic()
+    waiting = deque[Callable[[], None]]()  # the batch before, whose numbers are read while a GPU works on the next one
+
+    def finish(read: Callable[[], list[Any]], counted: int, y: Any) -> None:
+        value, *found = read()
+        for score, one in zip(scores.values(), found, strict=True):
+            score.add(one, counted)
+        state.count(float(value), counted, y)
+
     with evaluation_mode(net), firing_rates(net.module) as firing, torch.no_grad():
-        for x, y in whole_epoch(loader):
+        for i, (x, y) in enumerate(whole_epoch(loader)):
             check_length(x, y, splits, steps)
             x, y = here.batch(x, y, splits.per_step)
-            size = min(batches.batch_size, len(batches.sampler) - state.batch * batches.batch_size)
+            size = min(batches.batch_size, len(batches.sampler) - i * batches.batch_size)
             _, count = share(size, processes.rank, processes.count)
             run = partial(_logits, net, look(x), steps if splits.static else None)
             fired = None if count else firing.state_dict()
@@ -147,9 +156,12 @@ def measure(
             if fired is not None:  # another process counts these samples
                 firing.load_state_dict(fired)
             pair, counted = to_score(loss, logits, y), count_scored(loss, y, count)
-            for score in scores.values():
-                score.add(score.measure(*pair, counted), counted)
-            state.count(sequence_loss(loss, logits, y).item(), counted, y)
+            values = [sequence_loss(loss, logits, y), *(score.measure(*pair, counted) for score in scores.values())]
+            waiting.append(partial(finish, here.read_later(values), counted, y))
+            while len(waiting) > (here.copies is not None):
+                waiting.popleft()()
+        for read_last in waiting:
+            read_last()
     state.firing = firing.state_dict()
     seconds, peak = time.monotonic() - began, memory.peak if memory else None
     values = {name: score.value() for name, score in scores.items()}

@@ -323,6 +323,9 @@ class _HostTraffic(DispatchMode):
         devices = {torch.device(d).type for d in (*(t.device for t in tensors), kwargs.get("device")) if d is not None}
         by_number = name == "index" and all(t.dtype != torch.bool for t in tensors[1:])
         reads = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+        if name == "index_put_" and tensors[-1].numel() > 1:  # one value fills what is masked, and reads no mask
+            reads = any(t.dtype == torch.bool for t in tensors[1:-1])
+        reads |= name == "_linalg_check_errors"
         copies = name == "lift_fresh" or (name in ("_to_copy", "copy_") and len(devices) > 1)
         if devices != {"cpu"} and copies:
             self.problem = f"a batch copies a tensor from the host or to it ({name})"

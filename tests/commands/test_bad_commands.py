@@ -104,7 +104,6 @@ CASES = f"""
 2 | --rules names the rules here: leave --rule out | profile --rules SLTT --rule=OTTT
 2 | --seeds says how many | compare --seed 7
 2 | sltt profile takes no --resume | profile --resume nowhere
-1 | count must be at least 10, got 3 | lr {TINY} --batches 3
 2 | expected an option and its values, such as model.neuron.tau=1.1,2,4 | compare --vary tau
 2 | --vary does not take seed: use --seeds 3 | compare --vary seed=1,2
 2 | unknown option --nueron.tau | compare --vary model.nueron.tau=1

@@ -62,12 +62,6 @@ def test_gradients_agree_as_far_as_they_do(here, capsys, samples):
     assert " A batch of 8 takes " in row["advice"]
 
 
-def test_a_learning_rate_is_found(here, capsys):
-    code, out, err = run(capsys, "lr", *RECIPE, "--batches", "12", "--json")
-    assert (code, err) == (0, "")
-    assert len(json.loads(out)["rates"]) == 12
-
-
 def test_fewer_steps_than_a_sequence_has_are_refused(here, capsys):
     code, _, err = run(capsys, "profile", *RECIPE, "--steps", "4")
     assert code == 1

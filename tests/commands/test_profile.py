@@ -166,6 +166,21 @@ def test_the_command(capsys, here):
     assert [cost["fold"]["trained"] for cost in found["costs"]] == [1] * len(found["costs"])
 
 
+def test_segments_of_exact_gradients_fit_a_budget():
+    recipe = Recipe("test", "digits", ["--steps", "16", "--model.width", "4", "--device", "cpu"])
+    with session(recipe.build()) as here:
+
+        def most(rule):
+            return profile._memory(profile.Prepared(here, recipe.build(rule=rule), 16), 8).total
+
+        whole = most("BPTT")
+        exact = profile._exact_within(here, recipe, 16, 8, whole // 2)
+        assert "segment" in exact
+        assert most(exact) <= whole // 2
+        assert profile._exact_within(here, recipe, 16, 8, 2 * whole) == "BPTT"
+        assert profile._exact_within(here, recipe, 16, 8, whole // 100) is None
+
+
 def test_a_network_is_measured_as_it_trains():
     recipe = Recipe("test", "digits", ["--precision", "bf16-mixed", "--channels_last", "true", "--device", "cpu"])
     built = recipe.build()

@@ -31,6 +31,8 @@ def test_bptt_is_the_literal_loop_and_sltt_the_one_that_is_detached_by_hand(mode
         (sltt.BPTT(segment=1), sltt.BPTT()),
         (sltt.BPTT(segment=3), sltt.BPTT()),
         (sltt.BPTT(segment=9), sltt.BPTT()),
+        (sltt.BPTT(segment=1, checkpoints=1), sltt.BPTT()),
+        (sltt.BPTT(segment="auto", fold=1), sltt.BPTT()),
         (sltt.TBPTT(9), sltt.BPTT()),
         (sltt.TBPTT(1), sltt.SLTT()),
         (sltt.SLTT(k=4), sltt.SLTT()),

@@ -1,9 +1,12 @@
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
 
 import sltt
 from sltt.kernels import options
+from sltt.rules.segments import choose_segments, repeated_segments
 from tests.conftest import LOSS, batch, gradients, small_network
 
 
@@ -84,3 +87,33 @@ def test_a_second_run_of_a_segment_that_is_not_the_first_is_noticed():
 
     with pytest.raises(RuntimeError, match="time step 0 gave other logits when it was run again"):
         sltt.BPTT(segment=2)(Noisy(), *batch(), LOSS)
+
+
+@cache
+def fewest(segments: int, checkpoints: int) -> int:
+    """Count how many segments run again, where the first of these states is kept after the best number of segments."""
+    if checkpoints == 0 or segments == 1:
+        return segments * (segments - 1) // 2
+    after = range(1, segments)
+    return min(k + fewest(segments - k, checkpoints - 1) + fewest(k, checkpoints) for k in after)
+
+
+@pytest.mark.parametrize("checkpoints", [1, 2, 3, 5, 30, None])
+@pytest.mark.parametrize("steps", [2, 7, 24])
+def test_the_fewest_steps_run_again_for_as_many_states(steps, checkpoints):
+    model = small_network()
+    x, y = batch(steps=steps)
+    expected, _ = gradients(model, sltt.BPTT(), x, y)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(0))
+    found, _ = gradients(model, sltt.BPTT(segment=1, checkpoints=checkpoints, fold=1), x, y)
+    torch.testing.assert_close(found, expected)
+    kept = checkpoints or steps
+    assert len(calls) == steps + fewest(steps, kept) == steps + repeated_segments(steps, kept)
+
+
+@pytest.mark.parametrize(("steps", "segment", "states"), [(1, 1, 1), (16, 1, 4), (64, 2, 6), (256, 2, 14), (64, 8, 2)])
+def test_chosen_segments_run_forward_three_times_at_most(steps, segment, states):
+    assert choose_segments(steps, 8 if segment == 8 else 1) == (segment, states)
+    segments = -(-steps // segment)
+    assert repeated_segments(segments, states) <= 2 * segments

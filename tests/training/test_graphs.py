@@ -269,13 +269,16 @@ def test_lines_that_wait_for_a_device_are_found_by_its_warnings(monkeypatch):
         (lambda x: x.sum().item(), "reads values"),
         (lambda x: x.nonzero(), "reads values"),
         (lambda x: x[x > 0], "reads values"),
+        (lambda x: x.index_put_((x > 0,), x), "reads values"),
+        (lambda x: x.index_put_((x > 0,), x.new_zeros(())), None),
+        (lambda x: torch.linalg.inv(x.diag()), "reads values"),
         (lambda x: x.cpu(), "copies a tensor"),
         (lambda x: x.copy_(torch.ones(3)), "copies a tensor"),
         (lambda x: x[torch.zeros(2, dtype=torch.long, device="meta")], None),
         (lambda x: x.to(torch.float64).copy_(x), None),
         (lambda x: torch.ones(3)[torch.ones(3) > 0].sum().item(), None),  # on the host, where it may look
     ],
-    ids=["item", "nonzero", "mask", "to the host", "from the host", "index", "on the device", "on the host"],
+    ids=["item", "nonzero", "mask", "fill", "fill by one", "inverse", "to", "from", "index", "on device", "on host"],
 )
 def test_looks_at_a_device_are_seen(look, problem):
     with graphs._HostTraffic() as seen, contextlib.suppress(NotImplementedError, RuntimeError):

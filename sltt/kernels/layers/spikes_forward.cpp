@@ -81,8 +81,44 @@ void forward_tile(const Conv& z, const Events& events, const float* packed, cons
   }
 }
 
+// Independent pixels: all active inputs of one in a list, the sums of its outputs in registers. `packed` has the weights
+// of COLUMNS outputs beside each other, [block of outputs][ci][width].
+template <class T>
+int forward_flat(const uint8_t* bits, const Conv& z, const float* packed, const float* bias, T* y, int threads) {
+  const int64_t pixels = z.n * z.h * z.w, tiles = (pixels + TILE - 1) / TILE, blocks = (z.co + COLUMNS - 1) / COLUMNS;
+  Scratch<uint32_t> begin(pixels + 1);
+  if (!begin) return 1;
+  begin[0] = 0;
+  for (int64_t p = 0; p < pixels; p++) begin[p + 1] = begin[p] + uint32_t(count_between(bits, p * z.ci, (p + 1) * z.ci));
+  Scratch<uint32_t> lists(begin[pixels]);
+  if (!lists) return 1;
+  for_each(threads, pixels, TILE, [&](int64_t p, int64_t) {
+    uint32_t* next = lists.get() + begin[p];
+    for (int64_t q = 0; q < z.words(); q++)
+      for (uint64_t m = word_at(bits, z, p, q); m; m &= m - 1) *next++ = uint32_t(q * WORD + __builtin_ctzll(m));
+  });
+  for_each(threads, blocks * tiles, 1, [&](int64_t task, int64_t) {
+    const int64_t column = task / tiles * COLUMNS, valid = std::min(COLUMNS, z.co - column);
+    const int64_t from = task % tiles * TILE, pitch = std::min(COLUMNS, z.padded() - column);
+    const bool direct = std::is_same_v<T, float> && valid % LANES == 0;
+    float first[COLUMNS] = {}, sums[COLUMNS];
+    if (bias) std::copy_n(bias + column, valid, first);
+    for (int64_t p = from; p < std::min(from + TILE, pixels); p++) {
+      T* out = y + p * z.co + column;
+      float* to = direct ? reinterpret_cast<float*>(out) : sums;
+      for_columns(valid, [&](auto vectors, int64_t c) {
+        const float* w = packed + column * z.ci + c;
+        add_rows<vectors()>(w, pitch, lists.get() + begin[p], begin[p + 1] - begin[p], first + c, to + c);
+      });
+      for (int64_t j = 0; !direct && j < valid; j++) put(out + j, sums[j]);
+    }
+  });
+  return 0;
+}
+
 template <class T>
 int forward(const uint8_t* bits, const Conv& z, const float* packed, const float* bias, T* y, int threads) {
+  if (z.flat()) return forward_flat(bits, z, packed, bias, y, threads);
   const int64_t rows = z.n * z.h, each = z.w * z.ci;  // elements of a row
   Scratch<uint32_t> first(rows + 1), begin(rows * z.words() * (z.w + 1));
   Scratch<float> sums(threads * TILE * WORD);
@@ -110,14 +146,18 @@ int forward(const uint8_t* bits, const Conv& z, const float* packed, const float
 
 extern "C" {
 
-// weight[co][ci][kh][kw] of any strides, times `one`, to [block of outputs][q][kh][kw][block of inputs][width].
+// weight[co][ci][kh][kw] of any strides, times `one`, to [block of outputs][q][kh][kw][block of inputs][width], or, where
+// pixels are independent, as `forward_flat` reads it.
 void sltt_pack(const float* weight, const int64_t* stride, const Conv* conv, float one, float* packed, int threads) {
   const Conv& z = *conv;
   const int64_t blocks = count_blocks(z, 64);
   for_each(threads, blocks * z.words(), 1, [&](int64_t i, int64_t) {
     const int64_t q = i % z.words(), k = z.kh * z.kw, channels = std::min(WORD, z.ci - q * WORD);
     const Outputs block = block_of(z, 64, i / z.words());
+    const int64_t column = block.from % COLUMNS, wide = block.from - column;
+    const int64_t pitch = z.flat() ? std::min(COLUMNS, z.padded() - wide) : block.width;
     float* to = packed + (block.from * z.words() + q * block.width) * z.block() * k;
+    if (z.flat()) to = packed + wide * z.ci + q * WORD * pitch + column;
     for (int64_t t = 0; t < k; t++, to += z.block() * block.width)
       for (int64_t c0 = 0; c0 < channels; c0 += 8)
         for (int64_t j = 0; j < block.width; j++) {
@@ -125,7 +165,7 @@ void sltt_pack(const float* weight, const int64_t* stride, const Conv* conv, flo
           const float* s = weight + t / z.kw * stride[2] + t % z.kw * stride[3] + (q * WORD + c0) * stride[1];
           s += valid ? (block.from + j) * stride[0] : 0;
           for (int64_t c = 0; c < std::min<int64_t>(8, channels - c0); c++)
-            to[(c0 + c) * block.width + j] = valid ? one * s[c * stride[1]] : 0.0f;
+            to[(c0 + c) * pitch + j] = valid ? one * s[c * stride[1]] : 0.0f;
         }
   });
 }

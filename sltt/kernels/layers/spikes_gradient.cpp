@@ -175,6 +175,23 @@ void gradient_task(const Conv& z, const Chunks& m, Outputs block, int64_t from, 
   }
 }
 
+// The sums of independent pixels, whose gradients lie beside each other as the sums need them.
+template <int NV, class T>
+__attribute__((noinline)) void accumulate_flat(int64_t channels, const uint64_t* by_channel, int64_t words, const T* g,
+                                               int64_t pitch, float* grad, int64_t grad_pitch, bool begins) {
+  for (int64_t c = 0; c < channels; c++, by_channel += words, grad += grad_pitch) {
+    V sum[NV];
+    for (int j = 0; j < NV; j++) sum[j] = begins ? V{} : load(grad + j * LANES);
+    for (int64_t w = 0; w < words; w++)
+      for (uint64_t m = by_channel[w]; m; m &= m - 1) {
+        const T* p = g + (w * 64 + __builtin_ctzll(m)) * pitch;
+        OPAQUE(p);
+        for (int j = 0; j < NV; j++) sum[j] += load(p + j * LANES);
+      }
+    for (int j = 0; j < NV; j++) store(grad + j * LANES, sum[j]);
+  }
+}
+
 // Add the parts [parts][ci][kh kw][width] of a block in their order, for up to eight input channels from `c0` on, and
 // write them by output channel.
 void write_gradient(const Conv& z, Outputs block, int64_t c0, float* part, int64_t parts, int64_t part_size, float one,
@@ -195,18 +212,35 @@ template <class T>
 int weight_gradient(const uint8_t* bits, const Conv& z, const T* g, float one, float* out, const int64_t* stride,
                     int threads) {
   const Chunks m(z);
+  const bool flat = z.flat() && z.co % LANES == 0 && z.h == 1;
   const int64_t phase_rows = std::min(z.sh, z.kh), phase_columns = std::min(z.sw, z.kw);
   const int64_t blocks = count_blocks(z, 32), parts = std::min(m.total, (TASKS + blocks - 1) / blocks);
   const int64_t each = z.ci * m.words(), part_size = z.ci * z.kh * z.kw * 32, scratch = m.stored() * 32 + 16;
   const int64_t phases = phase_rows * phase_columns;
   Scratch<uint64_t> by_channel(m.total * phases * each), by_position(threads * m.words() * 64);
-  Scratch<float> copied(threads * scratch), grads((parts == 1 ? threads : blocks * parts) * part_size);
+  Scratch<float> copied(threads * scratch), grads(flat ? z.ci * z.co : (parts == 1 ? threads : blocks * parts) * part_size);
   if (!by_channel || !by_position || !copied || !grads) return 1;
   for_each(threads, m.total * phases, 1, [&](int64_t i, int64_t thread) {
     const int64_t phase = i % phases;
     transpose_chunk(bits, z, m, i / phases, phase / phase_columns, phase % phase_columns, by_channel.get() + i * each,
                     by_position.get() + thread * m.words() * 64);
   });
+  if (flat) {  // a task has some channels, all pixels, and as many outputs as registers hold
+    const int64_t wide = (z.co + COLUMNS - 1) / COLUMNS, groups = std::max<int64_t>(1, threads / wide);
+    for_each(threads, wide * groups, 1, [&](int64_t task, int64_t) {
+      const int64_t group = task % groups, eighths = (z.ci + 7) / 8;
+      const int64_t first = eighths * group / groups * 8, last = std::min(eighths * (group + 1) / groups * 8, z.ci);
+      const int64_t column = task / groups * COLUMNS, width = std::min(COLUMNS, z.co - column);
+      float* grad = grads.get() + column * z.ci;
+      for (int64_t chunk = 0; chunk < m.total; chunk++)
+        for_columns(width, [&](auto vectors, int64_t c) {
+          accumulate_flat<vectors()>(last - first, by_channel.get() + chunk * each + first * m.words(), m.words(),
+                                     g + m.image(chunk) * z.w * z.co + column + c, z.co, grad + first * width + c, width, !chunk);
+        });
+      for (int64_t c = first; c < last; c += 8) write_gradient(z, {column, width}, c, grad, 1, 0, one, out, stride);
+    });
+    return 0;
+  }
   for_each(threads, blocks * parts, 1, [&](int64_t task, int64_t thread) {
     const Outputs block = block_of(z, 32, task / parts);
     const int64_t part = task % parts, from = m.total * part / parts, to = m.total * (part + 1) / parts;

@@ -3,35 +3,7 @@
 
 namespace {
 
-constexpr int64_t SAMPLES = 64;                     // that go through all time steps before the next ones
-constexpr int WIDEST = (LANES == 16 ? 16 : 8);      // vectors of outputs whose sums are in registers
-constexpr int64_t COLUMNS = WIDEST * LANES;
-
-// Add the rows of w that a list names to `sum`, NV vectors of columns.
-template <int NV>
-__attribute__((noinline)) void add_rows(const float* w, int64_t pitch, const uint32_t* at, int64_t n, float* sum) {
-  V total[NV];
-  for (int j = 0; j < NV; j++) total[j] = load(sum + j * LANES);
-  for (int64_t e = 0; e < n; e++) {
-    const float* row = w + at[e] * pitch;
-    OPAQUE(row);
-    for (int j = 0; j < NV; j++) total[j] += load(row + j * LANES);
-  }
-  for (int j = 0; j < NV; j++) store(sum + j * LANES, total[j]);
-}
-
-// The same for up to COLUMNS columns; w and sum have whole vectors.
-void add_columns(const float* w, int64_t pitch, const uint32_t* at, int64_t n, float* sum, int64_t columns) {
-  for (int64_t left = (columns + LANES - 1) / LANES; left > 0;) {
-    const auto part = [&](auto width) {
-      add_rows<width()>(w, pitch, at, n, sum);
-      w += width() * LANES, sum += width() * LANES, left -= width();
-    };
-    if (left >= WIDEST) part(std::integral_constant<int, WIDEST>());
-    else if (left >= 4) part(std::integral_constant<int, 4>());
-    else part(std::integral_constant<int, 1>());
-  }
-}
+constexpr int64_t SAMPLES = 64;  // that go through all time steps before the next ones
 
 }  // namespace
 
@@ -67,7 +39,10 @@ int sltt_recurrent(const Neuron* z, const float* x, const float* w, int64_t pitc
           const int64_t at = t * rows * width + row, mine = b * width + column;
           float current[COLUMNS] = {};
           if (bias) std::copy_n(bias + column, n, current);
-          add_columns(w + column, pitch, list + last * room + b * width, count[last * block + b], current, n);
+          for_columns(n, [&](auto vectors, int64_t c) {
+            add_rows<vectors()>(w + column + c, pitch, list + last * room + b * width, count[last * block + b], current + c,
+                              current + c);
+          });
           for (int64_t i = 0; i < n; i++) current[i] += x[at + i];
           const bool stays = v_step || t == steps - 1;
           float* after = stays ? v_out + t * v_step + row : kept + now * room + mine;
