@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sltt.checks import to_python
+from sltt.models.shipped import SHIPPED
 from sltt.parallel.processes import Processes
 from sltt.training.average import select_weights
 from sltt.training.files import BEST, LAST, write_atomically
@@ -102,8 +103,12 @@ def load_optimizer(optim: Any, state: dict[str, Any], path: Path) -> None:
 def load_best(run: Path, which: str | None = None) -> tuple[Path, dict[str, Any]]:
     """Load the checkpoint `best` or `last` of a run; None is the best, or the last if nothing was held out; or a file.
 
+    The name of a network of the package is its file.
+
     Raises FileNotFoundError where there is none yet, CheckpointError where the best is lost.
     """
+    if not run.exists():
+        run = SHIPPED.get(str(run), run)
     if not run.is_dir():
         return run, load_checkpoint(run)
     refuse_links(run)

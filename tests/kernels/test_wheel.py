@@ -38,7 +38,7 @@ def unpacked(target, folder):
     libraries = [*(folder / "site" / "sltt" / "kernels" / "shipped").iterdir()]
     assert len(libraries) == len(PLATFORMS[target])
     for library in libraries:
-        names = {name.lstrip(b"_").decode() for name in re.findall(rb"_?\bsltt_\w+(?=\0)", library.read_bytes())}
+        names = {name.decode() for name in re.findall(rb"\b_?(sltt_\w+)\0", library.read_bytes())}
         assert names - {"sltt_openmp"} == set(native._FUNCTIONS)
         if "linux" in target:  # no symbol is newer than the GNU C library of the wheel's name
             needed = re.findall(rb"GLIBC_2\.(\d+)", library.read_bytes())
