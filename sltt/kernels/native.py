@@ -64,9 +64,6 @@ _FUNCTIONS = {
     "sltt_running_max": (None, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _I]),
     "sltt_norm": (_I, [_I, _P, _N, _N, _N, _P, _P, _P, _P, _I, _P, _D, _P, _I]),
 }
-
-
-# the functions of `sltt_openmp` in spikes.h
 _OPENMP = ("__kmpc_fork_call", "__kmpc_global_thread_num", "__kmpc_push_num_threads", "omp_get_thread_num")
 
 
@@ -163,8 +160,7 @@ def _find_shipped() -> Path | None:
     if os.environ.get("CXX") and linux:  # nothing is compiled elsewhere
         return None
     machine, capability = platform.machine().lower(), torch.backends.cpu.get_cpu_capability()
-    # elsewhere PyTorch's word is taken: each processor with AVX2 or AVX-512 as it needs them has the other features
-    features = set(_processor().decode().split()) if linux else _X86_64_V4
+    features = set(_processor().decode().split()) if linux else _X86_64_V4  # there PyTorch's AVX implies them
     if machine in ("aarch64", "arm64"):
         name = "aarch64"
     elif machine in ("x86_64", "amd64") and "AVX512" in capability and features >= _X86_64_V4:

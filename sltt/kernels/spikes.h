@@ -24,24 +24,20 @@ extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned thre
 extern "C" int omp_get_thread_num(void);
 constexpr bool HAS_OPENMP = true;
 #else  // a library sees no symbols of another: native.py gives these, of LLVM's or Intel's
-#include <stdlib.h>
-extern "C" inline void* sltt_openmp[4] = {};
-#define HAS_OPENMP (sltt_openmp[0] != nullptr)
+struct OpenMP {
+  void (*fork)(void* place, int32_t, void (*task)(int32_t*, int32_t*, void (*)(void*), void*), ...);
+  int32_t (*number)(void* place);
+  void (*limit)(void* place, int32_t number, int32_t threads);
+  int (*thread)();
+};
+extern "C" inline OpenMP sltt_openmp = {};
+#define HAS_OPENMP (sltt_openmp.fork != nullptr)
+static int omp_get_thread_num() { return sltt_openmp.thread(); }
 static void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned) {
-  struct Place {  // ident_t
-    int32_t none, flags, no[2];
-    const char* source;
-  };
-  static Place at{0, 2, {0, 0}, ";sltt;;0;0;;"};
-  using Micro = void (*)(int32_t*, int32_t*, void (*)(void*), void*);
-  const Micro micro = [](int32_t*, int32_t*, void (*f)(void*), void* p) { f(p); };
-  const auto fork = reinterpret_cast<void (*)(Place*, int32_t, Micro, ...)>(sltt_openmp[0]);
-  const auto number = reinterpret_cast<int32_t (*)(Place*)>(sltt_openmp[1]);
-  const auto limit = reinterpret_cast<void (*)(Place*, int32_t, int32_t)>(sltt_openmp[2]);
-  limit(&at, number(&at), int32_t(threads));
-  fork(&at, 2, micro, function, data);
+  static struct { int32_t none, flags, no[2]; const char* source; } place{0, 2, {0, 0}, ";sltt;;0;0;;"};  // ident_t
+  sltt_openmp.limit(&place, sltt_openmp.number(&place), int32_t(threads));
+  sltt_openmp.fork(&place, 2, [](int32_t*, int32_t*, void (*f)(void*), void* p) { f(p); }, function, data);
 }
-static int omp_get_thread_num() { return reinterpret_cast<int (*)()>(sltt_openmp[3])(); }
 #endif
 
 namespace {

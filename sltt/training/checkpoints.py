@@ -103,12 +103,9 @@ def load_optimizer(optim: Any, state: dict[str, Any], path: Path) -> None:
 def load_best(run: Path, which: str | None = None) -> tuple[Path, dict[str, Any]]:
     """Load the checkpoint `best` or `last` of a run; None is the best, or the last if nothing was held out; or a file.
 
-    The name of a network of the package is its file.
-
     Raises FileNotFoundError where there is none yet, CheckpointError where the best is lost.
     """
-    if not run.exists():
-        run = SHIPPED.get(str(run), run)
+    run = run if run.exists() else SHIPPED.get(str(run), run)  # a network of the package
     if not run.is_dir():
         return run, load_checkpoint(run)
     refuse_links(run)
