@@ -10,7 +10,7 @@
 # make figures   tables and figures of docs, from the logs in docs/results; fails where a log is of older code
 # make gallery   run the demo and the examples for docs/examples.md, and list the names of docs/api.md
 # make release   all checks, the site and the packages; prints what is left to do by hand
-# make package   build and check the source archive and the wheels, two with kernels; needs g++-aarch64-linux-gnu
+# make package   build and check the source archive and the wheels, four with kernels; needs g++-aarch64-linux-gnu
 PYTHON ?= python3
 BIN := .venv/bin
 # bytecode is written at the first import: pip would write that of what nobody imports, which is most of it,
@@ -53,8 +53,9 @@ notebooks: .venv/installed-docs
 package: .venv/installed-dev
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
-	SLTT_KERNELS=x86_64 $(BIN)/python -m build --wheel --no-isolation
-	SLTT_KERNELS=aarch64 $(BIN)/python -m build --wheel --no-isolation
+	$(BIN)/pip install --quiet --disable-pip-version-check ziglang
+	for wheel in manylinux_2_17_x86_64 manylinux_2_17_aarch64 macosx_11_0_arm64 win_amd64; do \
+		SLTT_KERNELS=$$wheel $(BIN)/python -m build --wheel --no-isolation || exit 1; done
 	$(BIN)/twine check --strict dist/*
 
 release: check test slow docs package

@@ -1,15 +1,21 @@
 """The first hour of a newcomer, in a folder where nothing but the built package is."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+import sltt
 from sltt.commands.parsing import shipped_recipes
+from sltt.models.base import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -97,6 +103,17 @@ def test_a_newcomer_comes_from_own_data_to_a_report(site, tmp_path):
     out = run(sys.executable, "-m", "sltt", "report", "run", cwd=tmp_path, **environment)
     assert "report: run/report/report.html" in out
     assert "<h2>Training</h2>" in (tmp_path / "run" / "report" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_packed_file_is_all_that_a_prediction_needs(site, tmp_path):
+    shutil.copy(SHIPPED["speech"], tmp_path / "sent.sltt")
+    x = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "x.npy", x)
+    alone = {"PYTHONPATH": str(site), "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    (found,) = json.loads(run(site / "bin" / "sltt", "predict", "sent.sltt", "x.npy", "--json", cwd=tmp_path, **alone))
+    expected = sltt.predict(sltt.models.pretrained("speech"), x[:, None]).argmax(1).item()
+    assert found["class"] == expected
 
 
 def run(*words, cwd, **environment):

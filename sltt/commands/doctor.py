@@ -1,8 +1,6 @@
 """Say what works on this machine, and what would make it faster."""
 
-import os
 import platform
-import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
@@ -11,6 +9,7 @@ import torch
 from sltt import kernels
 from sltt.commands.parsing import CommandOptions
 from sltt.commands.tables import Table
+from sltt.system import count_cores
 from sltt.training.console import Console
 
 # package, what it is for
@@ -81,7 +80,7 @@ def _sparse_layers() -> tuple[str, str, str]:
 
 def _threads() -> tuple[str, str, str]:
     threads = torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    cores = count_cores()
     return "threads", f"{threads} on {cores} cores", "set OMP_NUM_THREADS to the cores" if threads < cores else ""
 
 

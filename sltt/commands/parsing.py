@@ -23,7 +23,7 @@ from sltt.commands.failures import UsageError
 from sltt.commands.fit_parser import make_parser
 from sltt.commands.hints import explain, fit_arguments, suggest
 from sltt.commands.rule_texts import rule_options, rules
-from sltt.models.shipped import SHIPPED
+from sltt.models.base import SHIPPED
 from sltt.parallel.devices import count_started
 from sltt.training.average import select_weights
 from sltt.training.batches import seed_everything

@@ -7,6 +7,7 @@ compiled from and for: source, compiler, flags, processor, and the instruction s
 file is found and replaced. Without a library layers run dense; `problem` says why.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -24,6 +25,7 @@ import torch
 
 from sltt.kernels.compiling import FLAGS, SHIPPED, compile_library, is_intact, shipped_name, sources
 from sltt.kernels.options import COMPILE_FROM, options
+from sltt.system import is_own, is_private, read_processor
 
 _PROCESSORS = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 # the features of a processor that the libraries of a wheel need
@@ -62,6 +64,7 @@ _FUNCTIONS = {
     "sltt_running_max": (None, [_P, _I, _I, _P, _P, _P, _P, _P, _P, _I]),
     "sltt_norm": (_I, [_I, _P, _N, _N, _N, _P, _P, _P, _P, _I, _P, _D, _P, _I]),
 }
+_OPENMP = ("__kmpc_fork_call", "__kmpc_global_thread_num", "__kmpc_push_num_threads", "omp_get_thread_num")
 
 
 class _AbsentError(Exception):
@@ -103,7 +106,7 @@ def cache_folder() -> Path:
 @functools.cache
 def has_amx() -> bool:
     """Return whether the processor multiplies tiles of bfloat16."""
-    return b"amx_bf16" in _processor().split()
+    return sys.platform == "linux" and b"amx_bf16" in _processor().split()
 
 
 def origin() -> str:
@@ -128,7 +131,7 @@ def key() -> str:
 def _library() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         path = _path()
-        if not is_intact(path) or (path.parent == cache_folder() and not _is_private(path)):
+        if not is_intact(path) or (path.parent == cache_folder() and not is_private(path)):
             _compile(path)
         return _open(path), None
     except _AbsentError as absent:
@@ -153,15 +156,16 @@ def _path() -> Path:
 
 def _find_shipped() -> Path | None:
     """Return the wheel's library for this processor, and for no more of it than PyTorch uses; None to compile one."""
-    if os.environ.get("CXX") or sys.platform != "linux":
+    linux = sys.platform == "linux"
+    if os.environ.get("CXX") and linux:  # nothing is compiled elsewhere
         return None
-    machine, capability = platform.machine(), torch.backends.cpu.get_cpu_capability()
-    features = set(_processor().decode().split())
-    if machine == "aarch64":
+    machine, capability = platform.machine().lower(), torch.backends.cpu.get_cpu_capability()
+    features = set(_processor().decode().split()) if linux else _X86_64_V4  # there PyTorch's AVX implies them
+    if machine in ("aarch64", "arm64"):
         name = "aarch64"
-    elif machine == "x86_64" and "AVX512" in capability and features >= _X86_64_V4:
+    elif machine in ("x86_64", "amd64") and "AVX512" in capability and features >= _X86_64_V4:
         name = "x86-64-v4"
-    elif machine == "x86_64" and capability.startswith("AVX") and features >= _X86_64_V3:
+    elif machine in ("x86_64", "amd64") and capability.startswith("AVX") and features >= _X86_64_V3:
         name = "x86-64-v3"
     else:
         return None
@@ -172,6 +176,8 @@ def _find_shipped() -> Path | None:
 def _open(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
+        if sys.platform != "linux":
+            _give_threads(library)
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
@@ -182,22 +188,25 @@ def _open(path: Path) -> ctypes.CDLL:
     return library
 
 
+def _give_threads(library: ctypes.CDLL) -> None:
+    """Give the kernels PyTorch's OpenMP; without it, as where conda has it elsewhere, they run in one thread."""
+    name = "libiomp5md.dll" if sys.platform == "win32" else "libomp.dylib"
+    with contextlib.suppress(OSError, AttributeError):
+        openmp = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / name))
+        addresses = [ctypes.cast(getattr(openmp, name), _A).value for name in _OPENMP]
+        (_A * len(_OPENMP)).in_dll(library, "sltt_openmp")[:] = addresses
+
+
 def _check_memory(short_of_memory: int, *_: Any) -> None:
     if short_of_memory:
         raise MemoryError("a layer has no memory for its scratch")
-
-
-def _is_private(path: Path) -> bool:
-    """Return whether a file and its folder are this user's or root's, and nobody else may write there."""
-    found = [one.stat() for one in (path, path.parent)]
-    return all(one.st_uid in (os.getuid(), 0) and not one.st_mode & 0o022 for one in found)
 
 
 def _compile(path: Path) -> None:
     """Compile into another folder, and give the library its name in the cache when it is whole."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.parent.stat().st_uid != os.getuid():
+        if not is_own(path.parent):
             raise _FailedError(f"the cache {path.parent} is another user's: set XDG_CACHE_HOME to a folder of yours")
         path.parent.chmod(path.parent.stat().st_mode & ~0o022)
         with tempfile.TemporaryDirectory(prefix="sltt-") as folder:
@@ -213,6 +222,8 @@ def _compile(path: Path) -> None:
 
 
 def _compiler() -> str:
+    if platform.machine() not in _PROCESSORS or sys.platform != "linux":
+        raise _AbsentError(f"no kernels are compiled on {sys.platform}, {platform.machine()}: wheels may have some")
     for name in (os.environ.get("CXX"), "g++", "clang++"):
         if name and (found := shutil.which(name)):
             return found
@@ -222,8 +233,6 @@ def _compiler() -> str:
 def _flags() -> tuple[str, ...]:
     """Compiler flags for this processor, and for no more of it than PyTorch uses (ATEN_CPU_CAPABILITY)."""
     machine = platform.machine()
-    if machine not in _PROCESSORS or sys.platform != "linux":
-        raise _AbsentError(f"the kernels are not made for {sys.platform} on {machine}")
     capability = torch.backends.cpu.get_cpu_capability()
     if machine == "aarch64" or "AVX512" in capability:
         return *FLAGS, _PROCESSORS[machine]
@@ -233,7 +242,6 @@ def _flags() -> tuple[str, ...]:
 def _processor() -> bytes:
     """Model and features of the processor, which decide what `native` means to the compiler."""
     try:
-        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].splitlines()
+        return read_processor()
     except OSError as error:
         raise _AbsentError(f"the processor is not known: {error}") from None
-    return b"\n".join(line for line in lines if line.startswith((b"model", b"flags", b"CPU ", b"Features")))

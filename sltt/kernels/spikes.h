@@ -19,8 +19,26 @@
 
 // PyTorch's OpenMP, found in the process: linking one, or any pragma, could start a second pool of threads. The OpenMP
 // libraries of GCC, LLVM and Intel all have these two functions.
+#ifdef __linux__
 extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 extern "C" int omp_get_thread_num(void);
+constexpr bool HAS_OPENMP = true;
+#else  // a library sees no symbols of another: native.py gives these, of LLVM's or Intel's
+struct OpenMP {
+  void (*fork)(void* place, int32_t, void (*task)(int32_t*, int32_t*, void (*)(void*), void*), ...);
+  int32_t (*number)(void* place);
+  void (*limit)(void* place, int32_t number, int32_t threads);
+  int (*thread)();
+};
+extern "C" inline OpenMP sltt_openmp = {};
+#define HAS_OPENMP (sltt_openmp.fork != nullptr)
+static int omp_get_thread_num() { return sltt_openmp.thread(); }
+static void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned) {
+  static struct { int32_t none, flags, no[2]; const char* source; } place{0, 2, {0, 0}, ";sltt;;0;0;;"};  // ident_t
+  sltt_openmp.limit(&place, sltt_openmp.number(&place), int32_t(threads));
+  sltt_openmp.fork(&place, 2, [](int32_t*, int32_t*, void (*f)(void*), void* p) { f(p); }, function, data);
+}
+#endif
 
 namespace {
 
@@ -68,8 +86,13 @@ Outputs block_of(const Conv& z, int64_t widest, int64_t i) {
 template <class T>
 class Scratch {  // not cleared; null if there is no memory
  public:
+#ifdef _WIN32
+  explicit Scratch(int64_t n) : p(static_cast<T*>(_aligned_malloc((n * sizeof(T) / 64 + 1) * 64, 64))) {}
+  ~Scratch() { _aligned_free(p); }
+#else
   explicit Scratch(int64_t n) : p(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) / 64 + 1) * 64))) {}
   ~Scratch() { std::free(p); }
+#endif
   Scratch(const Scratch&) = delete;
   T* get() const { return p; }
   T& operator[](int64_t i) const { return p[i]; }
@@ -87,7 +110,7 @@ void for_each(int threads, int64_t n, int64_t grain, const F& function) {
     for (int64_t from; (from = next.fetch_add(grain, std::memory_order_relaxed)) < n;)
       for (int64_t task = from; task < std::min(from + grain, n); task++) function(task, thread);
   };
-  if (threads == 1 || n <= grain) return work(0);
+  if (threads == 1 || n <= grain || !HAS_OPENMP) return work(0);
   GOMP_parallel([](void* p) { (*static_cast<decltype(work)*>(p))(omp_get_thread_num()); }, &work, unsigned(threads), 0);
 }
 

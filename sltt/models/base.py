@@ -1,6 +1,7 @@
 """Base of the networks."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from torch import Tensor, fx, nn
 
@@ -10,6 +11,7 @@ from sltt.sequence.pairs import run_layers
 
 NeuronFactory = Callable[[], nn.Module]
 Delays = Sequence[Sequence[int] | None]
+SHIPPED = {path.stem: path for path in sorted(Path(__file__).with_name("weights").glob("*.sltt"))}  # trained networks
 
 
 def neuron_maker(neuron: NeuronFactory) -> NeuronFactory:

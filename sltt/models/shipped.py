@@ -1,12 +1,9 @@
 """Trained networks that come with the package: files of `sltt pack`, each with a card beside it."""
 
-from pathlib import Path
-
 from torch import nn
 
 from sltt.checks import choice
-
-SHIPPED = {path.stem: path for path in sorted(Path(__file__).with_name("weights").glob("*.sltt"))}
+from sltt.models.base import SHIPPED
 
 
 def pretrained(name: str) -> nn.Module:

@@ -5,7 +5,6 @@ each further process. When one ends, messages to it fail in the others, and the 
 """
 
 import atexit
-import ctypes
 import logging
 import os
 import sys
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from sltt.parallel.processes import control, disband
+from sltt.system import keep_freed_memory as keep_freed_memory
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -68,19 +68,6 @@ def _import_fabric() -> Any:
         if absent:
             del sys.modules["torchmetrics"]
     return Fabric, MixedPrecision
-
-
-def keep_freed_memory() -> None:
-    """Have this process keep what tensors on the CPU free for the next ones, until it ends.
-
-    The C library hands large blocks back to the system, which gives them anew, page by page and filled with zeros, in
-    each batch: about a tenth of the time of a small network. What is kept stays in the resident set. Only glibc is
-    asked; others, as of macOS, stay as they are, and so does another allocator that was preloaded.
-    """
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def count_started() -> tuple[int, int]:

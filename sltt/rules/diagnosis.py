@@ -75,7 +75,8 @@ def explain_errors(backward: Callable[[Tensor], Any], run: Run) -> Callable[[Ten
 def check_reached(model: nn.Module) -> None:
     """Raise ValueError where a batch gave no weight a gradient: its loss is made of other weights than the model's."""
     if all(p.grad is None for p in model.parameters()):
-        raise ValueError("no parameter of the model has a gradient: the loss does not depend on the logits")
+        why = "the loss does not depend on the logits, or the rule called no backward"
+        raise ValueError(f"no parameter of the model has a gradient: {why}")
 
 
 def _cause(run: Run) -> str | None:

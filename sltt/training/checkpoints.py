@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sltt.checks import to_python
+from sltt.models.base import SHIPPED
 from sltt.parallel.processes import Processes
 from sltt.training.average import select_weights
 from sltt.training.files import BEST, LAST, write_atomically
@@ -104,6 +105,7 @@ def load_best(run: Path, which: str | None = None) -> tuple[Path, dict[str, Any]
 
     Raises FileNotFoundError where there is none yet, CheckpointError where the best is lost.
     """
+    run = run if run.exists() else SHIPPED.get(str(run), run)  # a network of the package
     if not run.is_dir():
         return run, load_checkpoint(run)
     refuse_links(run)

@@ -1,13 +1,11 @@
 """Run folders: one for each training run, never overwritten, trained by one process at a time."""
 
 import csv
-import errno
 import io
 import os
 import re
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +17,7 @@ import yaml
 from torch import nn
 
 from sltt.sequence.layout import spiking_layers
+from sltt.system import lock_file
 from sltt.training.description import describe
 from sltt.training.files import BEST, CONFIG, LAST, METRICS, write_atomically
 from sltt.training.settings import RESUMABLE
@@ -74,7 +73,7 @@ def lock_run(run: Path, new: bool = False) -> Iterator[None]:
     _held.add(here)
     try:
         with path.open("r+", encoding="utf-8") as file:
-            if not _lock(file.fileno()):
+            if not lock_file(file.fileno()):
                 raise ValueError(f"{run} is being trained by {file.read()}: wait for it to end, or end it")
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
@@ -92,24 +91,6 @@ def lock_run(run: Path, new: bool = False) -> Iterator[None]:
 
 
 _held: set[int] = set()  # files of locks, by their number, that this process has
-
-
-def _lock(descriptor: int) -> bool:
-    """Take the system's lock of a file, which a data worker does not inherit; False where another process has it."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            os.lseek(descriptor, 2**30, os.SEEK_SET)  # a byte beyond the text, which others may then still read
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-            os.lseek(descriptor, 0, os.SEEK_SET)
-        else:
-            import fcntl
-
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # some network file systems have no locks
-    return True
 
 
 def find_last(run: Path) -> Path | None:

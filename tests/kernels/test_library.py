@@ -1,6 +1,7 @@
 """What is compiled on a machine, and all that can go wrong on the way to it."""
 
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sltt import kernels
+from sltt import kernels, system
 from sltt.kernels import compiling, native
 from tests.conftest import LINUX
 from tests.kernels.exact import NATIVE, spikes
@@ -66,8 +67,30 @@ def test_damaged_library_is_compiled_anew(cache, monkeypatch):
 
 
 def test_an_unknown_processor_without_proc_is_silent(cache, monkeypatch):
-    monkeypatch.setattr(native, "Path", lambda path: Path("nowhere") / path.lstrip("/"))
+    monkeypatch.setattr(system, "Path", lambda path: Path("nowhere") / path.lstrip("/"))
     assert native.problem().startswith("the processor is not known: ")
+
+
+@pytest.mark.parametrize(
+    ("platform", "machine", "file"),
+    [("win32", "AMD64", "x86-64-v4"), ("darwin", "arm64", "aarch64"), ("darwin", "x86_64", None), ("win32", "x", None)],
+)
+def test_other_systems_take_the_kernels_of_a_wheel_or_none(platform, machine, file, cache, monkeypatch):
+    """Without /proc, user ids and a compiler, whatever CXX says."""
+    monkeypatch.setattr(native.sys, "platform", platform)
+    monkeypatch.setattr(native.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(system, "read_processor", None)
+    monkeypatch.delattr(os, "getuid")
+    monkeypatch.setattr(native, "SHIPPED", cache.with_name("shipped"))
+    assert native.problem() == f"no kernels are compiled on {platform}, {machine}: wheels may have some"
+    assert not native.has_amx()
+    if file:
+        native.SHIPPED.mkdir()
+        shutil.copy(os.environ["REAL"], native.SHIPPED / compiling.shipped_name(file))
+        native._library.cache_clear()
+        assert native.library() is not None
+        assert native.origin() == f"shipped for {file}"
 
 
 def test_library_is_keyed_by_instruction_set_and_compiler(cache, tmp_path, monkeypatch):

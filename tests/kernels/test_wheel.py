@@ -1,5 +1,6 @@
-"""Wheels with compiled kernels: built, unpacked, loaded without a compiler, and run on the other kind of processor."""
+"""Wheels with compiled kernels: built, unpacked, loaded without a compiler, and run for other machines and systems."""
 
+import importlib.util
 import os
 import platform
 import re
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from sltt.kernels import native
-from sltt.kernels.compiling import PLATFORMS
+from sltt.kernels.compiling import PLATFORMS, compiler_for
 from sltt.kernels.layers import sparse
 from tests.kernels.exact import NATIVE
 
@@ -24,18 +25,24 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # a library takes th
 
 def unpacked(target, folder):
     """Build the wheel of a platform, and unpack it."""
-    compiler = "g++" if target == platform.machine() else f"{target}-linux-gnu-g++"
-    if shutil.which(compiler) is None:
-        pytest.skip(f"{compiler} is not installed")
+    compiler = compiler_for(target)
+    if (importlib.util.find_spec("ziglang") if "ziglang" in compiler else shutil.which(compiler[0])) is None:
+        pytest.skip(f"{' '.join(compiler)} is not installed")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT]
     subprocess.run(build, cwd=folder, env={**os.environ, "SLTT_KERNELS": target}, capture_output=True, check=True)
-    (wheel,) = folder.glob(f"sltt-*-py3-none-manylinux_2_17_{target}.whl")
+    (wheel,) = folder.glob(f"sltt-*-py3-none-{target}.whl")
     zipfile.ZipFile(wheel).extractall(folder / "site")
+    tracked = subprocess.run(["git", "ls-files", "sltt"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    there = {path.relative_to(folder / "site").as_posix() for path in (folder / "site" / "sltt").rglob("*.*")}
+    assert {name for name in there if "/shipped/" not in name} == {*tracked}
     libraries = [*(folder / "site" / "sltt" / "kernels" / "shipped").iterdir()]
     assert len(libraries) == len(PLATFORMS[target])
-    for library in libraries:  # no symbol is newer than the GNU C library of the wheel's name
-        needed = re.findall(rb"GLIBC_2\.(\d+)", library.read_bytes())
-        assert 2 < max(map(int, needed)) <= 17
+    for library in libraries:
+        names = {name.decode() for name in re.findall(rb"\b_?(sltt_\w+)\0", library.read_bytes())}
+        assert names == {*native._FUNCTIONS, *["sltt_openmp"] * ("linux" not in target)}
+        if "linux" in target:  # no symbol is newer than the GNU C library of the wheel's name
+            needed = re.findall(rb"GLIBC_2\.(\d+)", library.read_bytes())
+            assert 2 < max(map(int, needed)) <= 17
     return folder / "site"
 
 
@@ -61,7 +68,7 @@ def loads(folder, environment):
 
 @NATIVE
 def test_the_kernels_of_a_wheel_load_without_a_compiler(tmp_path):
-    site = unpacked(platform.machine(), tmp_path)
+    site = unpacked(f"manylinux_2_17_{platform.machine()}", tmp_path)
     capabilities = {"avx2": "x86-64-v3", "avx512": "x86-64-v4"} if platform.machine() == "x86_64" else {"": "aarch64"}
     best = torch.backends.cpu.get_cpu_capability().lower()
     environment = {"PATH": "", "PYTHONPATH": str(site), "XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -105,7 +112,8 @@ def kernel_calls():
         "norm_weight": normal(32),
         "mean": np.zeros(32, np.float32),
         "var": np.ones(32, np.float32),
-        "factors": np.zeros(4 * 32, np.float32),
+        "momenta": np.full(3, 0.1),
+        "factors": np.zeros(4 * 3 * 32, np.float32),
         "windows": np.array(windows),
         "recurrent_weight": normal(width, width) / 4,
         "recurrent_x": normal(4, 6, width),
@@ -181,7 +189,7 @@ def kernel_calls():
                 call("sltt_neuron_gradient", place, None, 0, 0, is_half, is_half, *given, cells, 3, 0, 1)
         call("sltt_steady", place, is_half, "current", 0.0, 4, "rate", "slope", "by_decay", cells, 1)
         affine = ["mean", "var", "norm_weight", "norm_bias"]
-        call("sltt_norm", is_half, "current", 3 * cells, 32, *affine, 1, 0.1, 1e-5, "factors", 1)
+        call("sltt_norm", is_half, "current", cells, 3, 32, *affine, 1, "momenta", 1e-5, "factors", 1)
         call("sltt_max_pool", "windows", is_half, "frames", "most", "positions", 1)
         call("sltt_max_pool_gradient", "windows", is_half, "of_most", "positions", "of_frames", 1)
         totals = ["total", "largest", "sum", "largest_sum", "running"]
@@ -196,7 +204,7 @@ def kernel_calls():
 TYPES = {
     native._P: "void *",
     native._A: "void *",
-    native._N: "long",
+    native._N: "long long",
     native._I: "int",
     native._F: "float",
     native._D: "double",
@@ -205,8 +213,8 @@ TYPES = {
 
 def program(arrays, calls):
     """C++ that reads the arrays, makes the calls, and writes the arrays, each call's result behind them."""
-    declared = [
-        f"{TYPES.get(result, 'void')} {name}({', '.join(TYPES[kind] for kind in kinds)});"
+    found = [
+        f'auto {name} = ({TYPES.get(result, "void")} (*)({", ".join(TYPES[kind] for kind in kinds)}))FIND("{name}");'
         for name, (result, kinds) in native._FUNCTIONS.items()
     ]
     places = [f"alignas(64) static char {name}[{array.nbytes}];" for name, array in arrays.items()]
@@ -218,14 +226,20 @@ def program(arrays, calls):
     return "\n".join(
         [
             "#include <cstdio>",
-            'extern "C" {',
-            *declared,
-            "void GOMP_parallel(void (*function)(void *), void *data, unsigned, unsigned) { function(data); }",
-            "int omp_get_thread_num() { return 0; }",
-            "}",
+            "#ifdef _WIN32",
+            "#include <windows.h>\n#include <fcntl.h>",
+            "#define OPEN _setmode(0, O_BINARY), _setmode(1, O_BINARY), LoadLibraryA",
+            "#define FIND(name) GetProcAddress(library, name)",
+            "#else",
+            "#include <dlfcn.h>\n#define OPEN(path) dlopen(path, RTLD_NOW)\n#define FIND(name) dlsym(library, name)",
+            'extern "C" void GOMP_parallel(void (*function)(void *), void *data, unsigned, unsigned) {function(data);}',
+            'extern "C" int omp_get_thread_num() { return 0; }',
+            "#endif",
             *places,
-            f"static long result[{len(calls)}];",
-            "int main() {",
+            f"static long long result[{len(calls)}];",
+            "int main(int, char **words) {",
+            "auto library = (OPEN(words[1]));",
+            *found,
             *lines,
             "}",
         ]
@@ -233,18 +247,21 @@ def program(arrays, calls):
 
 
 @NATIVE
-def test_kernels_for_aarch64_give_the_numbers_of_this_machine(tmp_path):
-    if shutil.which("qemu-aarch64") is None:
-        pytest.skip("qemu-aarch64 is not installed")
-    (library,) = (unpacked("aarch64", tmp_path) / "sltt" / "kernels" / "shipped").iterdir()
+@pytest.mark.parametrize(
+    ("target", "emulator"),
+    [("manylinux_2_17_aarch64", ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]), ("win_amd64", ["wine"])],
+)
+def test_kernels_for_others_give_the_numbers_of_this_machine(target, emulator, tmp_path):
+    if shutil.which(emulator[0]) is None:
+        pytest.skip(f"{emulator[0]} is not installed")
+    library = min((unpacked(target, tmp_path) / "sltt" / "kernels" / "shipped").iterdir())
     arrays, calls = kernel_calls()
     (tmp_path / "calls.cpp").write_text(program(arrays, calls))
-    compiler = ["aarch64-linux-gnu-g++", "-O1", f"-Wl,-rpath,{library.parent}", "-o", "calls", "calls.cpp", library]
+    flags = ["-mcpu=x86_64_v3"] if target == "win_amd64" else ["-rdynamic"]  # zig has its C library for this one
+    compiler = [*compiler_for(target), *flags, "-O1", "-o", "calls.exe", "calls.cpp"]
     subprocess.run(compiler, cwd=tmp_path, check=True)
     given = b"".join(array.tobytes() for array in arrays.values())
-    there = subprocess.run(
-        ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "calls"], cwd=tmp_path, input=given, capture_output=True
-    )
+    there = subprocess.run([*emulator, "calls.exe", library], cwd=tmp_path, input=given, capture_output=True)
     assert there.returncode == 0, there.stderr
     found = native.library()
     results = np.zeros(len(calls), np.int64)
@@ -256,10 +273,15 @@ def test_kernels_for_aarch64_give_the_numbers_of_this_machine(tmp_path):
     for name, here in [*arrays.items(), ("result", results)]:
         got = np.frombuffer(there.stdout, here.dtype, here.size, place).reshape(here.shape)
         place += here.nbytes
-        tolerance = 1e-5 if here.dtype == np.float32 else 0  # sums may be of another order
-        np.testing.assert_allclose(got, here, tolerance, tolerance, err_msg=name)
+        tolerance = {"float32": (1e-5, 1e-5), "uint16": (0, 1)}.get(here.dtype.name, (0, 0))  # sums may differ in order
+        np.testing.assert_allclose(got, here, *tolerance, err_msg=name)
         if name != "result" and not np.array_equal(arrays[name], before[name]):
             changed.add(name)
     written = {"bits", "looked", "one", "y", "of_weight", "of_weight_dense", "of_x", "s", "u", "v_out", "fired"}
     assert changed >= {f"{kind}_{name}" for kind in ("float", "half") for name in written}
     assert len(there.stdout) == place
+
+
+def test_a_wheel_for_macos_has_the_kernels(tmp_path):
+    (library,) = (unpacked("macosx_11_0_arm64", tmp_path) / "sltt" / "kernels" / "shipped").iterdir()
+    assert library.read_bytes()[:8] == bytes.fromhex("cffaedfe0c000001")  # Mach-O of 64 bits, for arm64

@@ -5,7 +5,7 @@ import torch
 
 import sltt
 from sltt import models
-from sltt.models.shipped import SHIPPED
+from sltt.models.base import SHIPPED
 from sltt.neurons import Neuron
 from sltt.training.checkpoints import load_checkpoint
 
@@ -23,6 +23,7 @@ EACH_KIND = [models.DigitsNet, models.vgg11, models.resnet18]
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_pretrained_network_is_that_of_its_card(name):
     model, sample = models.pretrained(name), load_checkpoint(SHIPPED[name])["sample"]
+    assert str(sltt.load(name)) == str(model)
     logits = sltt.predict(model, sample["x"] if model.trained.static else sample["x"][:, None])[0]
     torch.testing.assert_close(logits, sample["logits"][-1], atol=1e-3, rtol=1e-3)
     assert logits.argmax() == sample["label"]

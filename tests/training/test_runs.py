@@ -1,9 +1,12 @@
 import csv
 import errno
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 
+from sltt.system import lock_file
 from sltt.training import files, runs
 from sltt.training.checkpoints import load_checkpoint
 from tests.conftest import LINUX
@@ -53,6 +56,20 @@ def test_a_run_that_ends_while_its_settings_are_written_leaves_no_folder(tmp_pat
     with pytest.raises(Killed):
         train(tmp_path / "run", epochs=1, config={"seed": 0})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("error", "taken"), [(None, True), (errno.EACCES, False), (errno.ENOLCK, True)])
+def test_the_lock_of_windows(error, taken, tmp_path, monkeypatch):
+    def locking(descriptor, mode, count):
+        assert os.lseek(descriptor, 0, os.SEEK_CUR) > 10**9  # beyond the text, which others read
+        if error:
+            raise OSError(error, "planted")
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking))
+    with (tmp_path / "lock").open("w+") as file:
+        monkeypatch.setattr(sys, "platform", "win32")
+        assert lock_file(file.fileno()) == taken
 
 
 @LINUX

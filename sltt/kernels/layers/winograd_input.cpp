@@ -3,6 +3,7 @@
 // Gradients and weights are transformed, multiplied as matrices for each of the 36 places, and transformed back, some
 // tiles of 4×4 inputs at a time, which stay in the cache.
 #pragma GCC optimize("fp-contract=fast")  // a product and a sum in one instruction
+#pragma clang fp contract(fast)
 #include "winograd.h"
 
 namespace {

@@ -3,6 +3,7 @@
 // A task has a group of input channels and one of output channels, and sums the products of its tiles in each of the 36
 // places; the sums stay in the cache.
 #pragma GCC optimize("fp-contract=fast")  // a product and a sum in one instruction
+#pragma clang fp contract(fast)
 #include "winograd.h"
 
 namespace {
