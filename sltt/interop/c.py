@@ -61,7 +61,7 @@ def to_c(
     The C has no dependency but <stdint.h> and <string.h>, allocates nothing, and computes layers that read spikes on
     active inputs alone. The network runs in evaluation mode. [Layers](to-a-microcontroller.md#layers) are convolutions,
     linear layers, BatchNorm, pooling, sums, `torch.cat`, delays, `LIF`, `IF`, `PLIF`, `ChannelLIF`, `CubaLIF`, `ALIF`,
-    `LI`, `Recurrent`.
+    `IntegerLIF`, `TernaryLIF`, `LI`, `Recurrent`.
 
     Args:
         model: maps one time step [B, ...] to logits [B, classes], or [B, classes, H, W] of the pixels of an image.
@@ -137,7 +137,7 @@ def _quantise(network: Network, x: Tensor) -> Network:
             return output
         before = values[spikes[op.name]].double()
         apart[op.name] += int((before != output).sum())
-        most[op.name] += int((before + output > 0).sum())
+        most[op.name] += int((before.abs() + output.abs() > 0).sum())
         return before  # so that the rounding of each layer counts alone
 
     rounded, error, spread, power = integers.run(x, compare), 0.0, 0.0, 0.0

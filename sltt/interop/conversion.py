@@ -131,6 +131,8 @@ def check_finite(model: nn.Module) -> None:
 _NEAREST = {
     **dict.fromkeys(("layernorm", "groupnorm", "instancenorm"), "BatchNorm"),
     "relu": "neurons",
+    **dict.fromkeys(("(alif)", "(channellif)", "(integerlif)", "(ternarylif)"), "LIF, PLIF, IF or CubaLIF"),
+    "(runningmax)": "MaxPool",
     "adaptivemaxpool": "MaxPool",
     "softmax": "the logits before it, whose largest is the same in each time step",
     "sigmoid": "the logit before it: 0 is a probability of 0.5",

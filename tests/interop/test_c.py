@@ -207,6 +207,16 @@ def more_networks() -> dict[str, Any]:
     fine += [nn.Conv2d(2, 8, 3), sltt.LIF(v_threshold=0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
     taken = ("NULL", "no", "exp_gain", "exp", "größe", "gr__e", "int8_t", "flat", "main")  # by C, gcc, each other
     found["finer units"] = nn.Sequential(OrderedDict(zip(taken, fine, strict=True))), (16, 16, 2, 12, 9), None
+    less = [nn.Linear(12, 16), sltt.LIF(tau=2.0, v_threshold=0.3, subtract=0.2), nn.Linear(16, 16)]
+    less += [sltt.LIF(tau=2.0, v_reset=0.0, v_threshold=0.1), nn.Linear(16, 3)]
+    found["another reset"] = nn.Sequential(*less), (8, 4, 12), None
+    row = [nn.Linear(64, 512), nn.Linear(512, 32), sltt.LIF(v_threshold=0.1), nn.Linear(32, 32), nn.Linear(32, 3)]
+    found["linear layers in a row"] = nn.Sequential(*row), (8, 4, 64), None
+    graded = [nn.Conv2d(2, 33, 3, padding=1), sltt.IntegerLIF(v_threshold=0.3), nn.MaxPool2d(2), sltt.TernaryLIF()]
+    graded += [sltt.Delay([1, 0]), nn.BatchNorm2d(66), sltt.LIF(), nn.AvgPool2d(2, 1), sltt.IntegerLIF(v_threshold=0.5)]
+    back = sltt.Recurrent(sltt.TernaryLIF(v_threshold=0.4), nn.Linear(9, 9))
+    graded += [nn.Flatten(), nn.Linear(132, 9), back, nn.Linear(9, 3)]
+    found["graded spikes"] = nn.Sequential(*graded), (8, 4, 2, 4, 6), None
     return found
 
 
@@ -302,7 +312,7 @@ def test_c_in_integers_is_the_reference_to_the_last_bit(key, compiled):
     assert torch.equal(got.double(), case.exported.network.unroll(case.x))
     expected = sltt.unroll(case.model, case.x).mean(0)
     apart = (got.mean(0, dtype=torch.float64) * case.exported.network.logit_scale - expected).std()
-    fine = ("finer units", "branches", "flattened", "logits of pixels", "spikes of pixels")
+    fine = ("linear layers in a row", "finer units", "branches", "flattened", "logits of pixels", "spikes of pixels")
     assert apart < (0.1 if key in fine else 0.5) * expected.std()
 
 

@@ -191,9 +191,13 @@ class Own(sltt.LIF):
     """A subclass may do otherwise."""
 
 
-@pytest.mark.parametrize("neuron", [sltt.ALIF(), sltt.CubaLIF(tau=None), Own(), sltt.IF(v_init=0.5)], ids=repr)
+WITHOUT = [sltt.ALIF(), sltt.CubaLIF(tau=None), Own(), sltt.IF(v_init=0.5), sltt.IntegerLIF(), sltt.TernaryLIF()]
+
+
+@pytest.mark.parametrize("neuron", WITHOUT, ids=repr)
 def test_neurons_without_a_counterpart_are_named(neuron):
-    with pytest.raises(ValueError, match=rf"NIR has no counterpart for 1 \({type(neuron).__name__}\)"):
+    nearest = r" \(use LIF, PLIF, IF or CubaLIF\)$" * (type(neuron).__name__ in ("ALIF", "IntegerLIF", "TernaryLIF"))
+    with pytest.raises(ValueError, match=rf"NIR has no counterpart for 1 \({type(neuron).__name__}\){nearest}"):
         to_nir(nn.Sequential(nn.Linear(6, 8), neuron), torch.randn(2, 6))
 
 

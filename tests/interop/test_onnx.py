@@ -57,6 +57,7 @@ NETWORKS = {  # and the shape of an input
         (7, 3, 2, 6, 6),
     ),
     "a readout": (lambda: nn.Sequential(nn.Linear(6, 8), sltt.IF(), nn.Linear(8, 3), sltt.LI()), (4, 3, 6)),
+    "graded spikes": (lambda: chain(sltt.IntegerLIF(), sltt.TernaryLIF()), (5, 4, 6)),
     "a neuron alone": (sltt.LIF, (5, 4, 6)),
     "DigitsNet": (lambda: sltt.models.DigitsNet(width=4, neuron=lambda: sltt.LIF(v_threshold=0.1)), (3, 2, 1, 8, 8)),
 }
