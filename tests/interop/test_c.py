@@ -509,10 +509,21 @@ __attribute__((section(".vectors"), used)) static const void *vectors[] = {(void
 """
 
 
+PROCESSORS = {
+    "Cortex-M4": (
+        ["arm-none-eabi-gcc", *CORTEX, "start.c"],
+        ["qemu-system-arm", "-M", "mps2-an386", "-nographic", "-semihosting", "-kernel"],
+    ),
+    "s390x, big-endian": (["s390x-linux-gnu-gcc", *STRICT, "-static"], ["qemu-s390x"]),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["float32", "int8"])
-def test_the_digits_run_on_a_cortex_m4_with_the_same_bits(weights, tmp_path):
-    for program in ("arm-none-eabi-gcc", "qemu-system-arm"):
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_the_digits_run_on_other_processors_with_the_same_bits(processor, weights, tmp_path):
+    compiler, emulator = PROCESSORS[processor]
+    for program in (compiler[0], emulator[0]):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
     model, x = sltt.models.DigitsNet(width=16), torch.randn(8, 1, 8, 8)
@@ -521,11 +532,9 @@ def test_the_digits_run_on_a_cortex_m4_with_the_same_bits(weights, tmp_path):
     folder = exported.folder
     (folder / "driver.c").write_text(DRIVER)
     (folder / "start.c").write_text(START)
-    here, there = ["./here"], ["qemu-system-arm", "-M", "mps2-an386", "-nographic", "-semihosting", "-kernel", "there"]
-    files = ["driver.c", "digits.c"]
+    here, there, files = ["./here"], [*emulator, "./there"], ["driver.c", "digits.c"]
     subprocess.run(["gcc", *STRICT, "-o", "here", *files], cwd=folder, check=True)
-    arm = ["arm-none-eabi-gcc", *CORTEX, "-o", "there", "start.c", *files]
-    subprocess.run(arm, cwd=folder, check=True, capture_output=True)
+    subprocess.run([*compiler, "-o", "there", *files], cwd=folder, check=True, capture_output=True)
     shown = [
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=120).stdout
         for command in (here, there)
@@ -533,6 +542,8 @@ def test_the_digits_run_on_a_cortex_m4_with_the_same_bits(weights, tmp_path):
     assert shown[0] == shown[1]
     assert "digits: 4 samples, 0 of 160 logits differ" in shown[0]
     assert len(set(shown[0].splitlines())) > 20
+    if processor != "Cortex-M4":
+        return
     energy, measured = measure_energy(model, x, steps=4), _measure(folder, "digits")
     flash, stack, counted = (int(re.sub(r"\D", "", one.partition(" a sample")[0])) for one in measured)
     operations = energy.total("effective_acs") + energy.total("effective_macs")
