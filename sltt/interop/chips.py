@@ -4,8 +4,10 @@ speck: Speck 2e. Sources: docs/speck/overview.md of sinabs, and the memory of co
 xylo: Xylo Audio 3. Source: rockpool.ai/devices/xylo-overview.html.
 """
 
-# pyright: reportMissingImports=false, reportOptionalSubscript=false
+# pyright: reportMissingImports=false
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import nir
@@ -14,94 +16,86 @@ import numpy as np
 from sltt import checks
 
 Chip = Literal["speck", "xylo"]
-_CORES = [(16, 64)] * 3 + [(32, 32)] * 2 + [(64, 16)] * 2 + [(16, 16)] * 2  # Ki of weights and of neurons, on Speck
-_NEURONS, _LINEAR = nir.IF | nir.LIF | nir.CubaLIF, nir.Affine | nir.Linear
+_NEURONS, _WEIGHTS = (nir.IF, nir.LIF, nir.CubaLIF), (nir.Affine, nir.Linear, nir.Conv2d)
+_KINDS = {"speck": (nir.IF, nir.AvgPool2d, nir.Flatten, *_WEIGHTS), "xylo": (*_NEURONS[1:], nir.Flatten, *_WEIGHTS[:2])}
+_CORES = Counter({(16, 64): 3, (32, 32): 2, (64, 16): 2, (16, 16): 2})  # of Speck: Ki of weights and of neurons
 
 
 def check_chip(graph: nir.NIRGraph, chip: Chip) -> list[str]:
     """Return a line for each layer of a graph, and one for all: that it fits on a chip, or a limit that it breaks.
 
-    Limits are sizes, and kinds of layers and neurons. Not checked are weights of 8 bits and rates of events.
-
-    Args:
-        graph: what `to_nir` returns.
-        chip: "speck" or "xylo".
+    Limits are sizes, and kinds of layers and neurons. Weights of 8 bits and rates of events are not checked.
     """
-    check = {"speck": _speck, "xylo": _xylo}[checks.choice("chip", chip, get_args(Chip))]
+    checks.choice("chip", chip, get_args(Chip))
     lines, used = [], []
     for name, node in graph.nodes.items():
         before, behind = ([graph.nodes[edge[i]] for edge in graph.edges if edge[1 - i] == name] for i in (0, 1))
+        problems = iter([f"not on the chip, which has {', '.join(kind.__name__ for kind in _KINDS[chip])}"])
+        if isinstance(node, _WEIGHTS) and not (behind and all(isinstance(one, _NEURONS) for one in behind)):
+            problems = iter(["no neurons behind it"])
+        elif isinstance(node, _KINDS[chip]):
+            problems = (_on_speck if chip == "speck" else _on_xylo)(node, before, behind, used)
         if not isinstance(node, nir.Input | nir.Output):
-            lines.append(f"{name} ({type(node).__name__}): {check(node, before, behind, used) or 'fits'}")
-    if chip == "speck":
-        together = _over({"cores": (len(used), 9)}) or (
-            "" if _assign(sorted(used), _CORES) else "not enough memory in the 9 cores"
-        )
-    else:
-        neurons, weights = np.sum([(0, 0), *used], 0)
-        together = _over({"hidden neurons": (neurons, 992), "weights of hidden neurons": (weights, 992 * 64)})
-    if broken := [line for line in lines if not line.endswith(": fits")]:
-        together = together or f"{len(broken)} do not fit"
-    return [*lines, f"all layers: {together or 'fit'}"]
+            lines.append(f"{name} ({type(node).__name__}): {next(problems, 'fits')}")
+    if broken := sum(not line.endswith(": fits") for line in lines):
+        return [*lines, f"all layers: {broken} do not fit"]
+    sums = np.sum([(0, 0), *used], 0)
+    limits = {"hidden neurons": (sums[0], 992), "weights of hidden neurons": (sums[1], 992 * 64)}
+    problems = _over({"cores": (len(used), 9)} if chip == "speck" else limits)
+    if chip == "speck" and len(used) <= 9 and not _assign(sorted(used), _CORES):
+        problems = iter(["not enough memory in the 9 cores"])
+    return [*lines, f"all layers: {next(problems, 'fit')}"]
 
 
-def _over(limits: dict[str, tuple[Any, int]]) -> str:
-    """Return the first of the limits {what: (number, at most)} that is exceeded."""
-    return next(
-        (f"{np.max(n):,} {what}, at most {most:,}" for what, (n, most) in limits.items() if np.max(n) > most), ""
-    )
+def _over(limits: dict[str, tuple[Any, int]]) -> Iterator[str]:
+    """Yield the limits {what: (number, at most)} that are exceeded."""
+    return (f"{np.max(n):,} {what}, at most {most:,}" for what, (n, most) in limits.items() if np.max(n) > most)
 
 
-def _speck(node: Any, before: list[Any], behind: list[Any], used: list[Any]) -> str:
-    """Return the limit that a layer breaks; note its Ki of weights and of neurons."""
-    if isinstance(node, nir.AvgPool2d):
-        plain = {*np.ravel([node.kernel_size, node.stride])} in ({1}, {2}, {4}) and not np.any(node.padding)
-        return "" if plain else "only windows of 1, 2 or 4 pixels, without padding"
-    if not isinstance(node, nir.Conv2d | _LINEAR):
-        other = "IF" if isinstance(node, _NEURONS) else "Conv2d, Linear, AvgPool2d and Flatten"
-        return "" if isinstance(node, nir.IF | nir.Flatten) else f"not on the chip, use {other}"
-    if not (behind and all(isinstance(one, _NEURONS) for one in behind)):
-        return "no neurons behind it, add IF"
-    output, limits = (*behind[0].v_threshold.shape, 1, 1)[:3], {}
-    if isinstance(node, nir.Conv2d):
-        kernel, image = node.weight.shape[2:], node.input_type["input"][1:]
-        limits = {"pixels of padding": (node.padding, 7), "pixels of dilation": (node.dilation, 1)}
+def _on_speck(node: Any, before: list[Any], behind: list[Any], used: list[Any]) -> Iterator[str]:
+    """Yield the limits that a layer breaks; note its Ki of weights and of neurons."""
+    yield from _over({"layers that read it": (len(behind), 2)})
+    if not isinstance(node, _WEIGHTS):
+        sizes = {*np.ravel([node.kernel_size, node.stride])} if isinstance(node, nir.AvgPool2d) else {1}
+        if sizes not in ({1}, {2}, {4}) or np.any(getattr(node, "padding", 0)):
+            yield "only windows of 1, 2 or 4 pixels, without padding"
+        return
+    # a linear layer is a convolution over its whole input
+    images: list[Any] = [one.input_type for one in before if isinstance(one, nir.Flatten)]
+    image = images[0]["input"][1:] if images else (1, 1)
+    kernel, output = image, (*behind[0].v_threshold.shape, 1, 1)[:3]
+    if type(node) is nir.Conv2d:
+        image, kernel = node.input_shape, node.weight.shape[2:]
+        yield from _over({"pixels of padding": (node.padding, 7), "pixels of dilation": (node.dilation, 1)})
         if not {*np.ravel(node.stride)} <= {1, 2, 4, 8}:
-            return "only strides of 1, 2, 4 or 8"
-    else:  # is a convolution over its whole input
-        kernel = image = next((one.input_type["input"][1:] for one in before if isinstance(one, nir.Flatten)), (1, 1))
+            yield "only strides of 1, 2, 4 or 8"
     bits = np.ceil(np.log2(np.array([np.prod(kernel), *output]))).astype(int)
     weights, neurons = node.weight[0].size // np.prod(kernel) << bits[:2].sum(), output[0] << bits[2:].sum()
     used.append((weights / 1024, neurons / 1024))
-    limits |= {"pixels of a side of the input": (image, 128), "pixels of a side of the kernel": (kernel, 16)}
-    limits |= {"pixels of a side of the output": (output[1:], 64), "output channels": (output[0], 1024)}
-    limits |= {"weights in the memory": (weights, 64 * 1024), "neurons in the memory": (neurons, 64 * 1024)}
-    one = "" if _assign(used[-1:], _CORES) else f"no core has memory for {weights:,} weights and {neurons:,} neurons"
-    return _over(limits) or one
+    yield from _over({"pixels of a side of the input": (image, 128), "pixels of a side of the kernel": (kernel, 16)})
+    yield from _over({"pixels of a side of the output": (output[1:], 64), "output channels": (output[0], 1024)})
+    yield from _over({"weights in the memory": (weights, 64 * 1024), "neurons in the memory": (neurons, 64 * 1024)})
+    if not _assign(used[-1:], _CORES):
+        yield f"no core has memory for {weights:,} weights and {neurons:,} neurons"
 
 
-def _assign(needs: list[Any], cores: list[Any]) -> bool:
+def _assign(needs: list[tuple[float, float]], cores: Counter[tuple[int, int]]) -> bool:
     """Return whether each pair of sizes finds a core of its own."""
-    found = (i for i, core in enumerate(cores) if needs and np.all(np.less_equal(needs[-1], core)))
-    return not needs or any(_assign(needs[:-1], cores[:i] + cores[i + 1 :]) for i in found)
+    found = (core for core in cores if needs and needs[-1][0] <= core[0] and needs[-1][1] <= core[1])
+    return not needs or any(_assign(needs[:-1], cores - Counter([core])) for core in found)
 
 
-def _xylo(node: Any, before: list[Any], behind: list[Any], used: list[Any]) -> str:
-    """Return the limit that a layer breaks; note how many hidden neurons and weights of these it has."""
-    if isinstance(node, nir.LIF | nir.CubaLIF):
-        if node.metadata.get("reset") == "value":
-            return "only a soft reset"
-        if any(isinstance(one, nir.Output) for one in behind):
-            inputs = [one.weight.shape[1] for one in before if isinstance(one, _LINEAR)]
-            return _over({"output neurons": (node.v_threshold.size, 32), "neurons that it reads": ([0, *inputs], 128)})
-        used.append((node.v_threshold.size, 0))
-    elif isinstance(node, _LINEAR):
-        if not (behind and all(isinstance(one, _NEURONS) for one in behind)):
-            return "no neurons behind it, add LIF"
-        outputs, inputs = node.weight.shape
-        if any(isinstance(one, nir.Input | nir.Flatten) for one in before):
-            return _over({"inputs": (inputs, 16), "neurons that read the input": (outputs, 128)})
+def _on_xylo(node: Any, before: list[Any], behind: list[Any], used: list[Any]) -> Iterator[str]:
+    """Yield the limits that a layer breaks; note how many hidden neurons and weights of these it has."""
+    if isinstance(node, _WEIGHTS) and any(isinstance(one, nir.Input | nir.Flatten) for one in before):
+        yield from _over({"inputs": (node.weight.shape[1], 16), "neurons that read the input": (len(node.weight), 128)})
+    elif isinstance(node, _WEIGHTS):
         used.append((0, node.weight.size))
-    return (
-        "" if isinstance(node, nir.LIF | nir.CubaLIF | nir.Flatten | _LINEAR) else "not on the chip, use Linear and LIF"
-    )
+    elif isinstance(node, _NEURONS):
+        if node.metadata.get("reset") in ("value", b"value"):
+            yield "only a soft reset"
+        if not any(isinstance(one, nir.Output) for one in behind):
+            used.append((node.v_threshold.size, 0))
+            return
+        read = max([one.weight.shape[1] for one in before if isinstance(one, _WEIGHTS)], default=0)
+        yield from _over({"output neurons": (node.v_threshold.size, 32), "neurons that it reads": (read, 128)})

@@ -6,7 +6,6 @@ reach the neurons that the network has. `to_snntorch` is the way back.
 
 # pyright: reportMissingImports=false
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,13 +16,12 @@ from snntorch import DeltaLeaky, Lapicque, Leaky, SpikingNeuron, Synaptic
 from torch import nn
 
 from sltt import surrogates
-from sltt.checks import instance
 from sltt.interop.adapted import BeforeReset, make_adapter
-from sltt.interop.conversion import ConversionError, describe, has_hooks, leaky, read_constant, require, synaptic
+from sltt.interop.conversion import ConversionError, leaky, read_constant, require, synaptic, translate_all
 from sltt.neurons import IF, LIF, PLIF, IntegrateAndFire, Neuron
 from sltt.neurons.dropout import Dropout
 from sltt.sequence.hooks import own_forward
-from sltt.sequence.state import Stateful, register, reset, role_of, set_role
+from sltt.sequence.state import Stateful, register, role_of, set_role
 
 
 def to_snntorch(model: nn.Module) -> nn.Module:
@@ -35,30 +33,21 @@ def to_snntorch(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: naming every layer with a state that snnTorch has not, and the nearest that it has.
     """
-    reset(instance("model", model, nn.Module))
-    copies: dict[int, Any] = {}
-    refused = []
-    for path, module in model.named_modules():
-        if isinstance(module, Stateful):
-            try:
-                made = nn.Dropout(module.p) if type(module) is Dropout else _make_leaky(module)
-                copies[id(module)] = made.train(module.training)
-            except ConversionError as reason:
-                refused.append(f"{describe(path, module)}{reason}")
-    if refused:
-        raise ValueError(f"snnTorch has no counterpart for {'; '.join(refused)}")
-    return copy.deepcopy(model, copies)
+    return translate_all(model, _make_leaky, "snnTorch has no counterpart for {}")
 
 
-def _make_leaky(neuron: Any) -> nn.Module:
-    require(type(neuron) in (IF, LIF, PLIF) and not own_forward(neuron, Neuron), " (use IF, LIF or PLIF)")
-    require(not has_hooks(neuron, backward=True), ", which has hooks that it would not run")
-    require(neuron.v_init in (None, neuron.v_reset or 0), " with v_init: leave it out")
-    require(not neuron.decay_input, " with decay_input: scale the weights before it by 1/τ")
+def _make_leaky(module: Any) -> nn.Module:
+    neuron: Any = module
+    if type(module) is Dropout or not isinstance(module, Stateful):
+        return nn.Dropout(neuron.p).train(neuron.training) if isinstance(module, Dropout) else module
+    plain = type(module) in (IF, LIF, PLIF) and not own_forward(module, Neuron)
+    require(plain, "has other dynamics than IF, LIF and PLIF")
+    require(neuron.v_init in (None, neuron.v_reset or 0), "has a v_init: leave it out")
+    require(not neuron.decay_input, "has decay_input: scale the weights before it by 1/τ")
     decay, threshold = torch.as_tensor(neuron.decay(), dtype=torch.float64).detach(), neuron.v_threshold
-    delayed = neuron.v_reset is None and math.isclose(decay * (neuron.subtract or threshold), threshold)
+    delayed = neuron.v_reset is None and math.isclose(float(decay) * (neuron.subtract or threshold), threshold)
     remedy = f"use v_reset=0, or LIF with subtract={threshold / decay:.9g}"
-    require(neuron.v_reset == 0 or delayed, f", which resets in another way than snnTorch: {remedy}")
+    require(neuron.v_reset == 0 or delayed, f"resets in another way than snnTorch: {remedy}")
     settings: dict[str, Any] = {"init_hidden": True, "reset_mechanism": "subtract" if delayed else "zero"}
     settings |= {"threshold": torch.tensor(threshold, dtype=torch.float64), "learn_beta": isinstance(neuron, PLIF)}
     return Leaky(decay, spike_grad=neuron.surrogate, **settings)

@@ -121,9 +121,9 @@ def test_networks_in_snntorch(neuron):
 WITHOUT = {
     r"use v_reset=0, or LIF with subtract=1\.5": sltt.LIF(tau=3.0),
     r"use v_reset=0, or LIF with subtract": sltt.IF(v_reset=-0.1),
-    r"\(IntegerLIF\) \(use IF, LIF or PLIF\)": sltt.IntegerLIF(),
+    r"\(IntegerLIF\), which has other dynamics than IF, LIF and PLIF": sltt.IntegerLIF(),
     "scale the weights before it": sltt.LIF(v_reset=0.0, decay_input=True),
-    "with v_init: leave it out": sltt.IF(v_init=0.5),
+    "has a v_init: leave it out": sltt.IF(v_init=0.5),
 }
 
 

@@ -467,7 +467,7 @@ LIMITS = [
     ("speck", lambda: convs(1, 1, size=17), (1, 20, 20), 0, "17 pixels of a side of the kernel, at most 16"),
     ("speck", lambda: convs(1, 1, stride=3), (1, 20, 20), 0, "only strides of 1, 2, 4 or 8"),
     ("speck", lambda: [nn.AvgPool2d(3), *convs(2, 2, size=1)], (2, 6, 6), 0, "only windows of 1, 2 or 4"),
-    ("speck", lambda: fcs(2, 2), (2,), 1, "not on the chip, use IF"),
+    ("speck", lambda: fcs(2, 2), (2,), 1, "not on the chip, which has IF, AvgPool2d, Flatten, Affine"),
     ("speck", lambda: [*convs(2, 2), nn.Flatten(), nn.Linear(8, 5), sltt.IF()], (2, 4, 4), -1, "fit"),
     ("xylo", lambda: fcs(16, 100, 60, 10), (16,), -1, "fit"),
     ("xylo", lambda: fcs(17, 100, 5), (17,), 0, "17 inputs, at most 16"),
@@ -477,8 +477,8 @@ LIMITS = [
     ("xylo", lambda: fcs(16, 100, 500, 500, 100, 5), (16,), -1, "1,200 hidden neurons, at most 992"),
     ("xylo", lambda: fcs(16, 100, 300, 300, 100, 5), (16,), -1, "150,500 weights of hidden neurons, at most 63,488"),
     ("xylo", lambda: fcs(4, 4, v_reset=0.0), (4,), 1, "only a soft reset"),
-    ("xylo", lambda: convs(1, 1), (1, 4, 4), 0, "not on the chip, use Linear and LIF"),
-    ("xylo", lambda: fcs(4, 4)[:1], (4,), 0, "no neurons behind it, add LIF"),
+    ("xylo", lambda: convs(1, 1), (1, 4, 4), 0, "not on the chip, which has LIF, CubaLIF"),
+    ("xylo", lambda: fcs(4, 4)[:1], (4,), 0, "no neurons behind it"),
 ]
 
 
