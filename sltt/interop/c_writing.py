@@ -37,10 +37,8 @@ class Program:
         self.parts: dict[tuple[str, str], dict[str, str]] = {}  # functions that the network calls; IN and OUT of each
         self.constants: dict[str, tuple[str, Tensor, str]] = {}  # C's type, values, and layer, by name
         self.layers: list[str] = []
-        paths = [re.sub(r"\W", "_", op.name.split(" (")[0], flags=re.ASCII) for op in network.operations]
-        self.names = {
-            op: f"layer{k}_{path}" for k, (op, path) in enumerate(zip(network.operations, paths, strict=True))
-        }
+        paths = (re.sub(r"\W", "_", op.name.split(" (")[0], flags=re.ASCII) for op in network.operations)
+        self.names = dict(zip(network.operations, (f"layer{k}_{path}" for k, path in enumerate(paths)), strict=True))
         parameters = [(name, tensor) for op in network.neurons for name, tensor in op.arrays().items()]
         self.each = {name for name, tensor in parameters if len(tensor) > 1} - {"start"}  # those given by channel
         self.has = {name for name, _ in parameters} | {"shift" for op in network.neurons if op.shift}
@@ -278,9 +276,7 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             return [f"{self._function('pool', x, op.output)}({layer}, {self._given(x)}, {out});"]
         if isinstance(op, Fire):
             states = {s: f"net->{self.names[op]}_{s}" for s in op.states}
-            given = [states.get("i", "NULL")] * ("synapse" in self.has) + [states.get("a", "NULL")] * (
-                "rise" in self.has
-            )
+            given = [states.get(s, "NULL") for s, has in (("i", "synapse"), ("a", "rise")) if has in self.has]
             layer = self._layer("neuron_layer", op, channels=channels, **self._parameters(op))
             before = self.fused.get(op)
             currents = places[0] + offset * (before is None)
