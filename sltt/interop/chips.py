@@ -8,25 +8,24 @@ xylo: Xylo Audio 3. Source: rockpool.ai/devices/xylo-overview.html.
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any
 
 import nir
 import numpy as np
 
 from sltt import checks
 
-Chip = Literal["speck", "xylo"]
 _NEURONS, _WEIGHTS = (nir.IF, nir.LIF, nir.CubaLIF), (nir.Affine, nir.Linear, nir.Conv2d)
 _KINDS = {"speck": (nir.IF, nir.AvgPool2d, nir.Flatten, *_WEIGHTS), "xylo": (*_NEURONS[1:], nir.Flatten, *_WEIGHTS[:2])}
 _CORES = Counter({(16, 64): 3, (32, 32): 2, (64, 16): 2, (16, 16): 2})  # of Speck: Ki of weights and of neurons
 
 
-def check_chip(graph: nir.NIRGraph, chip: Chip) -> list[str]:
+def check_chip(graph: nir.NIRGraph, chip: str) -> list[str]:
     """Return a line for each layer of a graph, and one for all: that it fits on a chip, or a limit that it breaks.
 
-    Limits are sizes, and kinds of layers and neurons. Weights of 8 bits and rates of events are not checked.
+    Chips are "speck" and "xylo"; limits are sizes, and kinds of layers and neurons. Rounding is not checked.
     """
-    checks.choice("chip", chip, get_args(Chip))
+    checks.choice("chip", chip, _KINDS)
     lines, used = [], []
     for name, node in graph.nodes.items():
         before, behind = ([graph.nodes[edge[i]] for edge in graph.edges if edge[1 - i] == name] for i in (0, 1))

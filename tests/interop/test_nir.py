@@ -456,6 +456,13 @@ def fcs(*sizes, **settings):
     return [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), sltt.LIF(**settings))]
 
 
+class Fork(nn.Sequential):
+    def forward(self, x):
+        x = self[1](self[0](x))
+        one, two, three = (self[i + 1](self[i](x)) for i in (2, 4, 6))
+        return one + two + three
+
+
 # layers, the shape of an input, which line names a limit, and what it says
 LIMITS = [
     ("speck", lambda: [nn.AvgPool2d(2), *convs(2, 9), nn.Flatten(), nn.Linear(36, 5)], (2, 8, 8), 4, "no neurons"),
@@ -467,6 +474,7 @@ LIMITS = [
     ("speck", lambda: convs(1, 1, size=17), (1, 20, 20), 0, "17 pixels of a side of the kernel, at most 16"),
     ("speck", lambda: convs(1, 1, stride=3), (1, 20, 20), 0, "only strides of 1, 2, 4 or 8"),
     ("speck", lambda: [nn.AvgPool2d(3), *convs(2, 2, size=1)], (2, 6, 6), 0, "only windows of 1, 2 or 4"),
+    ("speck", lambda: [Fork(*convs(2, 2, 2, 2, 2, size=1))], (2, 4, 4), 1, "3 layers that read it, at most 2"),
     ("speck", lambda: fcs(2, 2), (2,), 1, "not on the chip, which has IF, AvgPool2d, Flatten, Affine"),
     ("speck", lambda: [*convs(2, 2), nn.Flatten(), nn.Linear(8, 5), sltt.IF()], (2, 4, 4), -1, "fit"),
     ("xylo", lambda: fcs(16, 100, 60, 10), (16,), -1, "fit"),
