@@ -75,6 +75,7 @@ def options() -> CommandOptions:
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: graph.nir, step.onnx or folder c in the run")
     parser.add_code()
     parser.add_argument("--dt", type=float, default=1e-4, help="seconds of a time step, for NIR; default: 0.0001")
+    parser.add_argument("--check", choices=("speck", "xylo"), help="say of each layer in NIR whether it fits on a chip")
     parser.add_argument("--name", help="what the names in C begin with; default: the recipe's")
     parser.add_argument("--weights", choices=("float32", "int8"), default="float32", help="in C; default: float32")
     for memory in ("ram", "flash"):
@@ -88,6 +89,8 @@ def run(words: Sequence[str]) -> None:
     known, run = options().parse_args(words), Path(folder)
     built, _, content = load_run("sltt export", folder, known.code)
     report = Console()
+    if known.check and known.to != "nir":
+        raise ValueError(f"--check is of a NIR graph, got --to {known.to}: use --to nir")
     splits = _splits(built, content, report)
     x = splits.collate([(splits.test or splits.train)[0]])[0]
     frame = x if splits.static else x[0]
@@ -101,10 +104,12 @@ def run(words: Sequence[str]) -> None:
         if known.to == "nir":
             import nir  # pyright: ignore[reportMissingImports]
 
-            from sltt.interop import to_nir
+            from sltt.interop import check_chip, to_nir
 
-            nir.write(out, to_nir(built.model, frame, dt=known.dt))
+            nir.write(out, graph := to_nir(built.model, frame, dt=known.dt))
             report.line(f"written to {out}; a time step is {known.dt:g} seconds")
+            for line in check_chip(graph, known.check) if known.check else ():
+                report.line(line)
         else:
             from sltt.interop import to_onnx
 

@@ -12,12 +12,15 @@ from sltt.interop.conversion import ConversionError as ConversionError, convert 
 from sltt.interop.onnx import to_onnx as to_onnx
 
 if TYPE_CHECKING:
+    from sltt.interop.chips import check_chip as check_chip
     from sltt.interop.nir_export import to_nir as to_nir
     from sltt.interop.nir_import import from_nir as from_nir
+    from sltt.interop.snntorch import to_snntorch as to_snntorch
 
 
 def __getattr__(name: str) -> Any:
-    home = {"to_nir": "nir_export", "from_nir": "nir_import"}.get(name)
+    homes = {"to_nir": "nir_export", "from_nir": "nir_import", "check_chip": "chips", "to_snntorch": "snntorch"}
+    home = homes.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"sltt.interop.{home}"), name)

@@ -61,7 +61,7 @@ def to_c(
     The C has no dependency but <stdint.h> and <string.h>, allocates nothing, and computes layers that read spikes on
     active inputs alone. The network runs in evaluation mode. [Layers](to-a-microcontroller.md#layers) are convolutions,
     linear layers, BatchNorm, pooling, sums, `torch.cat`, delays, `LIF`, `IF`, `PLIF`, `ChannelLIF`, `CubaLIF`, `ALIF`,
-    `LI`, `Recurrent`.
+    `IntegerLIF`, `TernaryLIF`, `LI`, `Recurrent`.
 
     Args:
         model: maps one time step [B, ...] to logits [B, classes], or [B, classes, H, W] of the pixels of an image.
@@ -91,6 +91,8 @@ def to_c(
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another folder, or remove this one")
     check_finite(model)
+    if not example.numel():
+        raise ValueError(f"the example is empty, {list(example.shape)}: give some samples")
     x = torch.stack([sequence.input(range(t, t + 1)) for t in range(sequence.steps)]).float().cpu()
     model = copy_model(model).float().cpu().eval()
     expected = unroll(model, x)
@@ -137,7 +139,7 @@ def _quantise(network: Network, x: Tensor) -> Network:
             return output
         before = values[spikes[op.name]].double()
         apart[op.name] += int((before != output).sum())
-        most[op.name] += int((before + output > 0).sum())
+        most[op.name] += int((before.abs() + output.abs() > 0).sum())
         return before  # so that the rounding of each layer counts alone
 
     rounded, error, spread, power = integers.run(x, compare), 0.0, 0.0, 0.0

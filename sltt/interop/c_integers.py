@@ -36,13 +36,13 @@ def in_integers(network: Network, x: Tensor) -> Network:
     """
     if not x.any():
         raise ValueError("the example sets the scale of the input in int8, and is zero everywhere: give real samples")
-    for gain in (_GAIN, 8):
+    for gain, narrow in ((_GAIN, False), (8, False), (_GAIN, True)):
         with suppress(ValueError):  # with fewer units, sums may stay in 32 bits
-            return _in_integers(network, x, gain)
-    return _in_integers(network, x, 1)
+            return _in_integers(network, x, gain, narrow)
+    return _in_integers(network, x, 1, narrow=True)
 
 
-def _in_integers(network: Network, x: Tensor, gain: int) -> Network:
+def _in_integers(network: Network, x: Tensor, gain: int, narrow: bool) -> Network:
     made = copy.copy(network)
     made.operations, made.integers = [], True
     counts = bool((x == x.round()).all()) and x.abs().max() <= 127
@@ -57,8 +57,8 @@ def _in_integers(network: Network, x: Tensor, gain: int) -> Network:
         elif isinstance(op, Pool) and op.output in thresholds:
             thresholds[op.inputs[0]] = thresholds[op.output] / op.factor
 
-    def add(op: Operation, gain: int = 1) -> None:
-        last = network.steps if op.output is made.output else 0
+    def add(op: Operation, gain: int = 1, last: int = 0) -> None:
+        last = network.steps if op.output is made.output else last
         threshold = thresholds.get(op.output)
         rule = _RULES.get(type(op), _keep)
         rule = partial(_affine, gain=gain) if isinstance(op, Affine) else rule
@@ -73,8 +73,8 @@ def _in_integers(network: Network, x: Tensor, gain: int) -> Network:
     joined = {op.output for op in network.operations if isinstance(op, Join) and not op.output.spikes}
     for op in map(copy.copy, network.operations):
         for value in op.inputs:
-            if value.spikes:
-                units[value], bounds[value] = torch.ones(value.shape[0]).double(), 1.0
+            if value.spikes or value.levels:
+                units[value], bounds[value] = torch.ones(value.shape[0]).double(), float(value.levels or 1)
                 whole.add(value)
         for name, tensor in op.arrays().items():
             setattr(op, name, tensor.double())
@@ -96,6 +96,9 @@ def _in_integers(network: Network, x: Tensor, gain: int) -> Network:
                 before, op.inputs[i] = op.inputs[i], Value(value.shape)
                 thresholds[op.inputs[i]] = threshold
                 add(Sum(name, [before], op.inputs[i], [None]))
+        if narrow and isinstance(op, Weights) and bounds[op.inputs[0]] * (most := 127 * op.weight[0].numel()) >= LIMIT:
+            before, op.inputs = op.inputs, [Value(op.inputs[0].shape)]
+            add(Sum(name, before, op.inputs[0], [None]), last=4 * most)
         add(op, gain if op.inputs[0] in whole else 1)
     unit, reach = units[made.output], bounds[made.output]
     if unit.ne(unit[0]).any() or reach * network.steps >= 2**31:  # logits are compared with each other, and summed
@@ -144,7 +147,10 @@ def _weights(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, las
 
 def _affine(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int, gain: int = 1) -> Tensor:
     value = op.gain * units[op.inputs[0]]
-    unit = torch.maximum(value.abs() / gain, op.shift.abs() / _FINE)
+    unit = value.abs() / gain
+    if threshold is not None and gain > 1:  # finer where a spike is many thresholds
+        unit = torch.minimum(unit, torch.maximum(threshold / gain, unit / 8))
+    unit = torch.maximum(unit, op.shift.abs() / _FINE)
     unit = _room(torch.where(unit > 0, unit, 1.0), threshold)
     op.gain, op.shift = (value / unit).round(), (op.shift / unit).round()
     bounds[op.output] = bounds[op.inputs[0]] * op.gain.abs().max().item() + op.shift.abs().max().item()
@@ -185,9 +191,9 @@ def _fire(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: 
     op.start = (op.start / unit).round().clamp(-PEAK, PEAK)
     for name in {"decay", "synapse", "adaptation"} & op.arrays().keys():
         setattr(op, name, (getattr(op, name) * 2**SHIFT).round())
-    if op.rise is not None:
-        op.rise = (op.rise / unit).round().clamp(0, PEAK)
-    bounds[op.output] = 1.0
+    for name in {"rise", "subtract"} & op.arrays().keys():
+        setattr(op, name, (getattr(op, name) / unit).round().clamp(0, PEAK))
+    bounds[op.output] = float(op.output.levels or 1)
     return torch.ones_like(unit)
 
 

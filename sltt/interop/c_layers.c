@@ -342,6 +342,8 @@ typedef struct {
     FIELD(FACTOR, synapse);                  /* what stays of a synaptic current */  //? synapse
     FIELD(FACTOR, adaptation);               /* what stays of a raise of the threshold */  //? adaptation
     FIELD(STATE, rise);                      /* what a spike adds to it */  //? adaptation
+    FIELD(STATE, subtract);                  /* what a spike takes off */  //? subtract
+    int levels, negative;                    /* of graded spikes: the largest; whether there is one of -1 */  //? levels
 } neuron_layer;
 // part lif: neuron_layer charge
 /* Charge the neurons of one pixel with the currents in. Those that reach their threshold spike, and are reset. */
@@ -366,12 +368,30 @@ static void lif$(const neuron_layer *l, const IN *in, int pixel, uint32_t *spike
             u = charge(l->AT(decay), v[k], u);
             if (u >= threshold) {
                 word |= bit;
-                u = l->hard ? 0 : u - l->AT(threshold);
+                u = l->hard ? 0 : u - l->AT(TAKEN);
             }
             v[k] = (STATE)u;
             if (a)  //? adaptation
                 a[k] = (STATE)charge(l->AT(adaptation), a[k], word & bit ? l->AT(rise) : 0);  //? adaptation
         }
         spikes[i >> 5] = word;
+    }
+}
+// part graded: neuron_layer charge
+/* As lif, with spikes of several levels, each of which takes off as much. */
+static void graded$(const neuron_layer *l, const IN *in, int pixel, OUT *spikes, STATE *v)
+{
+    for (int c = 0, i = pixel * l->channels; c < l->channels; c++, i++) {
+        NUMBER u = charge(l->AT(decay), v[i], CURRENT);
+        int s = 0;
+
+        for (; s < l->levels && u >= l->AT(threshold); s++)
+            u -= l->AT(TAKEN);
+        if (l->negative && -u >= l->AT(threshold)) {
+            u += l->AT(TAKEN);
+            s = -1;
+        }
+        v[i] = (STATE)u;
+        spikes[i] = (OUT)s;
     }
 }

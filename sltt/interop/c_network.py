@@ -24,10 +24,12 @@ class Value:
     Attributes:
         shape: C, H, W.
         spikes: it is 0 or 1, and C keeps it as bits.
+        levels: of graded spikes, the largest; else 0.
     """
 
     shape: tuple[int, int, int]
     spikes: bool = False
+    levels: int = 0
 
     @property
     def size(self) -> int:
@@ -104,8 +106,10 @@ class Fire(Operation):
         i = α i + x        with `synapse`; else i is x
         u = λ v + i
         s = [u ≥ θ + a]    a is 0 without `adaptation`
-        v = u − θ s, or u (1 − s) with `hard`
+        v = u − r s, or u (1 − s) with `hard`; r is θ without `subtract`
         a = ρ a + β s
+
+    Graded spikes are the sum of [u ≥ θ + k r] for k below `output.levels`; with `negative` less [−u ≥ θ].
 
     All parameters are [C], or [1] where the channels share one. In integers, x counts 2^-shift, and states have
     16 bits.
@@ -118,9 +122,12 @@ class Fire(Operation):
     synapse: Tensor | None = None
     adaptation: Tensor | None = None
     rise: Tensor | None = None
+    subtract: Tensor | None = None
+    negative: bool = False
     integers: bool = False
     shift: int = 0
-    tensors = ("decay", "threshold", "start", "synapse", "adaptation", "rise")
+    tensors = ("decay", "threshold", "start", "synapse", "adaptation", "rise", "subtract")
+    counts = True
 
     @property
     def states(self) -> list[str]:
@@ -134,11 +141,14 @@ class Fire(Operation):
             states["i"] = x = self._charge(self.synapse, states.get("i", none), x)
         u = self._charge(self.decay, states.get("v", none + _channels(self.start)), x)
         threshold, raised = _channels(self.threshold), states.get("a", none)
-        s = (u >= threshold + raised).to(u.dtype)
+        amount = threshold if self.subtract is None else _channels(self.subtract)
+        above = torch.stack([u - (threshold + raised + k * amount) for k in range(self.output.levels or 1)])
+        below = (-u - threshold).expand(int(self.negative), *u.shape)
+        s = (above >= 0).sum(0).to(u.dtype) - (below >= 0).sum(0).to(u.dtype)
         if "margin" in states:
-            apart = (u - threshold - raised).abs().flatten(1).amin(1)
+            apart = torch.cat([above, below]).abs().transpose(0, 1).flatten(1).amin(1)
             states["margin"] = torch.minimum(states["margin"], apart)
-        states["v"] = u * (1 - s) if self.hard else u - threshold * s
+        states["v"] = u * (1 - s) if self.hard else u - amount * s
         if self.adaptation is not None and self.rise is not None:
             states["a"] = self._charge(self.adaptation, raised, _channels(self.rise) * s)
         return s

@@ -10,12 +10,12 @@ from sltt.interop import c_network, reading
 from sltt.interop.c_network import Affine, Fire, Network, Operation, Pool, Spread, Sum, Taps, Value, Weights
 from sltt.interop.conversion import add_remedies, describe, require
 from sltt.interop.reading import Call, pair
-from sltt.neurons import ALIF, IF, LI, LIF, PLIF, ChannelLIF, CubaLIF, Delay, Neuron, Recurrent
+from sltt.neurons import ALIF, IF, LI, LIF, PLIF, ChannelLIF, CubaLIF, Delay, IntegerLIF, Neuron, Recurrent, TernaryLIF
 from sltt.sequence.hooks import own_forward
 from sltt.sequence.state import Stateful
 from sltt.surrogates import Above, Surrogate
 
-_NEURONS = (LIF, IF, PLIF, ChannelLIF, CubaLIF, ALIF)
+_NEURONS = (LIF, IF, PLIF, ChannelLIF, CubaLIF, ALIF, IntegerLIF, TernaryLIF)
 
 
 def read(model: nn.Module, x: Tensor, steps: int) -> Network:
@@ -41,6 +41,8 @@ def read(model: nn.Module, x: Tensor, steps: int) -> Network:
     wide = [op for op in network.operations if isinstance(op, Pool) and op.adaptive]
     _refuse([f"{op.name}, whose windows have several sizes with no linear layer behind it" for op in wide])
     for op in network.operations:
+        if isinstance(op, Fire) and op.subtract is None and any(one.subtract is not None for one in network.neurons):
+            op.subtract = op.threshold  # C has one kind of layer for all
         for name, tensor in op.arrays().items():
             setattr(op, name, tensor.float())
     return network
@@ -90,7 +92,8 @@ class _Reader:
             return self._neuron(name, layer, x)
         if isinstance(layer, Delay):
             shape = len(layer.taps) * x.shape[0], *x.shape[1:]
-            return self._add(Taps(name, [x], Value(shape, x.spikes), layer.taps, layer.depth)) if layer.depth else x
+            late = Value(shape, x.spikes, x.levels)
+            return self._add(Taps(name, [x], late, layer.taps, layer.depth)) if layer.depth else x
         require(kind is not None, "")
         if kind is nn.Flatten:
             last = len(given) - 1
@@ -112,7 +115,7 @@ class _Reader:
 
     def vector(self, x: Value) -> Value:
         """Return an image that was flattened as a vector, in PyTorch's order."""
-        vector = Value((x.size, 1, 1), x.spikes)
+        vector = Value((x.size, 1, 1), x.spikes, x.levels)
         return x if x.shape == vector.shape else self._add(c_network.Join("flatten", [x], vector))
 
     def _affine(self, name: str, x: Value, gain: Tensor, shift: Tensor) -> Value:
@@ -123,7 +126,7 @@ class _Reader:
         require(not own_forward(module, Recurrent), "")
         require(isinstance(module.layer, reading.WEIGHTS), f" with a layer of type {type(module.layer).__name__}")
         x = self.vector(x) if isinstance(module.layer, nn.Linear) else x
-        before, total = Value(x.shape, spikes=True), Value(x.shape)
+        before, total = _spikes(x, module.neuron), Value(x.shape)
         path = name.removesuffix(" (Recurrent)")
         back = self._add(_weights(describe(f"{path}.layer", module.layer), module.layer, before, given, Value(x.shape)))
         self._add(Sum(f"{path}.sum", [x, back], total, [None, None]))
@@ -140,24 +143,31 @@ class _Reader:
         require(type(module) in _NEURONS and not own_forward(module, Neuron), "")
         surrogate: Any = type(module.surrogate)
         require(surrogate.fires in (Surrogate.fires, Above.fires), ", which fires in a way of its own")
-        require(getattr(module, "subtract", None) is None, ", which subtracts another amount than its threshold")
         given = module.arguments()
         counts = {value.numel() for value in given.values() if isinstance(value, Tensor)}
         x = x if counts <= {1, x.shape[0]} else self.vector(x)
         reset_to, decay = given.get("v_reset"), _flat(given["decay"])
         rest = reset_to or 0.0
-        threshold = _flat(given["threshold"] if "threshold" in given else given["v_threshold"]) - rest
+        threshold, subtract = _flat(given.get("threshold", given.get("v_threshold"))) - rest, given.get("subtract")
+        if isinstance(module, IntegerLIF):
+            threshold, subtract = threshold / 2, threshold
         if isinstance(module.surrogate, Above):
             threshold = torch.nextafter(threshold.float(), torch.tensor(torch.inf)).double()
         if (gain := 1 - decay if given.get("decay_input") else _flat(given.get("gain", 1.0))).ne(1).any():
             x = self._affine(name, x, gain, torch.zeros(1))
-        fire = Fire(name, [x], Value(x.shape, spikes=True), decay, threshold, _flat(module.first_states()["v"]) - rest)
-        fire.hard = reset_to is not None
+        fire = Fire(name, [x], _spikes(x, module), decay, threshold, _flat(module.first_states()["v"]) - rest)
+        fire.hard, fire.negative = reset_to is not None, isinstance(module, TernaryLIF)
+        fire.subtract = None if subtract is None else _flat(subtract)
         if isinstance(module, CubaLIF):
             fire.synapse = _flat(given["synaptic_decay"])
         if isinstance(module, ALIF):
             fire.adaptation, fire.rise = _flat(given["threshold_decay"]), _flat(given["beta"])
         return self._add(fire)
+
+
+def _spikes(x: Value, neuron: Any) -> Value:
+    levels = neuron.levels if isinstance(neuron, IntegerLIF) else int(isinstance(neuron, TernaryLIF))
+    return Value(x.shape, not levels, levels)
 
 
 def _flat(value: Any) -> Tensor:

@@ -17,6 +17,7 @@ _WORDS = ("input", "number", "weight", "row", "factor", "state")
 _INTEGERS = ("int8_t", "int32_t", "int8_t", "uint32_t", "int16_t", "int16_t")
 _TYPES = {"float32": dict.fromkeys(_WORDS, "float"), "int8": dict(zip(_WORDS, _INTEGERS, strict=True))}
 _KINDS = {"values": "number", "small": "input", "kept": "state", "spikes": "input"}  # of buffers; of one spike
+_OF_NEURONS = ("decay", "threshold", "synapse", "adaptation", "rise", "subtract")
 _BYTES = {"float": 4, "int32_t": 4, "uint32_t": 4, "int16_t": 2, "int8_t": 1}
 
 
@@ -36,13 +37,12 @@ class Program:
         self.parts: dict[tuple[str, str], dict[str, str]] = {}  # functions that the network calls; IN and OUT of each
         self.constants: dict[str, tuple[str, Tensor, str]] = {}  # C's type, values, and layer, by name
         self.layers: list[str] = []
-        paths = [re.sub(r"\W", "_", op.name.split(" (")[0], flags=re.ASCII) for op in network.operations]
-        self.names = {
-            op: f"layer{k}_{path}" for k, (op, path) in enumerate(zip(network.operations, paths, strict=True))
-        }
+        paths = (re.sub(r"\W", "_", op.name.split(" (")[0], flags=re.ASCII) for op in network.operations)
+        self.names = dict(zip(network.operations, (f"layer{k}_{path}" for k, path in enumerate(paths)), strict=True))
         parameters = [(name, tensor) for op in network.neurons for name, tensor in op.arrays().items()]
         self.each = {name for name, tensor in parameters if len(tensor) > 1} - {"start"}  # those given by channel
         self.has = {name for name, _ in parameters} | {"shift" for op in network.neurons if op.shift}
+        self.has |= {"levels" for op in network.neurons if op.output.levels}
         given = f", const {name}_input *input"
         at_reset, at_step = (given, "") if network.once else ("", given)
         self.reset = f"{name}_reset({name}_net *net{at_reset})"
@@ -200,7 +200,8 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
     def _set_types(self, text: str, types: dict[str, str]) -> str:
         lines = [line.partition("//?") for line in text.splitlines()]
         text = "\n".join(line.rstrip() for line, _, only in lines if not only or only.strip() in self.has)
-        for field in ("decay", "threshold", "synapse", "adaptation", "rise"):
+        text = text.replace("TAKEN", "subtract" if "subtract" in self.has else "threshold")
+        for field in _OF_NEURONS:
             declared, one = (rf"const \1 *{field}", rf"{field}[c]") if field in self.each else (rf"\1 {field}", field)
             text = re.sub(rf"FIELD\((\w+), {field}\)", declared, text).replace(f"AT({field})", one)
         shifted = "(in[c] + ((1 << l->shift) >> 1)) >> l->shift"  # to the nearest integer
@@ -275,13 +276,13 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             return [f"{self._function('pool', x, op.output)}({layer}, {self._given(x)}, {out});"]
         if isinstance(op, Fire):
             states = {s: f"net->{self.names[op]}_{s}" for s in op.states}
-            given = [states.get("i", "NULL")] * ("synapse" in self.has) + [states.get("a", "NULL")] * (
-                "rise" in self.has
-            )
+            given = [states.get(s, "NULL") for s, has in (("i", "synapse"), ("a", "rise")) if has in self.has]
             layer = self._layer("neuron_layer", op, channels=channels, **self._parameters(op))
             before = self.fused.get(op)
             currents = places[0] + offset * (before is None)
-            call = f"{self._function('lif', x, x)}({', '.join([layer, currents, 'i', out, *given, states['v']])});"
+            function = self._function("graded", x, op.output) if op.output.levels else self._function("lif", x, x)
+            given = [] if op.output.levels else given
+            call = f"{function}({', '.join([layer, currents, 'i', out, *given, states['v']])});"
             return _for_each(size // channels, [self._pixel(before, places[0]), call] if before else [call])
         if isinstance(op, Keep):
             if x is self.network.input:
@@ -356,10 +357,11 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
 
     def _parameters(self, op: Fire) -> dict[str, Any]:
         """Return the fields of a layer of neurons: numbers, or arrays where a layer of the network has them."""
-        fields: dict[str, Any] = {name: int(getattr(op, name)) for name in ("hard", "shift") if getattr(op, name)}
-        for field in ("decay", "threshold", "synapse", "adaptation", "rise"):
+        flags = {name: int(getattr(op, name)) for name in ("hard", "shift", "negative")} | {"levels": op.output.levels}
+        fields: dict[str, Any] = {name: value for name, value in flags.items() if value}
+        for field in _OF_NEURONS:
             if (values := getattr(op, field)) is not None:
-                kind = "state" if field in ("threshold", "rise") else "factor"
+                kind = "state" if field in ("threshold", "rise", "subtract") else "factor"
                 if field in self.each:
                     fields[field] = self._constant(op, field, values.expand(op.output.shape[0]), kind)
                 else:

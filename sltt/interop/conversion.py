@@ -5,6 +5,7 @@ Each library's file translates its neurons and their parameters; docs/interop.md
 
 import copy
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,29 +36,36 @@ def convert(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: naming every neuron that has no exact counterpart here, and why.
     """
+    remedy = "The rules take these neurons as they are"
+    return translate_all(model, _translate, f"no exact counterpart here for {{}}. {remedy}")
+
+
+def translate_all(model: nn.Module, translate: Callable[[Any], nn.Module], message: str) -> nn.Module:
+    """Return a copy of a network with each module replaced; raise ValueError with a message of those that cannot be."""
     reset(instance("model", model, nn.Module))
     refused: dict[nn.Module, str] = {}
     copies: dict[int, Any] = {}
-    _translate_all(model, "", copies, refused)
+    _translate_module(model, "", translate, copies, refused)
     if refused:
-        names = "; ".join(refused.values())
-        raise ValueError(f"no exact counterpart here for {names}. The rules take these neurons as they are")
+        raise ValueError(message.format("; ".join(refused.values())))
     return copy.deepcopy(model, copies)
 
 
-def _translate_all(module: nn.Module, path: str, copies: dict[int, Any], refused: dict[nn.Module, str]) -> None:
+def _translate_module(
+    module: nn.Module, path: str, translate: Any, copies: dict[int, Any], refused: dict[nn.Module, str]
+) -> None:
     """Put what replaces the modules into `copies`, the memory of `copy.deepcopy`; one that is used twice stays one."""
     if id(module) in copies:
         return
     try:
-        new = _translate(module)
+        new = translate(module)
     except ConversionError as reason:
         refused[module] = f"{describe(path, module)}, which {reason}"
         return
     if new is not module and has_hooks(module, backward=True):
         refused[module] = f"{describe(path, module)}, which has hooks that ours would not run"
     for name, child in new.named_children():
-        _translate_all(child, f"{path}.{name}".lstrip("."), copies, refused)
+        _translate_module(child, f"{path}.{name}".lstrip("."), translate, copies, refused)
     if new is not module:
         copies[id(module)] = copy.deepcopy(new, copies)
 
@@ -131,10 +139,13 @@ def check_finite(model: nn.Module) -> None:
 _NEAREST = {
     **dict.fromkeys(("layernorm", "groupnorm", "instancenorm"), "BatchNorm"),
     "relu": "neurons",
+    **dict.fromkeys(("(alif)", "(channellif)", "(integerlif)", "(ternarylif)"), "LIF, PLIF, IF or CubaLIF"),
+    "(runningmax)": "MaxPool",
     "adaptivemaxpool": "MaxPool",
     "softmax": "the logits before it, whose largest is the same in each time step",
     "sigmoid": "the logit before it: 0 is a probability of 0.5",
-    "operation sub": "x + (-1.0) * y",
+    "operation sub": "x + (-1.0) * y; of a number, the bias of a layer",
+    "operation unsqueeze": "an input [B, 1, ...]",
     "operation squeeze": "an output [B, 1]",
     "transpose": "Conv on all pixels",
 }

@@ -107,9 +107,8 @@ def _surrogate(p: Any) -> surrogates.Surrogate:
         return surrogates.Above(surrogates.FastSigmoid(1.0, scale=2.0))
     if p.method == "triangle" and p.alpha == 1:
         return surrogates.Above(surrogates.Triangle())
-    raise ConversionError(
-        f"has the surrogate {p.method} of alpha = {float(p.alpha):g}, which is not in sltt.surrogates"
-    )
+    given = f"{p.method} of alpha = {float(p.alpha):g}"
+    raise ConversionError(f"has the surrogate {given}, which is not in sltt.surrogates")
 
 
 def _refuse_spiking(module: Any) -> nn.Module:

@@ -140,12 +140,8 @@ class _Reader(fx.Interpreter):
                 return "shift", float(numbers[0])
             if name in ("sub", "isub") and given[1] is numbers[0]:
                 return "shift", -float(numbers[0])
-        if (
-            len(inputs) == 1
-            and name in ("view", "reshape", "squeeze")
-            and len(shape) == 2
-            and shape[0] == inputs[0].shape[0]
-        ):
+        flat = len(inputs) == 1 and len(shape) == 2 and shape[0] == inputs[0].shape[0]
+        if flat and name in ("view", "reshape", "squeeze"):
             return nn.Flatten, nn.Flatten()
         if name == "unsqueeze" and inputs[0].kind == "input" and shape[1] == 1:
             return "image", None

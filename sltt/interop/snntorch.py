@@ -1,11 +1,12 @@
 """snnTorch's neurons with `init_hidden=True`: their states are the buffers that are not saved.
 
 snnTorch's own reset and detach reach the neurons that its constructors saw, not those of a copy of the network; these
-reach the neurons that the network has.
+reach the neurons that the network has. `to_snntorch` is the way back.
 """
 
 # pyright: reportMissingImports=false
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,9 +17,40 @@ from torch import nn
 
 from sltt import surrogates
 from sltt.interop.adapted import BeforeReset, make_adapter
-from sltt.interop.conversion import ConversionError, leaky, read_constant, require, synaptic
-from sltt.neurons import IntegrateAndFire
-from sltt.sequence.state import register, role_of, set_role
+from sltt.interop.conversion import ConversionError, leaky, read_constant, require, synaptic, translate_all
+from sltt.neurons import IF, LIF, PLIF, IntegrateAndFire, Neuron
+from sltt.neurons.dropout import Dropout
+from sltt.sequence.hooks import own_forward
+from sltt.sequence.state import Stateful, register, role_of, set_role
+
+
+def to_snntorch(model: nn.Module) -> nn.Module:
+    """Return a copy of a network with neurons of snnTorch, `Leaky(init_hidden=True)`, and the same outputs.
+
+    `IF`, and `LIF` and `PLIF` with v_reset=0 or `LIF` with subtract=V_th/λ: snnTorch subtracts the threshold after the
+    leak of the next time step. `Dropout` becomes nn.Dropout; layers of PyTorch stay.
+
+    Raises:
+        ValueError: naming every layer with a state that snnTorch has not, and the nearest that it has.
+    """
+    return translate_all(model, _make_leaky, "snnTorch has no counterpart for {}")
+
+
+def _make_leaky(module: Any) -> nn.Module:
+    neuron: Any = module
+    if type(module) is Dropout or not isinstance(module, Stateful):
+        return nn.Dropout(neuron.p).train(neuron.training) if isinstance(module, Dropout) else module
+    plain = type(module) in (IF, LIF, PLIF) and not own_forward(module, Neuron)
+    require(plain, "has other dynamics than IF, LIF and PLIF")
+    require(neuron.v_init in (None, neuron.v_reset or 0), "has a v_init: leave it out")
+    require(not neuron.decay_input, "has decay_input: scale the weights before it by 1/τ")
+    decay, threshold = torch.as_tensor(neuron.decay(), dtype=torch.float64).detach(), neuron.v_threshold
+    delayed = neuron.v_reset is None and math.isclose(float(decay) * (neuron.subtract or threshold), threshold)
+    remedy = f"use v_reset=0, or LIF with subtract={threshold / decay:.9g}"
+    require(neuron.v_reset == 0 or delayed, f"resets in another way than snnTorch: {remedy}")
+    settings: dict[str, Any] = {"init_hidden": True, "reset_mechanism": "subtract" if delayed else "zero"}
+    settings |= {"threshold": torch.tensor(threshold, dtype=torch.float64), "learn_beta": isinstance(neuron, PLIF)}
+    return Leaky(decay, spike_grad=neuron.surrogate, **settings)
 
 
 def _states(module: Any) -> Iterator[str]:

@@ -46,12 +46,8 @@ def _translate(module: Any) -> nn.Module:
     require(kind is not None, "has other dynamics than LIFNode, IFNode and ParametricLIFNode")
     require(module.step_mode == "s", "is in multi-step mode: call functional.set_step_mode(model, 's')")
     require(not module.store_v_seq, "stores its membrane potentials: set store_v_seq = False")
-    arguments: dict[str, Any] = {
-        "v_threshold": module.v_threshold,
-        "v_reset": module.v_reset,
-        "detach_reset": module.detach_reset,
-        "surrogate": _surrogate(module.surrogate_function),
-    }
+    arguments: dict[str, Any] = {name: getattr(module, name) for name in ("v_threshold", "v_reset", "detach_reset")}
+    arguments["surrogate"] = _surrogate(module.surrogate_function)
     if kind is IF:
         return IF(**arguments)
     if kind is LIF:

@@ -145,7 +145,8 @@ constexpr int64_t COLUMNS = WIDEST * LANES;
 // Call function(NV, column) for each part of `columns` that has NV whole vectors, which is a constant.
 template <class F>
 INLINE void for_columns(int64_t columns, const F& function) {
-  for (int64_t at = 0; at < columns;) {
+  int64_t at = 0;
+  while (at < columns) {
     const int64_t left = (columns - at + LANES - 1) / LANES;
     const auto part = [&](auto width) { function(width, at), at += width() * LANES; };
     if (left >= WIDEST) part(std::integral_constant<int, WIDEST>());

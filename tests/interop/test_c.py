@@ -207,6 +207,16 @@ def more_networks() -> dict[str, Any]:
     fine += [nn.Conv2d(2, 8, 3), sltt.LIF(v_threshold=0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
     taken = ("NULL", "no", "exp_gain", "exp", "größe", "gr__e", "int8_t", "flat", "main")  # by C, gcc, each other
     found["finer units"] = nn.Sequential(OrderedDict(zip(taken, fine, strict=True))), (16, 16, 2, 12, 9), None
+    less = [nn.Linear(12, 16), sltt.LIF(tau=2.0, v_threshold=0.3, subtract=0.2), nn.Linear(16, 16)]
+    less += [sltt.LIF(tau=2.0, v_reset=0.0, v_threshold=0.1), nn.Linear(16, 3)]
+    found["another reset"] = nn.Sequential(*less), (8, 4, 12), None
+    row = [nn.Linear(64, 512), nn.Linear(512, 32), sltt.LIF(v_threshold=0.1), nn.Linear(32, 32), nn.Linear(32, 3)]
+    found["linear layers in a row"] = nn.Sequential(*row), (8, 4, 64), None
+    graded = [nn.Conv2d(2, 33, 3, padding=1), sltt.IntegerLIF(v_threshold=0.3), nn.MaxPool2d(2), sltt.TernaryLIF()]
+    graded += [sltt.Delay([1, 0]), nn.BatchNorm2d(66), sltt.LIF(), nn.AvgPool2d(2, 1), sltt.IntegerLIF(v_threshold=0.5)]
+    back = sltt.Recurrent(sltt.TernaryLIF(v_threshold=0.4), nn.Linear(9, 9))
+    graded += [nn.Flatten(), nn.Linear(132, 9), back, nn.Linear(9, 3)]
+    found["graded spikes"] = nn.Sequential(*graded), (8, 4, 2, 4, 6), None
     return found
 
 
@@ -302,7 +312,7 @@ def test_c_in_integers_is_the_reference_to_the_last_bit(key, compiled):
     assert torch.equal(got.double(), case.exported.network.unroll(case.x))
     expected = sltt.unroll(case.model, case.x).mean(0)
     apart = (got.mean(0, dtype=torch.float64) * case.exported.network.logit_scale - expected).std()
-    fine = ("finer units", "branches", "flattened", "logits of pixels", "spikes of pixels")
+    fine = ("linear layers in a row", "finer units", "branches", "flattened", "logits of pixels", "spikes of pixels")
     assert apart < (0.1 if key in fine else 0.5) * expected.std()
 
 
@@ -499,10 +509,21 @@ __attribute__((section(".vectors"), used)) static const void *vectors[] = {(void
 """
 
 
+PROCESSORS = {
+    "Cortex-M4": (
+        ["arm-none-eabi-gcc", *CORTEX, "start.c"],
+        ["qemu-system-arm", "-M", "mps2-an386", "-nographic", "-semihosting", "-kernel"],
+    ),
+    "s390x, big-endian": (["s390x-linux-gnu-gcc", *STRICT, "-static"], ["qemu-s390x"]),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["float32", "int8"])
-def test_the_digits_run_on_a_cortex_m4_with_the_same_bits(weights, tmp_path):
-    for program in ("arm-none-eabi-gcc", "qemu-system-arm"):
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_the_digits_run_on_other_processors_with_the_same_bits(processor, weights, tmp_path):
+    compiler, emulator = PROCESSORS[processor]
+    for program in (compiler[0], emulator[0]):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
     model, x = sltt.models.DigitsNet(width=16), torch.randn(8, 1, 8, 8)
@@ -511,11 +532,9 @@ def test_the_digits_run_on_a_cortex_m4_with_the_same_bits(weights, tmp_path):
     folder = exported.folder
     (folder / "driver.c").write_text(DRIVER)
     (folder / "start.c").write_text(START)
-    here, there = ["./here"], ["qemu-system-arm", "-M", "mps2-an386", "-nographic", "-semihosting", "-kernel", "there"]
-    files = ["driver.c", "digits.c"]
+    here, there, files = ["./here"], [*emulator, "./there"], ["driver.c", "digits.c"]
     subprocess.run(["gcc", *STRICT, "-o", "here", *files], cwd=folder, check=True)
-    arm = ["arm-none-eabi-gcc", *CORTEX, "-o", "there", "start.c", *files]
-    subprocess.run(arm, cwd=folder, check=True, capture_output=True)
+    subprocess.run([*compiler, "-o", "there", *files], cwd=folder, check=True, capture_output=True)
     shown = [
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=120).stdout
         for command in (here, there)
@@ -523,6 +542,8 @@ def test_the_digits_run_on_a_cortex_m4_with_the_same_bits(weights, tmp_path):
     assert shown[0] == shown[1]
     assert "digits: 4 samples, 0 of 160 logits differ" in shown[0]
     assert len(set(shown[0].splitlines())) > 20
+    if processor != "Cortex-M4":
+        return
     energy, measured = measure_energy(model, x, steps=4), _measure(folder, "digits")
     flash, stack, counted = (int(re.sub(r"\D", "", one.partition(" a sample")[0])) for one in measured)
     operations = energy.total("effective_acs") + energy.total("effective_macs")

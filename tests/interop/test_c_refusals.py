@@ -19,7 +19,7 @@ class Own(sltt.LIF):
 REFUSED = {
     "GroupNorm": (nn.GroupNorm(2, 6), r"0 \(GroupNorm\) \(use BatchNorm\)"),
     "a neuron of one's own": (Own(), r"0 \(Own\)"),
-    "RunningMax": (sltt.RunningMax(nn.MaxPool1d(1)), r"0 \(RunningMax\)"),
+    "RunningMax": (sltt.RunningMax(nn.MaxPool1d(1)), r"0 \(RunningMax\) \(use MaxPool\)"),
     "an activation": (nn.ReLU(), r"0 \(ReLU\) \(use neurons\)"),
     "softmax": (nn.LogSoftmax(1), r"0 \(LogSoftmax\) \(use the logits before it, whose largest is the same in each"),
 }

@@ -93,6 +93,47 @@ def test_neurons_of_snntorch(kwargs):
     assert converted[1].surrogate == sltt.surrogates.Above(sltt.surrogates.ArcTan())
 
 
+NEURONS = {
+    "IF": lambda: sltt.IF(v_threshold=0.4),
+    "IF, hard": lambda: sltt.IF(v_reset=0.0, v_threshold=0.4),
+    "LIF, hard": lambda: sltt.LIF(tau=3.0, v_reset=0.0, v_threshold=0.3, v_init=0.0),
+    "LIF": lambda: sltt.LIF(
+        tau=3.0, subtract=0.45, v_threshold=0.3, surrogate=sltt.surrogates.Above(sltt.surrogates.ArcTan())
+    ),
+    "PLIF, hard": lambda: sltt.PLIF(tau=2.0, v_reset=0.0, v_threshold=0.3),
+}
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_networks_in_snntorch(neuron):
+    utils, make = pytest.importorskip("snntorch.utils"), NEURONS[neuron]
+    layers = [nn.Conv2d(2, 4, 3), make(), sltt.Dropout(0.5), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 5), make()]
+    layers[0].weight.data *= 3
+    layers[5].weight.data.abs_().mul_(0.6)
+    model, x = nn.Sequential(*layers).double().eval(), 2 * torch.rand(12, 3, 2, 6, 6, dtype=torch.float64)
+    expected, theirs = sltt.unroll(model, x), sltt.interop.to_snntorch(model)
+    utils.reset(theirs)
+    assert 0.02 < expected.mean() < 0.9
+    assert torch.equal(torch.stack([theirs(x_t) for x_t in x]), expected)
+    assert [p.shape for p in theirs.parameters()] == [p.shape for p in model.parameters()]
+
+
+WITHOUT = {
+    r"use v_reset=0, or LIF with subtract=1\.5": sltt.LIF(tau=3.0),
+    r"use v_reset=0, or LIF with subtract": sltt.IF(v_reset=-0.1),
+    r"\(IntegerLIF\), which has other dynamics than IF, LIF and PLIF": sltt.IntegerLIF(),
+    "scale the weights before it": sltt.LIF(v_reset=0.0, decay_input=True),
+    "has a v_init: leave it out": sltt.IF(v_init=0.5),
+}
+
+
+@pytest.mark.parametrize("remedy", WITHOUT)
+def test_neurons_that_snntorch_has_not_are_named(remedy):
+    pytest.importorskip("snntorch")
+    with pytest.raises(ValueError, match=rf"snnTorch has no counterpart for .*{remedy}"):
+        sltt.interop.to_snntorch(nn.Sequential(nn.Linear(6, 8), WITHOUT[remedy]))
+
+
 @pytest.mark.parametrize(
     "kwargs", [{"beta": 0.7, "reset_mechanism": "zero", "reset_delay": False}, {"beta": 1.0}, {"beta": 0.8}], ids=str
 )

@@ -57,6 +57,7 @@ NETWORKS = {  # and the shape of an input
         (7, 3, 2, 6, 6),
     ),
     "a readout": (lambda: nn.Sequential(nn.Linear(6, 8), sltt.IF(), nn.Linear(8, 3), sltt.LI()), (4, 3, 6)),
+    "graded spikes": (lambda: chain(sltt.IntegerLIF(), sltt.TernaryLIF()), (5, 4, 6)),
     "a neuron alone": (sltt.LIF, (5, 4, 6)),
     "DigitsNet": (lambda: sltt.models.DigitsNet(width=4, neuron=lambda: sltt.LIF(v_threshold=0.1)), (3, 2, 1, 8, 8)),
 }
@@ -121,5 +122,9 @@ def test_the_command_exports_a_run(tmp_path, monkeypatch, capsys):
     assert "a/step.onnx" in capsys.readouterr().out
     session = runtime.InferenceSession("a/step.onnx", providers=["CPUExecutionProvider"])
     assert [i.name for i in session.get_inputs()] == ["x", "features.2", "features.5", "features.9"]
+    assert main(["export", "a", "--to", "nir", "--check", "speck"]) == 0
+    assert "features_2 (LIF): not on the chip, which has IF, " in capsys.readouterr().out
+    assert main(["export", "a", "--to", "c", "--check", "speck"]) == 1
+    assert "--check is of a NIR graph, got --to c: use --to nir" in capsys.readouterr().err
     assert main(["export", "a", "--to", "elsewhere"]) == 2
     assert main(["export", "nowhere", "--to", "onnx"]) == 2
