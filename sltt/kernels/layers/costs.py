@@ -31,7 +31,7 @@ _WEIGHT = 0.68
 _DENSE = {"AMX": (0.0016, 0.003), "AVX512": (0.0125, 0.0128), "AVX2": (0.024, 0.024)}
 _WINOGRAD = {"AVX512": 0.0072, "AVX2": 0.0108}  # of one in the weight gradient of `winograd`
 # Of a product with a spike, and of an element: forward, and for the weight gradient.
-_LINEAR = {"AVX512": ((0.022, 0.09), (0.038, 0.55)), "AVX2": ((0.029, 0.09), (0.036, 0.66))}
+_FLAT = {"AVX512": ((0.037, 0.2), (0.032, 0.33)), "AVX2": ((0.054, 0.25), (0.052, 0.6))}  # of one kernel element
 _CONV = {"AVX512": ((0.018, 0.22), (0.015, 0.41)), "AVX2": ((0.025, 0.2), (0.028, 0.47))}
 
 
@@ -64,7 +64,7 @@ def _nanoseconds(layer: Layer, dtype: torch.dtype, calls: int) -> list[tuple[flo
     forward, gradient = _DENSE[_dense_unit(dtype)]
     if fast_gradients(layer, dtype):
         gradient = _WINOGRAD[_vectors()]
-    sparse, weights = (_LINEAR if layer.linear else _CONV)[_vectors()], _WEIGHT * math.prod(layer.weight_shape) / calls
+    sparse, weights = (_FLAT if layer.flat else _CONV)[_vectors()], _WEIGHT * math.prod(layer.weight_shape) / calls
     return [
         (dense * layer.products, spike * layer.products, element * elements + weights)
         for dense, (spike, element), elements in zip((forward, gradient), sparse, _elements(layer), strict=True)
@@ -74,9 +74,12 @@ def _nanoseconds(layer: Layer, dtype: torch.dtype, calls: int) -> list[tuple[flo
 def _elements(layer: Layer) -> tuple[int, int]:
     """Return the elements read and written forward, and for the weight gradient.
 
-    Forward, the sums of up to 64 outputs are read and written for each kernel row and 64 inputs; fewer take as long.
+    Forward, a convolution reads and writes the sums of up to 64 outputs for each kernel row and 64 inputs; fewer take as
+    long.
     """
     inputs, outputs = math.prod(layer.x_shape), math.prod(layer.y_shape)
+    if layer.flat:
+        return inputs + outputs, inputs + outputs
     ci, co, kernel_rows = layer.sizes[3:6]
     blocks = -(-ci // 64) * -(-co // 64)
     return inputs + outputs // co * 64 * blocks * kernel_rows, inputs + outputs

@@ -42,6 +42,12 @@ class Layer:
         return len(self.weight_shape) == 2
 
     @property
+    def flat(self) -> bool:
+        """Return whether pixels are independent: a linear layer, or a kernel of one element."""
+        h, w, *kernel, oh, ow = (*self.sizes[1:3], *self.sizes[5:])
+        return kernel == [1, 1, 1, 1, 0, 0] and (h, w) == (oh, ow)
+
+    @property
     def products(self) -> int:
         """Multiplications of the dense layer."""
         return math.prod(self.y_shape) * math.prod(self.weight_shape[1:])
