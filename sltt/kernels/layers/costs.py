@@ -74,7 +74,7 @@ def _nanoseconds(layer: Layer, dtype: torch.dtype, calls: int) -> list[tuple[flo
 def _elements(layer: Layer) -> tuple[int, int]:
     """Return the elements read and written forward, and for the weight gradient.
 
-    Forward, a convolution reads and writes the sums of up to 64 outputs for each kernel row and 64 inputs; fewer take as
+    Forward, a convolution reads and writes sums of up to 64 outputs for each kernel row and 64 inputs; fewer take as
     long.
     """
     inputs, outputs = math.prod(layer.x_shape), math.prod(layer.y_shape)
