@@ -86,20 +86,13 @@ def profile(
             report.line(f"{rule}, T = {T}")
             costs.append(_cost(here, recipe, rule, T, own.size, repeats))
         layers = _layers(here, own, max(steps), own.size)
-        if budget:
-            report.line("BPTT: what fits")
-            try:
-                exact = _exact_within(here, recipe, own.steps, own.size, budget)
-                if exact is None:
-                    report.line("no segments of BPTT fit the budget")
-                elif exact not in rules:
-                    costs.append(_cost(here, recipe, exact, own.steps, own.size, repeats))
-            except (ValueError, torch.OutOfMemoryError) as error:
-                report.warn(f"BPTT: what fits cannot be measured: {cause(error)}")
         for rule in rules if budget else ():
             report.line(f"{rule}: what fits")
             try:
                 fits.append(_fits(here, recipe, rule, own.steps, own.size, budget or 0))
+                exact = _exact_within(here, recipe, own.steps, own.size, budget or 0) if rule == "BPTT" else None
+                if exact not in (None, *rules):
+                    costs.append(_cost(here, recipe, exact, own.steps, own.size, repeats))
             # data that takes no other T, say, or a full GPU: what was measured before is there
             except (ValueError, torch.OutOfMemoryError) as error:
                 report.warn(f"{rule}: what fits cannot be measured: {cause(error)}")
