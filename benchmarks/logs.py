@@ -41,7 +41,7 @@ LOGS: dict[str, tuple[str, Sequence[str]]] = {
     "libraries": ("python benchmarks/libraries.py --json docs/results/libraries.json", (*COST, "sltt/interop")),
     "networks": ("python benchmarks/networks.py --json docs/results/networks.json", COST),
     "rates": ("python benchmarks/open_neuromorphic.py --rates 2,5,10,20,40", COST),
-    **dict.fromkeys(("rules", "exact", "own-neuron", "resnet18-*", "vgg11*"), (PEERS, COST)),
+    **dict.fromkeys(("rules", "exact", "exact-over-t", "own-neuron", "resnet18-*", "vgg11*"), (PEERS, COST)),
     **dict.fromkeys(("paper/memory", "paper/seconds"), (PAPER, COST)),
     "paper/operations": (PAPER, ("sltt/analysis/operations.py", "sltt/models", "sltt/rules")),
     "paper/*gradients*": (PAPER, GRADIENTS),
