@@ -1,9 +1,10 @@
 """Predict files by a trained run: images, recordings of events, or .npy arrays of a sample each.
 
 They are read as the test samples of the run are. With --stream N, FILE is a sequence without an end, or - for standard
-input: a line of numbers for each time step, as the network reads them. N time steps give a line with a decision.
+input: a line with the numbers of each time step, in the order of the memory. N time steps give a line with a decision.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -41,7 +42,8 @@ def run(words: Sequence[str]) -> None:
     if known.stream:
         if trained.static or len(known.files) > 1:
             raise UsageError("--stream takes one file, for a run that was trained on sequences")
-        stream, steps, step = Stream(built.model), _read_steps(known.files[0]), 0
+        shape = content["sample"]["x"].shape[1:] if content.get("sample") else (-1,)
+        stream, steps, step = Stream(built.model), _read_steps(known.files[0], shape), 0
         while chunk := [*islice(steps, known.stream)]:
             step += len(chunk)
             prediction = predict_from(trained.prediction, stream(torch.stack(chunk)[:, None]))
@@ -60,14 +62,17 @@ def run(words: Sequence[str]) -> None:
         Table([_row(one) for one in found]).show(Console())
 
 
-def _read_steps(file: Path) -> Iterator[Tensor]:
-    """Yield the inputs of time steps."""
+def _read_steps(file: Path, shape: Sequence[int]) -> Iterator[Tensor]:
+    """Yield the inputs of time steps, of a shape [...]."""
     with sys.stdin if str(file) == "-" else file.open(encoding="utf-8") as lines:
         for i, line in enumerate(lines, 1):
             try:
-                yield torch.tensor([float(word) for word in line.replace(",", " ").split()])
-            except ValueError:
-                raise ValueError(f"{file}: expected numbers of one time step in line {i}, got {line!r:.60}") from None
+                yield torch.tensor([float(word) for word in line.replace(",", " ").split()]).reshape(shape)
+            except (ValueError, RuntimeError):
+                size = f"{math.prod(shape)} " * (shape[0] > 0)
+                raise ValueError(
+                    f"{file}: expected the {size}numbers of a time step in line {i}, got {line!r:.60}"
+                ) from None
 
 
 def _describe(prediction: Tensor, trained: Trained, names: Sequence[str]) -> dict[str, Any]:

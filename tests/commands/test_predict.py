@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,6 +49,9 @@ def test_an_array_is_a_sample(here, capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["step"] for line in lines] == [4, 8]
     assert np.mean([line["prediction"] for line in lines], 0) == pytest.approx(found["prediction"], abs=1e-5)
+    Path("steps.txt").write_text("0 " * 8 + "\n1 2 3\n")
+    assert main(["predict", "run", "steps.txt", "--stream", "2"]) == 1
+    assert "expected the 8 numbers of a time step in line 2, got '1 2 3\\n'" in capsys.readouterr().err
     assert main(["pack", "run"]) == 0
     shutil.rmtree("run")
     capsys.readouterr()
