@@ -175,20 +175,20 @@ void gradient_task(const Conv& z, const Chunks& m, Outputs block, int64_t from, 
   }
 }
 
-// The sums of independent pixels, whose gradients lie beside each other as the sums need them.
+// The sums of independent pixels, whose gradients lie beside each other as the sums need them. Those of a chunk are added
+// up before they enter `grad`: one sum over all pixels would round more.
 template <int NV, class T>
 __attribute__((noinline)) void accumulate_flat(int64_t channels, const uint64_t* by_channel, int64_t words, const T* g,
                                                int64_t pitch, float* grad, int64_t grad_pitch, bool begins) {
   for (int64_t c = 0; c < channels; c++, by_channel += words, grad += grad_pitch) {
-    V sum[NV];
-    for (int j = 0; j < NV; j++) sum[j] = begins ? V{} : load(grad + j * LANES);
+    V sum[NV] = {};
     for (int64_t w = 0; w < words; w++)
       for (uint64_t m = by_channel[w]; m; m &= m - 1) {
         const T* p = g + (w * 64 + __builtin_ctzll(m)) * pitch;
         OPAQUE(p);
         for (int j = 0; j < NV; j++) sum[j] += load(p + j * LANES);
       }
-    for (int j = 0; j < NV; j++) store(grad + j * LANES, sum[j]);
+    for (int j = 0; j < NV; j++) store(grad + j * LANES, begins ? sum[j] : load(grad + j * LANES) + sum[j]);
   }
 }
 
