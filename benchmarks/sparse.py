@@ -42,7 +42,7 @@ COLUMNS = "dense", *(f"at {d}" for d in DENSITIES), "dense, ours"
 Runs = dict[str, Callable[[], Tensor]]  # by column
 
 
-def runs_of(name: str, batch: int, dtype: torch.dtype) -> tuple[sparse.Layer, dict[str, Runs]]:
+def runs_of(name: str, batch: int, dtype: torch.dtype) -> tuple[sparse.LayerSizes, dict[str, Runs]]:
     """The layer, and its runs in each pass."""
     channels, side, outputs, kernel, stride = LAYERS[name]
     pad, strides, one, none = kernel // 2, [stride] * 2, [1, 1], [0, 0]

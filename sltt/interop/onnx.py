@@ -48,7 +48,7 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path, *, sequence: bool = F
     check_names(model)
     path = folder("path", path, "a file")
     frame = x[0] if sequence else x
-    step = _Step(copy_model(model).eval(), frame)
+    step = _OneStep(copy_model(model).eval(), frame)
     names = [] if sequence else list(step.first)
     if taken := {"x", "logits"} & {*names}:
         raise ValueError(f"the layer of neurons {min(taken)} has a name that the file needs: call it otherwise")
@@ -72,7 +72,7 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path, *, sequence: bool = F
 _KEEPERS = Neuron | Recurrent | RunningMax | Delay  # modules whose states go from step to step
 
 
-class _Step(nn.Module):
+class _OneStep(nn.Module):
     """One time step as a function of input and states."""
 
     def __init__(self, model: nn.Module, x: Tensor):

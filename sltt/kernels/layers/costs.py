@@ -21,7 +21,7 @@ import torch
 
 from sltt.kernels import native
 from sltt.kernels.layers import winograd
-from sltt.kernels.layers.sparse import Layer
+from sltt.kernels.layers.sparse import LayerSizes
 
 # Layers of fewer products run dense: they take less than the calls around them.
 PRODUCTS_FROM = 2**22
@@ -43,7 +43,7 @@ class BreakEven(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def break_even(layer: Layer, dtype: torch.dtype, calls: int = 1) -> BreakEven:
+def break_even(layer: LayerSizes, dtype: torch.dtype, calls: int = 1) -> BreakEven:
     """Return the densities below which `layer` is faster sparse, forward and weight gradient, with weights of `calls`.
 
     A fixed function of its arguments on processors with the same instructions.
@@ -54,12 +54,12 @@ def break_even(layer: Layer, dtype: torch.dtype, calls: int = 1) -> BreakEven:
     return BreakEven(*(min(1.0, max(0.0, density)) for density in even))
 
 
-def fast_gradients(layer: Layer, dtype: torch.dtype) -> bool:
+def fast_gradients(layer: LayerSizes, dtype: torch.dtype) -> bool:
     """Return whether `winograd` is the faster dense gradient."""
     return winograd.supports(layer, dtype) and _dense_unit(dtype) != "AMX"
 
 
-def _nanoseconds(layer: Layer, dtype: torch.dtype, calls: int) -> list[tuple[float, float, float]]:
+def _nanoseconds(layer: LayerSizes, dtype: torch.dtype, calls: int) -> list[tuple[float, float, float]]:
     """Return times of forward and weight gradient: dense; sparse, of spikes everywhere; sparse, of the rest."""
     forward, gradient = _DENSE[_dense_unit(dtype)]
     if fast_gradients(layer, dtype):
@@ -71,7 +71,7 @@ def _nanoseconds(layer: Layer, dtype: torch.dtype, calls: int) -> list[tuple[flo
     ]
 
 
-def _elements(layer: Layer) -> tuple[int, int]:
+def _elements(layer: LayerSizes) -> tuple[int, int]:
     """Return the elements read and written forward, and for the weight gradient.
 
     Forward, a convolution reads and writes sums of up to 64 outputs for each kernel row and 64 inputs; fewer take as

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sltt.kernels import native
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.layers import costs, sparse
-from sltt.kernels.layers.sparse import Layer
+from sltt.kernels.layers.sparse import LayerSizes
 from sltt.kernels.layers.values import (
     Axes,
     axes_in,
@@ -66,10 +66,10 @@ def operation_of(module: nn.Module) -> Operation | None:
 
 
 @dataclass(frozen=True)
-class Call:
+class SpikeCall:
     """A call of a layer on spikes."""
 
-    layer: Layer
+    layer: LayerSizes
     spikes: Spikes
     dtype: torch.dtype  # of the output
     sparse_forward: bool  # the forward touches active inputs only
@@ -110,7 +110,7 @@ class Call:
 
 class _OnSpikes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: SpikeCall) -> Tensor:  # type: ignore[override]
         ctx.call, ctx.x_dtype = call, x.dtype
         ctx.save_for_backward(weight)
         return call.forward(x, weight, bias)
@@ -118,7 +118,7 @@ class _OnSpikes(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        call: Call = ctx.call
+        call: SpikeCall = ctx.call
         (weight,) = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         last = (grad if call.layer.linear else grad.movedim(1, -1)).contiguous()  # [..., C_out]
@@ -153,7 +153,9 @@ def run_layer(
     return y
 
 
-def _tag_layer(operation: Operation, y: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call | None) -> None:
+def _tag_layer(
+    operation: Operation, y: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: SpikeCall | None
+) -> None:
     kept, device = [None if t is None else save(t.detach()) for t in (weight, bias)], x.device.type
     dtype, casts = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
@@ -178,7 +180,9 @@ def is_small(operation: Operation, x: Tensor, weight: Tensor) -> bool:
     return products < costs.PRODUCTS_FROM
 
 
-def spike_call(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, weights: Weights) -> Call | None:
+def spike_call(
+    operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, weights: Weights
+) -> SpikeCall | None:
     """Return how a layer runs on spikes; None where x is something else, or it is PyTorch's."""
     if (plan := plan_of(operation, x, weight, bias)) is None or native.problem():
         return None
@@ -194,4 +198,4 @@ def spike_call(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | N
         return None
     if forward:
         weights.note_sparse(weight)
-    return Call(layer, spikes, dtype, forward, gradient, axes, weights)
+    return SpikeCall(layer, spikes, dtype, forward, gradient, axes, weights)

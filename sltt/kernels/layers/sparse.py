@@ -27,7 +27,7 @@ _ROW = 128
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerSizes:
     """A layer applied to an input of one shape; make it by `conv_layer` or `linear_layer`."""
 
     x_shape: tuple[int, ...]  # [B, C, H, W], [B, C, L] or, of a linear layer, [..., C]
@@ -80,7 +80,7 @@ def conv_layer(
     padding: Sequence[tuple[int, int]],
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
-) -> Layer:
+) -> LayerSizes:
     """Return a convolution of [B, C, L] or [B, C, H, W]; `padding` has a pair (before, after) for each axis."""
     x_shape, weight_shape = tuple(x_shape), tuple(weight_shape)
     axes = [
@@ -93,16 +93,16 @@ def conv_layer(
     h, w = ((1, 1, 1, 0, 1), *axes)[-2:]
     sizes = _sizes(x_shape[0], x_shape[1], weight_shape[0], h, w)
     fits = len(axes) in (1, 2) and groups == 1 and all(d == 1 for d in dilation) and _fit(sizes)
-    return Layer(x_shape, weight_shape, y_shape, sizes, fits)
+    return LayerSizes(x_shape, weight_shape, y_shape, sizes, fits)
 
 
 @functools.lru_cache(maxsize=1024)
-def linear_layer(x_shape: Sequence[int], weight_shape: Sequence[int]) -> Layer:
+def linear_layer(x_shape: Sequence[int], weight_shape: Sequence[int]) -> LayerSizes:
     """Return a linear layer of [..., C]."""
     x_shape, weight_shape = tuple(x_shape), tuple(weight_shape)
     point = (1, 1, 1, 0, 1)
     sizes = _sizes(math.prod(x_shape[:-1]), x_shape[-1], weight_shape[0], point, point)
-    return Layer(x_shape, weight_shape, (*x_shape[:-1], weight_shape[0]), sizes, _fit(sizes))
+    return LayerSizes(x_shape, weight_shape, (*x_shape[:-1], weight_shape[0]), sizes, _fit(sizes))
 
 
 def density(bits: Tensor) -> float:
@@ -110,7 +110,7 @@ def density(bits: Tensor) -> float:
     return library().sltt_count(bits, bits.numel()) / max(1, 8 * bits.numel())
 
 
-def pack_weight(layer: Layer, weight: Tensor, one: float = 1.0) -> Tensor:
+def pack_weight(layer: LayerSizes, weight: Tensor, one: float = 1.0) -> Tensor:
     """Return the weight times `one` in the order that `forward` reads, in float32; of use until the weight changes."""
     weight = weight.detach().float()
     packed = torch.empty(layer.packed_size, dtype=torch.float32, device="cpu")
@@ -118,7 +118,7 @@ def pack_weight(layer: Layer, weight: Tensor, one: float = 1.0) -> Tensor:
     return packed
 
 
-def forward(layer: Layer, bits: Tensor, packed: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def forward(layer: LayerSizes, bits: Tensor, packed: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return y = layer(spikes) in `dtype`, with the channels last in memory; `packed` is what `pack_weight` gives."""
     assert 8 * bits.numel() == math.prod(layer.x_shape)
     assert packed.numel() == layer.packed_size
@@ -130,7 +130,7 @@ def forward(layer: Layer, bits: Tensor, packed: Tensor, bias: Tensor | None, dty
     return y.to(dtype)
 
 
-def weight_gradient(layer: Layer, bits: Tensor, grad_y: Tensor, one: float = 1.0) -> Tensor:
+def weight_gradient(layer: LayerSizes, bits: Tensor, grad_y: Tensor, one: float = 1.0) -> Tensor:
     """Return ∂L/∂weight in float32, with the channels last in memory."""
     assert 8 * bits.numel() == math.prod(layer.x_shape)
     assert grad_y.shape == layer.y_shape
@@ -144,7 +144,7 @@ def weight_gradient(layer: Layer, bits: Tensor, grad_y: Tensor, one: float = 1.0
 
 
 def _sizes(n: int, ci: int, co: int, h: Sequence[int], w: Sequence[int]) -> tuple[int, ...]:
-    """Return `Layer.sizes`; an axis is its size, kernel, stride, padding before and output size."""
+    """Return `LayerSizes.sizes`; an axis is its size, kernel, stride, padding before and output size."""
     if h[1:4] == w[1:4] == (1, 1, 0) and h[0] == h[4] and w[0] == w[4]:
         pixels = n * h[0] * w[0]  # are independent: in rows of equal length
         row = next(r for r in range(min(_ROW, max(1, pixels)), 0, -1) if pixels % r == 0)

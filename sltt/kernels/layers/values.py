@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sltt._torch import is_functorch_wrapped_tensor
 from sltt.kernels.layers import costs, sparse, winograd
-from sltt.kernels.layers.sparse import Layer
+from sltt.kernels.layers.sparse import LayerSizes
 from sltt.kernels.layers.weights import Weights
 from sltt.kernels.options import options
 
@@ -53,7 +53,9 @@ class _OnValues(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None
 
 
-def plan_of(operation: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Layer, torch.dtype, Axes] | None:
+def plan_of(
+    operation: Any, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[LayerSizes, torch.dtype, Axes] | None:
     """Return the shapes, the type of the output and the axes of a layer that may run in another way than PyTorch's.
 
     None for small ones, and where PyTorch says what is wrong.
@@ -108,17 +110,17 @@ def convolution_gradients(
     return of_x, of_weight
 
 
-def has_fast_gradients(layer: Layer, dtype: torch.dtype) -> bool:
+def has_fast_gradients(layer: LayerSizes, dtype: torch.dtype) -> bool:
     """Return whether dense gradients of a layer are faster in another way than PyTorch's."""
     return runs_winograd(layer, dtype) or _multiplies(layer, dtype)
 
 
-def runs_winograd(layer: Layer, dtype: torch.dtype) -> bool:
+def runs_winograd(layer: LayerSizes, dtype: torch.dtype) -> bool:
     """Return whether the dense gradients of a layer are those of `winograd`, which takes weights of any type."""
     return winograd.supports(layer, dtype) if options().sparse == "on" else costs.fast_gradients(layer, dtype)
 
 
-def _multiplies(layer: Layer, dtype: torch.dtype) -> bool:
+def _multiplies(layer: LayerSizes, dtype: torch.dtype) -> bool:
     """Return whether matrix products compute the dense weight gradient of a convolution."""
     if len(layer.y_shape) != 4 or dtype != torch.bfloat16:
         return False
@@ -138,7 +140,7 @@ def _multiplied_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, axes: A
     return found.movedim(-1, 1)
 
 
-def _large_layer(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> Layer | None:
+def _large_layer(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> LayerSizes | None:
     """Return the shapes of a layer that is large enough to run in another way than PyTorch's; None for others."""
     if options().sparse == "off" or not (x.is_cpu and weight.is_cpu):
         return None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sltt.kernels.layers import sparse
-from sltt.kernels.layers.sparse import Layer
+from sltt.kernels.layers.sparse import LayerSizes
 
 
 class Weights:
@@ -42,7 +42,7 @@ class Weights:
             if isinstance(weight, nn.Parameter):  # another was computed, and should not stay
                 self._sparse[id(weight)] = weight
 
-    def pack_weight(self, layer: Layer, weight: Tensor, one: float) -> Tensor:
+    def pack_weight(self, layer: LayerSizes, weight: Tensor, one: float) -> Tensor:
         """Return the weights as `sparse.forward` reads them."""
         if self.calls == 1:
             return sparse.pack_weight(layer, weight, one)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sltt.kernels import native
-from sltt.kernels.layers.sparse import Layer, library, strides_of
+from sltt.kernels.layers.sparse import LayerSizes, library, strides_of
 
 
-def supports(layer: Layer, dtype: torch.dtype) -> bool:
+def supports(layer: LayerSizes, dtype: torch.dtype) -> bool:
     """Return whether the kernels can do the layer, and without computing much more than its pixels."""
     _, h, w, ci, co, kh, kw, sh, sw, _, _, oh, ow = layer.sizes
     if (kh, kw, sh, sw) != (3, 3, 1, 1) or len(layer.x_shape) != 4 or ci % 32 or co % 32:
@@ -22,7 +22,7 @@ def supports(layer: Layer, dtype: torch.dtype) -> bool:
     return fits and dtype in (torch.float32, torch.bfloat16) and not native.problem()
 
 
-def input_gradient(layer: Layer, grad_y: Tensor, weight: Tensor) -> Tensor:
+def input_gradient(layer: LayerSizes, grad_y: Tensor, weight: Tensor) -> Tensor:
     """Return ∂L/∂x in the type of ∂L/∂y."""
     assert grad_y.shape == layer.y_shape
     g, weight = grad_y.movedim(1, -1).contiguous(), weight.detach().float()
@@ -34,7 +34,7 @@ def input_gradient(layer: Layer, grad_y: Tensor, weight: Tensor) -> Tensor:
     return grad.movedim(-1, 1)
 
 
-def weight_gradient(layer: Layer, x: Tensor, grad_y: Tensor) -> Tensor:
+def weight_gradient(layer: LayerSizes, x: Tensor, grad_y: Tensor) -> Tensor:
     """Return ∂L/∂weight in float32."""
     assert x.shape == layer.x_shape
     assert grad_y.shape == layer.y_shape

@@ -42,7 +42,7 @@ def recurrent_steps(
     plain = all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
     if kernel is None or not plain or not x.numel():
         return None
-    call = _Call(kernel, step, weights, steps, cut, trace)
+    call = _RecurrentCall(kernel, step, weights, steps, cut, trace)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
         spikes, last, _ = _forward(call, x, s, v, weight, bias, keep=False)
         return spikes, spikes[-len(v) :].clone(), last
@@ -60,7 +60,7 @@ def _kernel_of(step: NeuronStep, v: Tensor, decay: Tensor | None) -> NativeStep 
     return native_step(step, v, v.dtype, v.dtype, decay, gradient=True)
 
 
-class _Call(NamedTuple):
+class _RecurrentCall(NamedTuple):
     """Arguments of a call besides its tensors, see `recurrent_steps`."""
 
     kernel: NativeStep
@@ -72,7 +72,7 @@ class _Call(NamedTuple):
 
 
 def _forward(
-    call: _Call, x: Tensor, s: Tensor | None, v: Tensor, weight: Tensor, bias: Tensor | None, keep: bool
+    call: _RecurrentCall, x: Tensor, s: Tensor | None, v: Tensor, weight: Tensor, bias: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Spikes, the last membrane potential, and, if asked to `keep` it, what the backward needs of each step."""
     transposed, width = call.weights.transpose_weight(weight), len(weight)
@@ -90,7 +90,9 @@ def _forward(
 
 class _Recurrence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, s: Any, v: Tensor, weight: Tensor, bias: Any, decay: Any, call: _Call) -> Any:  # type: ignore[override]
+    def forward(
+        ctx: Any, x: Tensor, s: Any, v: Tensor, weight: Tensor, bias: Any, decay: Any, call: _RecurrentCall
+    ) -> Any:  # type: ignore[override]
         spikes, last, kept = _forward(call, x, s, v, weight, bias, keep=True)
         read = torch.zeros_like(v) if s is None else s
         read = torch.cat([read, spikes[: len(x) - len(v)]])

@@ -46,7 +46,7 @@ def neuron_step(
     return run_step(step, fast_step(step, v, x.dtype, decay), v, x, decay, steps, cut)
 
 
-class _Call(NamedTuple):
+class _StepCall(NamedTuple):
     """Holds what a call of `neuron_step` has besides tensors; `of_batch` is `Normed.training`."""
 
     step: NeuronStep
@@ -61,7 +61,7 @@ def run_step(
 ) -> tuple[Tensor, Tensor]:
     """Run `neuron_step` in the form that `fast_step` gives; x may be a `Normed`, for `normed_step`."""
     x, weight, bias, factors, of_batch = x if isinstance(x, Normed) else (x, None, None, None, False)
-    tensors, call = (v, x, decay, weight, bias, factors), _Call(step, fast, steps, cut, of_batch)
+    tensors, call = (v, x, decay, weight, bias, factors), _StepCall(step, fast, steps, cut, of_batch)
     trained = any(t.requires_grad for t in tensors if t is not None)
     with without_modes():
         if trained and torch.is_grad_enabled():
@@ -97,7 +97,7 @@ def steps_by_channel(step: NeuronStep, v: Tensor, x: Tensor, values: Tensor) -> 
 
 
 def _run(
-    call: _Call, v: Tensor, x: Tensor, decay: Any, factors: Any = None, keep: bool = False, packs: bool = False
+    call: _StepCall, v: Tensor, x: Tensor, decay: Any, factors: Any = None, keep: bool = False, packs: bool = False
 ) -> tuple[Tensor, Tensor, Any, Tensor | None]:
     """Spikes, the last v, if asked to `keep` it what the backward needs of each step, and the bits of the spikes.
 
@@ -167,7 +167,7 @@ def _kernels(step: NeuronStep) -> tuple[Kernel, Kernel]:
 class _NeuronStep(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, v: Tensor, x: Tensor, decay: Any, weight: Any, bias: Any, factors: Any, call: _Call
+        ctx: Any, v: Tensor, x: Tensor, decay: Any, weight: Any, bias: Any, factors: Any, call: _StepCall
     ) -> tuple[Tensor, Tensor]:
         step, fast, steps, cut, _ = call
         # Over several steps, an input that is saved as a tag costs nothing: then the steps are replayed from it. A few
@@ -199,7 +199,7 @@ class _NeuronStep(torch.autograd.Function):
     def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         same = ctx.options is options()  # but in a thread of autograd
         with nullcontext() if same else in_force(ctx.options), without_modes():
-            call: _Call = ctx.call
+            call: _StepCall = ctx.call
             step, _, steps, cut, of_batch = call
             s, decay, v, x, factors, kept = ctx.saved_tensors
             needs_v, needs_x, needs_decay, needs_weight, needs_bias, *_ = ctx.needs_input_grad
@@ -243,7 +243,7 @@ class _NeuronStep(torch.autograd.Function):
 
 
 def _plain_gradient(
-    call: _Call, out: Tensor, out_v: Any, grad_s: Any, grad_v: Any, kept: Any, s: Any, decay: Any
+    call: _StepCall, out: Tensor, out_v: Any, grad_s: Any, grad_v: Any, kept: Any, s: Any, decay: Any
 ) -> None:
     """Write ∂L/∂u of all time steps, and ∂L/∂v before the first if wanted."""
     _, backward = _kernels(call.step)
