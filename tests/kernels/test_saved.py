@@ -379,5 +379,5 @@ def test_a_gpu_packs_spikes_of_a_cut_graph_in_the_neurons_pass_or_not_at_all(neu
     fast = SimpleNamespace(forward=lambda *tensors: None)
     constants = kernels.NeuronStep(0.5, 1.0, None, False, False, sltt.surrogates.Triangle())
     x = torch.zeros(2 * neurons)
-    *_, bits = step._run(step._Call(constants, fast, 2, True), x[:neurons].clone(), x, None, keep=True, packs=True)
+    *_, bits = step._run(step._StepCall(constants, fast, 2, True), x[:neurons].clone(), x, None, keep=True, packs=True)
     assert (bits is not None) is packed
