@@ -32,6 +32,8 @@ def run_in_segments(batch: Batch, length: int, checkpoints: int | None, fold: Fo
         again = call.start in of_logits
         before = [(t, batch.logits(t).clone()) for t in call] if again else []
         logits = batch.run(call, graph=graph)
+        if again and not graph:
+            batch.forget_spikes()
         if not again:
             of_logits[call.start] = batch.backpropagate_logits(call, logits)
         for t, o in before:

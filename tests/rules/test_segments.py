@@ -100,13 +100,14 @@ def fewest(segments: int, checkpoints: int) -> int:
 
 @pytest.mark.parametrize("checkpoints", [1, 2, 3, 5, 30, None])
 @pytest.mark.parametrize("steps", [2, 7, 24])
-def test_the_fewest_steps_run_again_for_as_many_states(steps, checkpoints):
+@pytest.mark.parametrize("loss", [LOSS, sltt.losses.Activity(LOSS)], ids=repr)
+def test_the_fewest_steps_run_again_for_as_many_states(loss, steps, checkpoints):
     model = small_network()
     x, y = batch(steps=steps)
-    expected, _ = gradients(model, sltt.BPTT(), x, y)
+    expected, _ = gradients(model, sltt.BPTT(fold=1), x, y, loss)
     calls = []
     model.register_forward_hook(lambda *_: calls.append(0))
-    found, _ = gradients(model, sltt.BPTT(segment=1, checkpoints=checkpoints, fold=1), x, y)
+    found, _ = gradients(model, sltt.BPTT(segment=1, checkpoints=checkpoints, fold=1), x, y, loss)
     torch.testing.assert_close(found, expected)
     kept = checkpoints or steps
     assert len(calls) == steps + fewest(steps, kept) == steps + repeated_segments(steps, kept)
