@@ -5,9 +5,10 @@
 `docs/results/measured.json` has for each log the machine, and a digest of the sources that change what it measures.
 `write` makes the entry. A log to which an older version contributed has none: delete the log, and measure it whole.
 
-Accuracies and gradients take hours, and change only with the gradients: `--compare` runs the version that wrote such a
-log beside this one, on so many random networks (tests/versions.py). Where logits, losses, gradients and statistics of
-all rules are the same, the log counts as measured now; its entry names that version.
+Accuracies and gradients take hours. `--compare` runs the version that wrote such a log beside this one, on so many
+random networks (tests/versions.py). Where logits, losses, gradients and statistics of all rules are the same, the log
+counts as measured now; its entry names that version. It does not see data sets and recipes: delete the logs of one that
+changes.
 """
 
 import argparse

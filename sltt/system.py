@@ -1,4 +1,4 @@
-"""What differs between Linux, macOS and Windows: locks, owners of files, cores, the processor, freed memory."""
+"""Differences between Linux, macOS and Windows: locks, owners of files, cores, the processor, freed memory."""
 
 import ctypes
 import errno

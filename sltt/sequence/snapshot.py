@@ -51,7 +51,7 @@ class Surroundings:
 
 
 class Snapshot:
-    """What a network is like at a time step: its states, and its surroundings."""
+    """States of a network at a time step, and its surroundings."""
 
     def __init__(self, run: Run):
         names = [(layer, name) for layer in run.layout.keepers for name in state_names(layer.module)]

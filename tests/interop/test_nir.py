@@ -1,7 +1,6 @@
 """Networks as NIR graphs, and back."""
 
 import copy
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from sltt.surrogates import Above, Triangle
 
 nir = pytest.importorskip("nir")
 
-from sltt.interop import check_chip, from_nir, to_nir  # noqa: E402
+from sltt.interop import from_nir, to_nir  # noqa: E402
 
 DT = 1e-3
 NEURONS = {
@@ -445,54 +444,3 @@ def test_means_and_views_are_pooling_and_flatten(tmp_path):
     model, x = Mean(nn.Conv2d(2, 4, 3), sltt.LIF(v_threshold=0.2)), torch.rand(6, 3, 2, 6, 6)
     nir.write(tmp_path / "mean.nir", to_nir(model, x[0]))
     torch.testing.assert_close(sltt.unroll(from_nir(tmp_path / "mean.nir"), x), sltt.unroll(model, x))
-
-
-def convs(*channels, size=3, **settings):
-    pairs = itertools.pairwise(channels)
-    return [m for a, b in pairs for m in (nn.Conv2d(a, b, size, padding=size // 4, **settings), sltt.IF())]
-
-
-def fcs(*sizes, **settings):
-    return [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), sltt.LIF(**settings))]
-
-
-class Fork(nn.Sequential):
-    def forward(self, x):
-        x = self[1](self[0](x))
-        one, two, three = (self[i + 1](self[i](x)) for i in (2, 4, 6))
-        return one + two + three
-
-
-# layers, the shape of an input, which line names a limit, and what it says
-LIMITS = [
-    ("speck", lambda: [nn.AvgPool2d(2), *convs(2, 9), nn.Flatten(), nn.Linear(36, 5)], (2, 8, 8), 4, "no neurons"),
-    ("speck", lambda: convs(2, 33), (2, 42, 42), 0, "135,168 neurons in the memory, at most 65,536"),
-    ("speck", lambda: convs(64, 128), (64, 4, 4), 0, "131,072 weights in the memory, at most 65,536"),
-    ("speck", lambda: convs(32, 64), (32, 19, 19), 0, "no core has memory for 32,768 weights and 65,536 neurons"),
-    ("speck", lambda: convs(*[16] * 5, size=1), (16, 64, 64), -1, "not enough memory in the 9 cores"),
-    ("speck", lambda: convs(*[2] * 11, size=1), (2, 8, 8), -1, "10 cores, at most 9"),
-    ("speck", lambda: convs(1, 1, size=17), (1, 20, 20), 0, "17 pixels of a side of the kernel, at most 16"),
-    ("speck", lambda: convs(1, 1, stride=3), (1, 20, 20), 0, "only strides of 1, 2, 4 or 8"),
-    ("speck", lambda: [nn.AvgPool2d(3), *convs(2, 2, size=1)], (2, 6, 6), 0, "only windows of 1, 2 or 4"),
-    ("speck", lambda: [Fork(*convs(2, 2, 2, 2, 2, size=1))], (2, 4, 4), 1, "3 layers that read it, at most 2"),
-    ("speck", lambda: fcs(2, 2), (2,), 1, "not on the chip, which has IF, AvgPool2d, Flatten, Affine"),
-    ("speck", lambda: [*convs(2, 2), nn.Flatten(), nn.Linear(8, 5), sltt.IF()], (2, 4, 4), -1, "fit"),
-    ("xylo", lambda: fcs(16, 100, 60, 10), (16,), -1, "fit"),
-    ("xylo", lambda: fcs(17, 100, 5), (17,), 0, "17 inputs, at most 16"),
-    ("xylo", lambda: fcs(16, 129, 33), (16,), 0, "129 neurons that read the input, at most 128"),
-    ("xylo", lambda: fcs(16, 129, 33), (16,), 3, "33 output neurons, at most 32"),
-    ("xylo", lambda: fcs(16, 100, 129, 32), (16,), 5, "129 neurons that it reads, at most 128"),
-    ("xylo", lambda: fcs(16, 100, 500, 500, 100, 5), (16,), -1, "1,200 hidden neurons, at most 992"),
-    ("xylo", lambda: fcs(16, 100, 300, 300, 100, 5), (16,), -1, "150,500 weights of hidden neurons, at most 63,488"),
-    ("xylo", lambda: fcs(4, 4, v_reset=0.0), (4,), 1, "only a soft reset"),
-    ("xylo", lambda: convs(1, 1), (1, 4, 4), 0, "not on the chip, which has LIF, CubaLIF"),
-    ("xylo", lambda: fcs(4, 4)[:1], (4,), 0, "no neurons behind it"),
-]
-
-
-@pytest.mark.parametrize(("chip", "layers", "shape", "place", "expected"), LIMITS)
-def test_limits_of_chips_are_named_by_layer(chip, layers, shape, place, expected):
-    lines = check_chip(to_nir(nn.Sequential(*layers()), torch.rand(1, *shape)), chip)
-    assert lines[place].partition(": ")[2].startswith(expected)
-    fits = [line.partition(": ")[2] == "fits" for line in lines[:-1]]
-    assert (all(fits), lines[-1]) == (True, "all layers: fit") if expected == "fit" else lines[-1] != "all layers: fit"
