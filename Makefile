@@ -68,7 +68,7 @@ paper: .venv/installed
 gpu: .venv/installed-dev
 	$(BIN)/python benchmarks/gpu.py $(if $(DATA),--data $(DATA)) $(if $(DEVICE),--device $(DEVICE))
 
-figures: .venv/installed
+figures: .venv/installed-dev
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python docs/draw_memory.py
 	$(BIN)/python docs/draw_rules.py

@@ -66,7 +66,7 @@ class Linear(Schedule):
         return 1 + (self.last - 1) * min(epoch / epochs, 1)
 
 
-class Step(Schedule):
+class MultiStep(Schedule):
     """gamma to the power of the number of milestones passed.
 
     Args:

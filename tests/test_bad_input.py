@@ -48,8 +48,8 @@ CONSTRUCTORS = [
     (schedules.Constant, {}, {"warmup": number(-1)}),
     (schedules.Cosine, {}, {"warmup": number(-1)}),
     (schedules.Linear, {}, {"warmup": number(-1), "last": number(-1)}),
-    (schedules.Step, {"milestones": [1]}, {"warmup": number(-1), "gamma": number(0, -1)}),
-    (schedules.Step, {}, {"milestones": Kind({"number": 7, "text": "34", "negative": [-1]}, "{name}")}),
+    (schedules.MultiStep, {"milestones": [1]}, {"warmup": number(-1), "gamma": number(0, -1)}),
+    (schedules.MultiStep, {}, {"milestones": Kind({"number": 7, "text": "34", "negative": [-1]}, "{name}")}),
     (sltt.Phase, {"epochs": 1}, {
         "epochs": of_phase(whole(0, -1)), "steps": of_phase(whole(0, -1).but("none")), "rule": of_phase(OBJECT),
         "lr": of_phase(number(-1).but("none")), "weight_decay": of_phase(number(-1).but("none")),

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sltt.schedules import Constant, Cosine, Linear, Step
+from sltt.schedules import Constant, Cosine, Linear, MultiStep
 
 
 def test_cosine_goes_from_one_to_zero():
@@ -14,12 +14,12 @@ def test_a_line_goes_from_one_to_its_last_factor():
 
 
 def test_step_multiplies_at_its_milestones():
-    schedule = Step([2, 4], gamma=0.1)
+    schedule = MultiStep([2, 4], gamma=0.1)
     assert [schedule.factor(e, 6) for e in (0, 1.9, 2, 3.9, 4, 6)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
 @given(warmup=st.floats(0.1, 5), part=st.floats(0, 0.999))
-@pytest.mark.parametrize("make", [Constant, Cosine, Linear, lambda warmup: Step([3], warmup=warmup)])
+@pytest.mark.parametrize("make", [Constant, Cosine, Linear, lambda warmup: MultiStep([3], warmup=warmup)])
 def test_warm_up_is_linear_and_joins_the_decay(make, warmup, part):
     schedule = make(warmup=warmup)
     assert schedule.factor(part * warmup, 10) == pytest.approx(part)

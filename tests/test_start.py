@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-HEAVY = """torch._dynamo torch._inductor jsonargparse lightning_fabric matplotlib sklearn tensorboard tonic torchvision
+HEAVY = """torch._dynamo torch._inductor jsonargparse lightning_fabric matplotlib scipy tensorboard tonic torchvision
 nir nirtorch norse onnx onnxruntime sinabs snntorch spikingjelly triton"""
 
 

@@ -146,7 +146,7 @@ class Settings(Execution):
     """makes the optimizer from the parameters."""
     schedule: Schedule = setting(
         default=Cosine(),
-        remedy="take Cosine, Linear, Step or Constant of sltt.schedules, or derive from Schedule and define decay",
+        remedy="take Cosine, Linear, MultiStep or Constant of sltt.schedules, or derive from Schedule and define decay",
     )
     """how the learning rate changes."""
     steps: int = 4

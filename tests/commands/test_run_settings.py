@@ -145,7 +145,6 @@ def test_the_working_directory_is_no_folder_of_code_and_replaces_no_package(run,
     monkeypatch.setattr(sys, "path", [os.getcwd(), *sys.path])  # as of an empty entry of PYTHONPATH
     assert main(["eval", "run"]) == 1
     monkeypatch.setattr(sys, "path", sys.path[1:])
-    Path("sklearn.py").write_text("open('mark', 'w')")
     find_recipe("digits")
     assert sys.path[0] != ""
     assert sys.path[-1] == os.getcwd()

@@ -58,7 +58,7 @@ def test_phases_switch_t_and_rates_and_carry_the_optimizer_on(tmp_path, static):
         return batch.steps, round(group["lr"], 6), group["weight_decay"], bool(optimizer.state)
 
     phases = [Phase(2, steps=1), Phase(1), Phase(2, steps=4, lr=0.1, weight_decay=0.0)]
-    settings = {"schedule": sltt.schedules.Step([1], 0.5), "steps": 4, "epochs": 5, "phases": phases}
+    settings = {"schedule": sltt.schedules.MultiStep([1], 0.5), "steps": 4, "epochs": 5, "phases": phases}
     log, _, result = recorded(tmp_path / "run", note, data=Blobs(static=static), **settings)
     assert log == [
         (1, 0.2, 0.1, False),
