@@ -7,8 +7,8 @@
 
 Accuracies and gradients take hours. `--compare` runs the version that wrote such a log beside this one, on so many
 random networks (tests/versions.py). Where logits, losses, gradients and statistics of all rules are the same, the log
-counts as measured now; its entry names that version. It does not see data sets and recipes: delete the logs of one that
-changes.
+counts as measured now; its entry names that version. Only the logs of PENALTY need the same penalties on firing rates
+too. It does not see data sets and recipes: delete the logs of one that changes.
 """
 
 import argparse
@@ -30,6 +30,7 @@ MEASURED = "measured.json"
 GRADIENTS = "sltt/rules", "sltt/neurons", "sltt/sequence", "sltt/losses.py", "sltt/surrogates.py"
 COST = "sltt/kernels", "sltt/memory.py", *GRADIENTS
 TRAINED = "sltt/training", "sltt/models", "sltt/data", "sltt/recipes", *GRADIENTS
+PENALTY = ("sparsity",)  # its trainings have the loss `Activity`
 PEERS = "python benchmarks/peers.py --json docs/results/{name}.json, with the options that the page of the table gives"
 PAPER = "python benchmarks/paper.py {step} --data DIR, after its entry in runs/paper is deleted"
 # of the first pattern that a log's name has: how it is measured, and which sources change what it measures
@@ -101,20 +102,21 @@ def stale(root: Path = ROOT) -> dict[str, str]:
 
 def compare(count: int, root: Path = ROOT) -> None:
     """Enter the logs of accuracies and gradients whose version gives what this one does."""
-    written: dict[str, list[str]] = {}
+    written: dict[tuple[str, bool], list[str]] = {}
     for file in stale(root):
         name = Path(file).with_suffix("").as_posix()
         if entry(name)[1] in (TRAINED, GRADIENTS):
             done = subprocess.run(
                 ["git", "log", "-1", "--format=%h", "--", RESULTS / file], cwd=root, capture_output=True, text=True
             )
-            written.setdefault(done.stdout.strip(), []).append(name)
-    for commit, names in written.items():
+            written.setdefault((done.stdout.strip(), name in PENALTY), []).append(name)
+    for (commit, penalty), names in written.items():
         with tempfile.TemporaryDirectory() as folder:
             old = str(Path(folder, "old"))
             subprocess.run(["git", "worktree", "add", "--quiet", "--detach", old, commit], cwd=root, check=True)
             try:
                 command = [sys.executable, "tests/versions.py", old, str(root), "--count", str(count)]
+                command += [] if penalty else ["--no-penalty"]
                 done = subprocess.run(command, cwd=root, capture_output=True, text=True)
             finally:
                 subprocess.run(["git", "worktree", "remove", "--force", old], cwd=root, check=True)

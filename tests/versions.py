@@ -73,7 +73,7 @@ def network(draw: random.Random, large: bool) -> tuple[str, nn.Module, tuple[int
     return f"{kind} {name}", nn.Sequential(*first, *middle, pool, *head), (2, side, side)
 
 
-def run(seed: int) -> tuple[str, list[Tensor]]:
+def run(seed: int, penalty: bool) -> tuple[str, list[Tensor]]:
     """One random network under a random rule: what it is, and its logits, loss, gradients and buffers."""
     import sltt
     from sltt import kernels
@@ -83,7 +83,7 @@ def run(seed: int) -> tuple[str, list[Tensor]]:
     large = draw.random() < 0.3
     name, model, shape = network(draw, large)
     rule, loss = draw.choice(RULES), draw.choice(LOSSES)
-    if "RateBased" in rule or "segment" in rule:
+    if "RateBased" in rule or "segment" in rule or (loss == LOSSES[2] and not penalty):
         loss = LOSSES[0]
     options, steps, static = draw.choice(OPTIONS), draw.choice([3, 4, 5]), draw.random() < 0.3
     if "recompute" in rule:
@@ -97,17 +97,12 @@ def run(seed: int) -> tuple[str, list[Tensor]]:
     autocast = large and draw.random() < 0.3
     precise = "" if large else ", float64"
     what = f"{seed}: {name}{precise}, {rule}, {loss}, T = {steps}{', static' * static}, {options}{', bf16' * autocast}"
-    try:
-        with kernels.using(**options), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            make = {"sltt": sltt, "losses": sltt.losses}
-            batches = []
-            for _ in range(2):  # the second batch finds what the first one left
-                T = steps if static else None
-                batches.append(
-                    eval(f"sltt.{rule}", make)(model, x, y, eval(f"losses.{loss}", make), steps=T, seed=seed)
-                )
-    except ValueError as error:  # a rule that refuses the network
-        return what + f", refused: {type(error).__name__}", []
+    with kernels.using(**options), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        make = {"sltt": sltt, "losses": sltt.losses}
+        batches = []
+        for _ in range(2):  # the second batch finds what the first one left
+            T = steps if static else None
+            batches.append(eval(f"sltt.{rule}", make)(model, x, y, eval(f"losses.{loss}", make), steps=T, seed=seed))
     found = [
         batches[1].logits,
         batches[1].loss,
@@ -115,6 +110,14 @@ def run(seed: int) -> tuple[str, list[Tensor]]:
         *model.buffers(),
     ]
     return what, [t.detach().double() for t in found]
+
+
+def attempt(seed: int, penalty: bool) -> tuple[str, list[Tensor]]:
+    """`run`, without results where a rule refuses the network."""
+    try:
+        return run(seed, penalty)
+    except ValueError as error:
+        return f"{seed}: refused: {error}", []
 
 
 def differences(old: list[Tensor], new: list[Tensor], exact: bool) -> str | None:
@@ -126,7 +129,7 @@ def differences(old: list[Tensor], new: list[Tensor], exact: bool) -> str | None
     for i, (a, b) in enumerate(zip(old, new, strict=True)):
         size = max(float(a.abs().max()), 1e-3 * largest if i > 1 else 1e-6) if a.numel() else 1.0
         error = float((a - b).abs().max()) / size if a.numel() else 0.0
-        if not error <= (1e-9 if exact else 2e-2 if i > 1 else 1e-3):
+        if not error <= (1e-9 if exact else 1e-3 if i == 1 else 2e-2):  # but for the loss, a spike may flip by rounding
             return f"result {i} of {len(old)} by {error:.1e}"
     return None
 
@@ -136,6 +139,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", help="checkouts of the two versions")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--no-penalty", action="store_true", help="with losses of logits alone, without `Activity`")
     parser.add_argument("--results", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.results:
@@ -144,7 +148,8 @@ def main() -> None:
         if not Path(sltt.__file__).is_relative_to(given.folders[0]):
             raise SystemExit(f"{given.folders[0]} is no checkout of sltt: the one of {sltt.__file__} would run")
         torch.set_num_threads(1)
-        torch.save([run(seed) for seed in range(given.first, given.first + given.count)], given.results)
+        seeds = range(given.first, given.first + given.count)
+        torch.save([attempt(seed, not given.no_penalty) for seed in seeds], given.results)
         return
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{i}.pt" for i in range(2)]
@@ -152,12 +157,12 @@ def main() -> None:
         processes = [
             subprocess.Popen(
                 [sys.executable, __file__, where, "--count", str(given.count), "--first", str(given.first),
-                 "--results", str(file)],
+                 "--results", str(file), *["--no-penalty"] * given.no_penalty],
                 env={**os.environ, "PYTHONPATH": where}, cwd=folder,
             )
             for where, file in zip(folders, files, strict=True)
         ]  # fmt: skip
-        if any(process.wait() for process in processes):
+        if max([process.wait() for process in processes]):
             raise SystemExit("a version failed")
         old, new = (torch.load(file) for file in files)
     wrong = refused = taken = 0
