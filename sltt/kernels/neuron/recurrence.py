@@ -94,11 +94,13 @@ class _Recurrence(torch.autograd.Function):
         ctx: Any, x: Tensor, s: Any, v: Tensor, weight: Tensor, bias: Any, decay: Any, call: _RecurrentCall
     ) -> Any:  # type: ignore[override]
         spikes, last, kept = _forward(call, x, s, v, weight, bias, keep=True)
-        read = torch.zeros_like(v) if s is None else s
-        read = torch.cat([read, spikes[: len(x) - len(v)]])
-        whole = v.numel() % 8 == 0  # bytes of bits in a time step
+        whole, first = v.numel() % 8 == 0, torch.zeros_like(v) if s is None else s
         ctx.spikes = pack(spikes) if whole else spikes.clone()
-        ctx.read, ctx.ones = (pack(read) if whole else read, None) if call.trace is None else call.trace(read)
+        if whole and call.trace is None:  # bytes of bits in a time step
+            ctx.read, ctx.ones = torch.cat([pack(first), ctx.spikes[: (len(x) - len(v)) * v[0].numel() // 8]]), None
+        else:
+            read = torch.cat([first, spikes[: len(x) - len(v)]])
+            ctx.read, ctx.ones = (read, None) if call.trace is None else call.trace(read)
         ctx.call, ctx.first = call, len(v)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(kept, weight, decay, v if ctx.needs_input_grad[5] else None)
@@ -138,16 +140,16 @@ def _through_time(
     ctx: Any, grad: Tensor, grad_v: Tensor | None, kept: Tensor, weight: Tensor, delta: Tensor, gain: float
 ) -> Tensor | None:
     """Write ∂L/∂u of all time steps, from the last to the first; return ∂L/∂v before the first."""
-    steps: int = ctx.call.steps
-    parts = [one.chunk(steps) for one in (grad, kept, ctx.spikes, delta)]
-    after: Tensor | None = None
-    for t in reversed(range(steps)):
-        of_s, kept_t, s_t, out = (part[t] for part in parts)
-        if after is not None:
-            of_s = torch.addmm(of_s.flatten(0, -2), after.flatten(0, -2), weight, alpha=gain).view_as(of_s)
-        before = torch.empty_like(kept_t)
-        ctx.call.kernel.gradient(out, before, of_s, grad_v, kept_t, s_t, kept.dtype, None, False, kept_t, 1, False)
-        after, grad_v = out, before
+    steps, width = ctx.call.steps, len(weight)
+    parts = zip(
+        *(one.chunk(steps) for one in (grad.view(-1, width), kept, ctx.spikes, delta.view(-1, width))), strict=True
+    )
+    after, of_s = None, torch.empty_like(kept[: ctx.first]).view(-1, width)
+    states = [torch.empty_like(kept[: ctx.first]) for _ in range(2)]  # in turn before and after a time step
+    for grad_t, kept_t, s_t, out in reversed([*parts]):
+        given = grad_t if after is None else torch.addmm(grad_t, after, weight, alpha=gain, out=of_s)
+        ctx.call.kernel.gradient(out, states[0], given, grad_v, kept_t, s_t, kept.dtype, None, False, kept_t, 1, False)
+        after, grad_v, states = out, states[0], states[::-1]
     return grad_v
 
 
