@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sltt.analysis import measure_energy
+from sltt.commands.failures import UsageError
 from sltt.commands.parsing import CommandOptions, begin, load_run
 from sltt.data import Splits
 from sltt.interop.c import Exported, to_c
@@ -87,10 +88,10 @@ def options() -> CommandOptions:
 def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
     known, run = options().parse_args(words), Path(folder)
+    if known.check and known.to != "nir":
+        raise UsageError(f"--check is of a NIR graph, got --to {known.to}: use --to nir")
     built, _, content = load_run("sltt export", folder, known.code)
     report = Console()
-    if known.check and known.to != "nir":
-        raise ValueError(f"--check is of a NIR graph, got --to {known.to}: use --to nir")
     splits = _splits(built, content, report)
     x = splits.collate([(splits.test or splits.train)[0]])[0]
     frame = x if splits.static else x[0]

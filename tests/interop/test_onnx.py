@@ -124,7 +124,7 @@ def test_the_command_exports_a_run(tmp_path, monkeypatch, capsys):
     assert [i.name for i in session.get_inputs()] == ["x", "features.2", "features.5", "features.9"]
     assert main(["export", "a", "--to", "nir", "--check", "speck"]) == 0
     assert "features_2 (LIF): not on the chip, which has IF, " in capsys.readouterr().out
-    assert main(["export", "a", "--to", "c", "--check", "speck"]) == 1
+    assert main(["export", "a", "--to", "c", "--check", "speck"]) == 2
     assert "--check is of a NIR graph, got --to c: use --to nir" in capsys.readouterr().err
     assert main(["export", "a", "--to", "elsewhere"]) == 2
     assert main(["export", "nowhere", "--to", "onnx"]) == 2
