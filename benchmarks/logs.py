@@ -82,7 +82,7 @@ def mark(path: Path, root: Path = ROOT) -> None:
     name, known = path.resolve().relative_to(results).with_suffix("").as_posix(), marks(root)
     on = hardware(torch.get_num_threads(), "cuda" if name.startswith("gpu/") else "cpu")
     now = {"sources": digest(entry(name)[1], root), "hardware": on}
-    if path.exists() and known.get(name) != now:
+    if path.exists() and known.get(name, {}).get("sources") != now["sources"]:
         known.pop(name, None)
     else:
         known[name] = now

@@ -1,4 +1,4 @@
-"""Differences between Linux, macOS and Windows: locks, owners of files, cores, the processor, freed memory."""
+"""The machine: its terminal, and what differs between Linux, macOS and Windows: locks, owners, cores, memory."""
 
 import ctypes
 import errno
@@ -58,3 +58,8 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def escape(text: str) -> str:
+    """Escape what a terminal would obey, or could not show, such as colours in the name of a folder."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)

@@ -6,7 +6,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from sltt.printable import escape
+from sltt.system import escape
 
 FAILED, MISUSED = 1, 2
 SAID = (ValueError, OSError, ArithmeticError, RuntimeError)  # their messages are written for the user

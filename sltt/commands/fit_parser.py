@@ -27,7 +27,7 @@ MATTER_FIRST = f"""Options override the recipe's values. These matter first:
   --optimizer NAME           SGD, AdamW or another of torch.optim
   --optimizer.lr RATE        learning rate
   --optimizer.weight_decay RATE
-  --schedule NAME            learning rate: Cosine, Linear, Constant or MultiStep
+  --schedule NAME            learning rate: Cosine, Linear, Constant, MultiStep
   --clip_norm NORM           scale larger gradients down to this norm
   --model NAME               resnet18, DigitsNet, or a class: my_networks.Net
   --model.neuron.tau TAU     membrane time constant, in time steps

@@ -12,7 +12,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sltt.metrics import score_text
-from sltt.printable import escape
+from sltt.system import escape
 
 
 class Console:

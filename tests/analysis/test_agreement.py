@@ -84,6 +84,7 @@ def test_the_model_is_left_as_it_was():
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_the_command(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["agreement", "digits", "--steps", "3", "--samples", "32", "--model.width", "4", "--device", "cpu"]

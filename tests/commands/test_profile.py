@@ -166,6 +166,7 @@ def test_the_command(capsys, here):
     assert [cost["fold"]["trained"] for cost in found["costs"]] == [1] * len(found["costs"])
 
 
+@pytest.mark.slow
 def test_segments_of_exact_gradients_fit_a_budget():
     recipe = Recipe("test", "digits", ["--steps", "16", "--model.width", "4", "--device", "cpu"])
     with session(recipe.build()) as here:

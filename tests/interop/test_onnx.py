@@ -64,7 +64,7 @@ NETWORKS = {  # and the shape of an input
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "DigitsNet")) for name in NETWORKS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "a readout")) for name in NETWORKS]
 )
 def test_steps_in_onnx_runtime_are_those_of_the_network(name, tmp_path):
     make, shape = NETWORKS[name]

@@ -23,19 +23,16 @@ MISSING = kernels.compiler_problem(torch.device("cuda"))
 TRITON = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
-def layouts(steps, last):
-    """Numbers of time steps in a call, and whether channels are last; slow but for one of each."""
-    all_ = [(1, False), (1, True), (6, False), (6, True)]
-    slow = [pytest.param(*one, marks=pytest.mark.slow) for one in all_ if one != (steps, last)]
-    return pytest.mark.parametrize(("steps", "last"), [(steps, last), *slow])
-
+# numbers of time steps in a call, and whether channels are last
+LAYOUTS = pytest.mark.parametrize(("steps", "last"), [(1, False), (1, True), (6, False), (6, True)])
 
 LIF = kernels.NeuronStep(0.6, 0.8, None, False, False, sltt.surrogates.Triangle())
 
 
 @TRITON
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # half a minute on a machine that does nothing else
-@pytest.mark.parametrize("norms", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["neurons", "norms"])
+@pytest.mark.parametrize("norms", [False, True], ids=["neurons", "norms"])
 def test_in_the_interpreter_it_equals_the_equations(norms):
     """Run them in another process, since Triton reads TRITON_INTERPRET when it is imported."""
     path, slow = Path(__file__).with_name("triton_equations.py"), "norm or each_channel or every_rule"
@@ -100,11 +97,11 @@ def check_resources(kernel, folder, at_most):
 @pytest.mark.parametrize(
     ("steps", "dtype", "state", "architecture"),
     [
-        (1, torch.bfloat16, torch.float32, 80),
         (6, torch.bfloat16, torch.float32, 90),
-        (6, torch.float32, torch.float32, 80),
-        (1, torch.bfloat16, torch.bfloat16, 90),
-        (6, torch.float16, torch.float16, 90),
+        pytest.param(1, torch.bfloat16, torch.float32, 80, marks=pytest.mark.slow),
+        pytest.param(6, torch.float32, torch.float32, 80, marks=pytest.mark.slow),
+        pytest.param(1, torch.bfloat16, torch.bfloat16, 90, marks=pytest.mark.slow),
+        pytest.param(6, torch.float16, torch.float16, 90, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -123,7 +120,8 @@ def test_compiled_for_a_gpu(steps, dtype, state, architecture, compiled, tmp_pat
 
 
 @TRITON
-@layouts(1, last=False)
+@LAYOUTS
+@pytest.mark.slow
 def test_values_of_each_channel_compiled_for_a_gpu(steps, last, compiled, tmp_path):
     made = compiled(90)
     x = torch.zeros(4 * steps, 64, 16, 16, dtype=torch.bfloat16)
@@ -136,7 +134,8 @@ def test_values_of_each_channel_compiled_for_a_gpu(steps, last, compiled, tmp_pa
 
 
 @TRITON
-@layouts(6, last=True)
+@LAYOUTS
+@pytest.mark.slow
 def test_a_norm_in_front_compiled_for_a_gpu(steps, last, compiled, tmp_path, monkeypatch):
     made = compiled(90)
     monkeypatch.setattr(normed, "in_triton", lambda x: True)
@@ -151,6 +150,7 @@ def test_a_norm_in_front_compiled_for_a_gpu(steps, last, compiled, tmp_path, mon
 
 
 @TRITON
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "step", "at_most"),
     [

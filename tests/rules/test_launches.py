@@ -84,8 +84,8 @@ def count(rule, rates=False, steps=6):
         (sltt.SLTT(fold=1), 1158),
         (sltt.SLTT(fold=6), 318),
         (sltt.BPTT(fold=6), 318),
-        (sltt.OTTT(), 1633),
-        (sltt.RateBased(), 1868),
+        pytest.param(sltt.OTTT(), 1633, marks=pytest.mark.slow),
+        pytest.param(sltt.RateBased(), 1868, marks=pytest.mark.slow),
     ],
     ids=repr,
 )
