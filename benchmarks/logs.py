@@ -1,6 +1,6 @@
 """Which logs of docs/results are of older code, and how to measure them again.
 
-    python benchmarks/logs.py [--compare [COUNT]]
+    python benchmarks/logs.py [--compare [COUNT]] [--compare-costs [TURNS]]
 
 `docs/results/measured.json` has for each log the machine, and a digest of the sources that change what it measures.
 `write` makes the entry. A log to which an older version contributed has none: delete the log, and measure it whole.
@@ -9,20 +9,26 @@ Accuracies and gradients take hours. `--compare` runs the version that wrote suc
 random networks (tests/versions.py). Where logits, losses, gradients and statistics of all rules are the same, the log
 counts as measured now; its entry names that version. Only the logs of PENALTY need the same penalties on firing rates
 too. It does not see data sets and recipes: delete the logs of one that changes.
+
+Times take hours too, of peers more than of this library. `--compare-costs` runs the cases of COSTS in both versions, in
+so many turns, with nothing beside it. Where a batch takes the same time to 5% (the median of the ratios) and the same
+memory to 2%, the log counts as measured now.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import torch
-from turns import hardware
+from turns import Worker, hardware, in_turns, quotient
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("docs", "results")
@@ -34,6 +40,32 @@ PENALTY = ("sparsity",)  # its trainings have the loss `Activity`
 PEERS = "python benchmarks/peers.py --json docs/results/{name}.json, with the options that the page of the table gives"
 PAPER = "python benchmarks/paper.py {step} --data DIR, after its entry in runs/paper is deleted"
 # of the first pattern that a log's name has: how it is measured, and which sources change what it measures
+# of a log's name: what stands for its cases, the arguments of a worker of a benchmark
+PEER = {"threads": 1, "clock": "process", "device": "cpu"}
+RESNET, VGG, DIGITS = (
+    ("peers.py", json.dumps({"network": network, "steps": steps, "batch": batch, **PEER}))
+    for network, steps, batch in (("resnet18", 6, 8), ("vgg11", 6, 8), ("digits", 16, 128))
+)
+SEQUENCES = [
+    ("open_neuromorphic.py", work, case, "cpu")
+    for work in ("mlp", "recurrent-256", "linear-512", "static")
+    for case in ("SLTT", "BPTT")
+]
+COSTS: dict[str, list[tuple[str, ...]]] = {
+    "sequences": SEQUENCES,
+    "rates": [one for one in SEQUENCES if one[1] in ("mlp", "recurrent-256")],
+    "rules": [(*DIGITS, case) for case in ("BPTT", "SLTT", "SLTT, k = 1", "OTTT", "RateBased", "Mixed")],
+    "own-neuron": [(*RESNET, case) for case in ("SLTT, compiled", "SLTT, own neuron", "SLTT, ALIF")],
+    "exact-over-t": [(*RESNET, case) for case in ("SLTT", "SLTT, fold = 1", "BPTT, segment = auto")],
+    "exact": [
+        (*one, case) for one in (RESNET, VGG) for case in ("SLTT", "BPTT", "BPTT, recompute", "BPTT, segment = 2")
+    ],
+    "vgg11*": [(*VGG, case) for case in ("SLTT", "SLTT, dense", "BPTT")],
+    "resnet18-*": [
+        (*RESNET, case) for case in ("SLTT", "SLTT, dense", "SLTT, k = 1", "BPTT", "OTTT", "SLTT, bf16", "evaluation")
+    ],
+    "paper/[ms]e*": [(*one, case) for one in (RESNET, VGG) for case in ("SLTT", "SLTT, k = 1", "BPTT")],
+}
 LOGS: dict[str, tuple[str, Sequence[str]]] = {
     "tasks": ("python benchmarks/tasks.py --data DIR", TRAINED),
     "advice": ("python benchmarks/tasks.py --advice, with the trials of docs/when-not.md", TRAINED),
@@ -100,40 +132,99 @@ def stale(root: Path = ROOT) -> dict[str, str]:
     return found
 
 
+def written_by(root: Path, sources: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """The older logs with one of these sources, by the commit that wrote them."""
+    of: dict[str, list[str]] = {}
+    for file in stale(root):
+        if entry(name := Path(file).with_suffix("").as_posix())[1] in sources:
+            command = ["git", "log", "-1", "--format=%h", "--", RESULTS / file]
+            done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+            of.setdefault(done.stdout.strip(), []).append(name)
+    return of
+
+
+@contextlib.contextmanager
+def checkout(commit: str, root: Path) -> Iterator[str]:
+    """A folder with a version of the code."""
+    with tempfile.TemporaryDirectory() as folder:
+        old = str(Path(folder, "old"))
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", old, commit], cwd=root, check=True)
+        try:
+            yield old
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", old], cwd=root, check=True)
+
+
+def enter(names: Sequence[str], commit: str, root: Path) -> None:
+    """Enter logs whose version does what this one does."""
+    known = marks(root)
+    known |= {name: {"sources": digest(entry(name)[1], root), "same as": commit} for name in names}
+    (root / RESULTS / MEASURED).write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
 def compare(count: int, root: Path = ROOT) -> None:
     """Enter the logs of accuracies and gradients whose version gives what this one does."""
-    written: dict[tuple[str, bool], list[str]] = {}
-    for file in stale(root):
-        name = Path(file).with_suffix("").as_posix()
-        if entry(name)[1] in (TRAINED, GRADIENTS):
-            done = subprocess.run(
-                ["git", "log", "-1", "--format=%h", "--", RESULTS / file], cwd=root, capture_output=True, text=True
-            )
-            written.setdefault((done.stdout.strip(), name in PENALTY), []).append(name)
-    for (commit, penalty), names in written.items():
-        with tempfile.TemporaryDirectory() as folder:
-            old = str(Path(folder, "old"))
-            subprocess.run(["git", "worktree", "add", "--quiet", "--detach", old, commit], cwd=root, check=True)
-            try:
+    for commit, all_names in written_by(root, (TRAINED, GRADIENTS)).items():
+        for penalty in (False, True):
+            if not (names := [name for name in all_names if (name in PENALTY) == penalty]):
+                continue
+            with checkout(commit, root) as old:
                 command = [sys.executable, "tests/versions.py", old, str(root), "--count", str(count)]
                 command += [] if penalty else ["--no-penalty"]
                 done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-            finally:
-                subprocess.run(["git", "worktree", "remove", "--force", old], cwd=root, check=True)
-        print(f"{commit} ({', '.join(names)}): {(done.stdout or done.stderr).strip().splitlines()[-1]}", flush=True)
-        if done.returncode == 0:
-            known = marks(root)
-            known |= {name: {"sources": digest(entry(name)[1], root), "same as": commit} for name in names}
-            (root / RESULTS / MEASURED).write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-        else:
-            print("".join(f"  {line}\n" for line in done.stdout.splitlines()[:-1]), end="", flush=True)
+            print(f"{commit} ({', '.join(names)}): {(done.stdout or done.stderr).strip().splitlines()[-1]}", flush=True)
+            if done.returncode == 0:
+                enter(names, commit, root)
+            else:
+                print("".join(f"  {line}\n" for line in done.stdout.splitlines()[:-1]), end="", flush=True)
+
+
+def compare_costs(turns: int, root: Path = ROOT) -> None:
+    """Enter the logs of times and memory whose version takes what this one does."""
+    for commit, names in written_by(root, (COST, (*COST, *TRAINED))).items():
+        with checkout(commit, root) as old:
+            found: dict[tuple[str, ...], list[float]] = {}
+            for name in names:
+                cases = next((COSTS[pattern] for pattern in COSTS if fnmatch(name, pattern)), [])
+                for case in cases:
+                    if case not in found:
+                        found[case] = changes(case, (old, str(root)), turns)
+                        print(f"  {case}: {', '.join(f'{one:.2f}' for one in found[case])}", flush=True)
+                within = all(
+                    abs(ratio - 1) <= most for c in cases for ratio, most in zip(found[c], (0.05, 0.02), strict=False)
+                )
+                print(f"{commit} {name}: {'the same' if cases and within else 'measure it again'}", flush=True)
+                if cases and within:
+                    enter([name], commit, root)
+
+
+def changes(case: tuple[str, ...], versions: Sequence[str], turns: int) -> list[float]:
+    """Return how a case changes from the first version to the second: its time, and its memory where that is asked."""
+    script, *arguments = case
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--serve", *arguments]
+    keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "OMP_NUM_THREADS": "1"}
+    workers = [Worker(command, 600, PYTHONPATH=version, **keep) for version in versions]
+    try:
+        old, new = in_turns([partial(worker.ask, "time") for worker in workers], turns)
+        ratios = [quotient(new, old)[0]]
+        if script == "peers.py":
+            before, now = (worker.ask("memory") for worker in workers)
+            ratios.append(now / before)
+    finally:
+        for worker in workers:
+            worker.close()
+    return ratios
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compare", type=int, nargs="?", const=200, metavar="COUNT")
-    if count := parser.parse_args().compare:
-        compare(count)
+    parser.add_argument("--compare-costs", type=int, nargs="?", const=9, metavar="TURNS")
+    asked = parser.parse_args()
+    if asked.compare:
+        compare(asked.compare)
+    if asked.compare_costs:
+        compare_costs(asked.compare_costs)
     if old := stale():
         lines = "".join(f"\n  {name}: {how}" for name, how in old.items())
         raise SystemExit(f"{len(old)} logs of docs/results are of older code. Delete each, measure it again:{lines}")
