@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from turns import Worker, hardware, in_turns, quotient
+from turns import EndedError, Worker, hardware, in_turns, quotient
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("docs", "results")
@@ -201,15 +202,24 @@ def compare_costs(turns: int, root: Path = ROOT) -> None:
 def changes(case: tuple[str, ...], versions: Sequence[str], turns: int) -> list[float]:
     """Return how a case changes from the first version to the second: its time, and its memory where that is asked."""
     script, *arguments = case
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "--serve", *arguments]
     keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "OMP_NUM_THREADS": "1"}
-    workers = [Worker(command, 600, PYTHONPATH=version, **keep) for version in versions]
+    workers = [
+        Worker(
+            [sys.executable, str(Path(version, "benchmarks", script)), "--serve", *arguments],
+            600,
+            PYTHONPATH=version,
+            **keep,
+        )
+        for version in versions
+    ]
     try:
         old, new = in_turns([partial(worker.ask, "time") for worker in workers], turns)
         ratios = [quotient(new, old)[0]]
         if script == "peers.py":
             before, now = (worker.ask("memory") for worker in workers)
             ratios.append(now / before)
+    except EndedError:  # the older version has no such case
+        return [math.inf]
     finally:
         for worker in workers:
             worker.close()
