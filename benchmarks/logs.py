@@ -56,6 +56,7 @@ COSTS: dict[str, list[tuple[str, ...]]] = {
     "sequences": SEQUENCES,
     "rates": [one for one in SEQUENCES if one[1] in ("mlp", "recurrent-256")],
     "rules": [(*DIGITS, case) for case in ("BPTT", "SLTT", "SLTT, k = 1", "OTTT", "RateBased", "Mixed")],
+    "recall-memory": [(*DIGITS, case) for case in ("BPTT", "SLTT", "OTTT", "RateBased")],
     "own-neuron": [(*RESNET, case) for case in ("SLTT, compiled", "SLTT, own neuron", "SLTT, ALIF")],
     "exact-over-t": [(*RESNET, case) for case in ("SLTT", "SLTT, fold = 1", "BPTT, segment = auto")],
     "exact": [
