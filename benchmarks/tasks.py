@@ -2,11 +2,13 @@
 
     python benchmarks/tasks.py [--data DIR] [--tasks recall …] [--rules BPTT,SLTT,…] [--seeds 5] [--runs runs/tasks]
     python benchmarks/tasks.py --advice [--tasks recall …] [--trial 4]
+    python benchmarks/tasks.py --memory [--data DIR] [--tasks recall …]
 
 DIR/nmnist has N-MNIST; without `--data` its task is left out. Each task is an `sltt compare` with one thread, kept in
 `runs/tasks`: the same command goes on where it stopped. What it measured replaces the rows of the same task and rule in
 docs/results/tasks.json. Tables are made of that file. Several may run at a time. With --advice, each task is an
-`sltt agreement` with a trial, in docs/results/advice.json.
+`sltt agreement` with a trial, in docs/results/advice.json. With --memory, nothing is trained: the memory of a batch is
+measured again, with `fold=1`.
 """
 
 import argparse
@@ -36,7 +38,7 @@ TASKS = {
     "basic-motions": ("hidden.4", ["basic-motions"]),
     "basic-motions, spikes": ("hidden.4", MOTIONS.split()),
 }
-ONE_STEP = "--rule.fold", "1"  # in which rules differ in memory on small networks too
+ONE_STEP = "--rule.fold", "1"  # of rules that are compared by memory: with it, they differ on small networks too
 RULES = "BPTT,OTTT,SLTT,TBPTT:window=2,RateBased,OTTT:inputs=false,SLTT:k=1,Mixed"
 
 
@@ -44,8 +46,12 @@ def compare(task: str, asked: argparse.Namespace) -> list[Row]:
     """Train the rules on a task, and what they reached."""
     taken = [rule for rule in asked.rules.split(",") if rule != "RateBased" or "japanese-vowels" not in task]  # padded
     rules = ",".join(taken).replace("Mixed", f"Mixed:windows={{{TASKS[task][0]}: all}}")
-    rows = run("compare", task, asked, "--rules", rules, "--seeds", str(asked.seeds))["rows"]
-    costs = run("profile", task, asked, "--rules", rules, *ONE_STEP, "--repeats", "1")["costs"]
+    if asked.memory:
+        rows = [row for row in recorded(RESULTS / "tasks.json") if row["task"] == task]
+    else:
+        rows = run("compare", task, asked, "--rules", rules, "--seeds", str(asked.seeds))["rows"]
+    stepped = [row["rule"] if row["rule"].startswith("Mixed") else f"{row['rule']}:fold=1" for row in rows]
+    costs = run("profile", task, asked, "--rules", ",".join(stepped), "--repeats", "1")["costs"]
     kept = "rule", "accuracies", "seconds", "cosine"
     return [
         {"task": task, **{key: row[key] for key in kept}, "peak_memory": cost["memory"]["batch"]}
@@ -79,6 +85,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--runs", type=Path, default=Path("runs/tasks"))
     parser.add_argument("--advice", action="store_true", help="ask for advice instead of training all rules")
+    parser.add_argument("--memory", action="store_true", help="measure the memory again, without training")
     parser.add_argument("--trial", default="4", help="epochs of the short trainings of --advice")
     asked = parser.parse_args()
     torch.set_num_threads(1)
