@@ -134,14 +134,19 @@ def stale(root: Path = ROOT) -> dict[str, str]:
     return found
 
 
+def blob(path: Path) -> str:
+    """Git's name of what a file has: with it, the first commit of a log is found, also where it went and came back."""
+    return subprocess.run(["git", "hash-object", path], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def written_by(root: Path, sources: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """The older logs with one of these sources, by the commit that wrote them."""
+    """The older logs with one of these sources, by the first commit that has them."""
     of: dict[str, list[str]] = {}
     for file in stale(root):
         if entry(name := Path(file).with_suffix("").as_posix())[1] in sources:
-            command = ["git", "log", "-1", "--format=%h", "--", RESULTS / file]
-            done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-            of.setdefault(done.stdout.strip(), []).append(name)
+            log = ["git", "log", f"--find-object={blob(root / RESULTS / file)}", "--format=%h", "--", RESULTS / file]
+            done = subprocess.run(log, cwd=root, capture_output=True, text=True, check=True)
+            of.setdefault(done.stdout.split()[-1], []).append(name)
     return of
 
 
