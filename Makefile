@@ -62,7 +62,7 @@ release: check test slow docs package
 	@echo "by hand: write the date into CHANGELOG.md and commit; git tag v$$($(BIN)/python -c 'import sltt; print(sltt.__version__)');"
 	@echo "git push --tags; $(BIN)/twine upload dist/*"
 
-paper: .venv/installed
+paper: .venv/installed-dev
 	$(BIN)/python benchmarks/paper.py $(if $(DATA),--data $(DATA))
 
 gpu: .venv/installed-dev

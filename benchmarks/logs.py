@@ -40,8 +40,7 @@ TRAINED = "sltt/training", "sltt/models", "sltt/data", "sltt/recipes", *GRADIENT
 PENALTY = ("sparsity",)  # its trainings have the loss `Activity`
 PEERS = "python benchmarks/peers.py --json docs/results/{name}.json, with the options that the page of the table gives"
 PAPER = "python benchmarks/paper.py {step} --data DIR, after its entry in runs/paper is deleted"
-# of the first pattern that a log's name has: how it is measured, and which sources change what it measures
-# of a log's name: what stands for its cases, the arguments of a worker of a benchmark
+# of the first pattern that a log's name has: what stands for its cases, the arguments of a benchmark's worker
 PEER = {"threads": 1, "clock": "process", "device": "cpu"}
 RESNET, VGG, DIGITS = (
     ("peers.py", json.dumps({"network": network, "steps": steps, "batch": batch, **PEER}))
@@ -68,6 +67,7 @@ COSTS: dict[str, list[tuple[str, ...]]] = {
     ],
     "paper/[ms]e*": [(*one, case) for one in (RESNET, VGG) for case in ("SLTT", "SLTT, k = 1", "BPTT")],
 }
+# of the first pattern: how a log is measured, and which sources change what it measures
 LOGS: dict[str, tuple[str, Sequence[str]]] = {
     "tasks": ("python benchmarks/tasks.py --data DIR", TRAINED),
     "advice": ("python benchmarks/tasks.py --advice, with the trials of docs/when-not.md", TRAINED),
@@ -209,15 +209,8 @@ def changes(case: tuple[str, ...], versions: Sequence[str], turns: int) -> list[
     """Return how a case changes from the first version to the second: its time, and its memory where that is asked."""
     script, *arguments = case
     keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "OMP_NUM_THREADS": "1"}
-    workers = [
-        Worker(
-            [sys.executable, str(Path(version, "benchmarks", script)), "--serve", *arguments],
-            600,
-            PYTHONPATH=version,
-            **keep,
-        )
-        for version in versions
-    ]
+    commands = [[sys.executable, f"{version}/benchmarks/{script}", "--serve", *arguments] for version in versions]
+    workers = [Worker(one, 600, PYTHONPATH=version, **keep) for one, version in zip(commands, versions, strict=True)]
     try:
         old, new = in_turns([partial(worker.ask, "time") for worker in workers], turns)
         ratios = [quotient(new, old)[0]]

@@ -43,7 +43,7 @@ RULES = "BPTT,OTTT,SLTT,TBPTT:window=2,RateBased,OTTT:inputs=false,SLTT:k=1,Mixe
 
 
 def compare(task: str, asked: argparse.Namespace) -> list[Row]:
-    """Train the rules on a task, and what they reached."""
+    """Train the rules on a task, and what they reached; with --memory, as they did before."""
     taken = [rule for rule in asked.rules.split(",") if rule != "RateBased" or "japanese-vowels" not in task]  # padded
     rules = ",".join(taken).replace("Mixed", f"Mixed:windows={{{TASKS[task][0]}: all}}")
     if asked.memory:

@@ -5,6 +5,7 @@ import pickle
 import re
 import shutil
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -145,7 +146,9 @@ def test_the_working_directory_is_no_folder_of_code_and_replaces_no_package(run,
     monkeypatch.setattr(sys, "path", [os.getcwd(), *sys.path])  # as of an empty entry of PYTHONPATH
     assert main(["eval", "run"]) == 1
     monkeypatch.setattr(sys, "path", sys.path[1:])
+    Path("colorsys.py").write_text("")
     find_recipe("digits")
+    assert Path(PathFinder.find_spec("colorsys").origin).parent != Path.cwd()
     assert sys.path[0] != ""
     assert sys.path[-1] == os.getcwd()
     assert not Path("mark").exists()

@@ -1,5 +1,6 @@
 import hashlib
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import sltt
 from sltt.data import CIFAR10, CIFAR100, Digits, DigitsEvents, ImageFolder
 from sltt.data.augment import clear_square
 from sltt.data.base import hold_out
@@ -28,6 +30,12 @@ def test_hold_out_splits_every_class(labels, share):
             assert abs(out - share * total) <= 1
     if share == 0:
         assert held == []
+
+
+def test_the_digits_are_those_of_uci():
+    with np.load(Path(sltt.data.__file__).with_name("digits.npz")) as file:
+        found = file["images"].tobytes() + file["labels"].tobytes()
+    assert hashlib.sha256(found).hexdigest()[:12] == "87ff0c9e40dc"  # equal to load_digits of scikit-learn 1.9
 
 
 def test_splits_are_the_same_on_every_machine():

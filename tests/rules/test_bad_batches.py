@@ -12,6 +12,7 @@ from torch import nn
 import sltt
 from sltt import kernels, losses, surrogates
 from sltt.analysis import agreement
+from sltt.sequence.steps import check_input
 from tests.bad_values import CHOICE, FLAG, OBJECT, assert_refused, constructions, number, whole
 
 HOW = {"recompute": FLAG, "fold": whole(0, -1), "hoist": FLAG}
@@ -163,3 +164,13 @@ def test_an_input_that_was_made_with_a_graph_is_explained(rule):
 def test_labels_of_another_shape_are_the_targets_fault(target):
     with pytest.raises(ValueError, match=r"labels are class indices, one a sample: y.squeeze\(1\) .*y.argmax\(1\)"):
         train(target=target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_values_whose_sum_is_infinite_are_a_finite_input(dtype):
+    x = torch.full((4, 3), torch.finfo(dtype).max, dtype=dtype)
+    assert x.sum().isinf()
+    check_input(x)
+    x[0, 0], x[1, 0] = math.inf, -math.inf
+    with pytest.raises(ValueError, match="got 2 NaN or infinite of 12 values"):
+        check_input(x)

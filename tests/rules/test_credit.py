@@ -256,7 +256,15 @@ def test_statistics_of_a_norm_change_while_graphs_wait():
     assert len(set(formats)) == 1
 
 
-@pytest.mark.parametrize("rule", [sltt.SLTT(fold=1), sltt.OTTT()], ids=repr)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        sltt.SLTT(),
+        sltt.OTTT(),
+        *(pytest.param(rule(fold=1), marks=pytest.mark.slow) for rule in (sltt.SLTT, sltt.OTTT)),
+    ],
+    ids=repr,
+)
 def test_memory_does_not_grow_with_time(rule):
     model = nn.Sequential(*chain(None, [0, 2], [1, 3], sizes=(6, 64, 64, 3))).float()
     x, y = torch.randn(200, 64, 6), torch.randint(3, (64,))
