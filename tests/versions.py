@@ -129,7 +129,9 @@ def differences(old: list[Tensor], new: list[Tensor], exact: bool) -> str | None
     for i, (a, b) in enumerate(zip(old, new, strict=True)):
         size = max(float(a.abs().max()), 1e-3 * largest if i > 1 else 1e-6) if a.numel() else 1.0
         error = float((a - b).abs().max()) / size if a.numel() else 0.0
-        if not error <= (1e-9 if exact else 1e-3 if i == 1 else 2e-2):  # but for the loss, a spike may flip by rounding
+        # a spike that rounding flips moves the logits of its sample and step, so that of 20 one may differ
+        few = i == 0 and not exact and ((a - b).abs().flatten(0, -2).amax(-1) > 1e-3 * size).float().mean() <= 0.05
+        if not error <= (1e-9 if exact else 2e-2 if i > 1 or few else 1e-3):
             return f"result {i} of {len(old)} by {error:.1e}"
     return None
 
