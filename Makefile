@@ -74,7 +74,7 @@ figures: .venv/installed-dev
 	$(BIN)/python docs/draw_rules.py
 	$(BIN)/python benchmarks/recall_figure.py --steps 16 --rules SLTT
 	$(BIN)/python docs/draw_map.py
-	$(BIN)/python benchmarks/rates_figure.py
+	$(BIN)/python benchmarks/curves_figure.py
 	$(BIN)/python benchmarks/logs.py
 
 gallery: .venv/installed-dev demo

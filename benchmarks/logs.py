@@ -53,7 +53,7 @@ SEQUENCES = [
 ]
 COSTS: dict[str, list[tuple[str, ...]]] = {
     "sequences": SEQUENCES,
-    "rates": [one for one in SEQUENCES if one[1] in ("mlp", "recurrent-256")],
+    **dict.fromkeys(("rates", "widths"), [one for one in SEQUENCES if one[1] in ("mlp", "recurrent-256")]),
     "rules": [(*DIGITS, case) for case in ("BPTT", "SLTT", "SLTT, k = 1", "OTTT", "RateBased", "Mixed")],
     "recall-memory": [(*DIGITS, case) for case in ("BPTT", "SLTT", "OTTT", "RateBased")],
     "own-neuron": [(*RESNET, case) for case in ("SLTT, compiled", "SLTT, own neuron", "SLTT, ALIF")],
@@ -77,6 +77,7 @@ LOGS: dict[str, tuple[str, Sequence[str]]] = {
     "libraries": ("python benchmarks/libraries.py --json docs/results/libraries.json", (*COST, "sltt/interop")),
     "networks": ("python benchmarks/networks.py --json docs/results/networks.json", COST),
     "rates": ("python benchmarks/open_neuromorphic.py --rates 2,5,10,20,40", COST),
+    "widths": ("python benchmarks/open_neuromorphic.py --widths 64,256,1024,4096", COST),
     **dict.fromkeys(("rules", "exact", "exact-over-t", "own-neuron", "resnet18-*", "vgg11*"), (PEERS, COST)),
     **dict.fromkeys(("paper/memory", "paper/seconds"), (PAPER, COST)),
     "paper/operations": (PAPER, ("sltt/analysis/operations.py", "sltt/models", "sltt/rules")),

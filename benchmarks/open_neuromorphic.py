@@ -3,9 +3,10 @@
     python benchmarks/open_neuromorphic.py [--works linear-512 mlp] [--cases SLTT "JAX SLTT, by hand"] [--rounds 3]
                                            [--device cuda]
     python benchmarks/open_neuromorphic.py --rates 2,5,10,20,40    # docs/results/rates.json, and its figure
+    python benchmarks/open_neuromorphic.py --widths 64,256,1024,4096    # docs/results/widths.json, and its figure
 
 docs/performance.md says what the works are. With `--rates`, so many percent of the inputs and of the neurons of each
-layer are active: the biases are chosen for that. Each case runs in a process of its own, and the processes take turns.
+layer are active: the biases are chosen for that. With `--widths`, hidden layers have so many neurons, at 5%. Each case runs in a process of its own, and the processes take turns.
 Before anything is timed, each gradient is compared with that of the plain equations in float64, on a small network.
 
 Time is processor time of one thread, or on CUDA the time that passes. It is that of forward and backward together: some
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from cells import write
 from peer_cases import jelly_neuron
-from rates_figure import draw
+from curves_figure import draw
 from tables import DOCS, fill
 from torch import Tensor, nn
 from turns import Worker, hardware, in_turns, process_memory, serve, timed
@@ -63,16 +64,20 @@ WORKS = {
     "tiny-linear": Work((16, 16), 4, 6),
     "tiny-static": Work((24, 16), 4, 6, classes=3, static=True),
 }
-AT_RATES = "mlp", "recurrent-256"
+CURVES = "mlp", "recurrent-256"  # over rates and widths
 SHOWN = ("mlp", "linear-256", "linear-512", "linear-2048", "recurrent-256", "recurrent-1024", "static")  # in the table
 
 Made = tuple[Callable[[], Any], Callable[[], Tensor]]  # an iteration and, after one, its gradient
 
 
 def work_of(name: str) -> Work:
-    """Return the work of a name; `mlp@10` is `mlp` with a tenth of the inputs and neurons active."""
-    name, _, percent = name.partition("@")
-    return WORKS[name]._replace(density=float(percent) / 100, rate=float(percent) / 100) if percent else WORKS[name]
+    """Return the work of a name; `mlp@10/64` is `mlp` with a tenth of inputs and neurons active, and hidden layers of 64."""
+    name, _, options = name.partition("@")
+    percent, _, width = options.partition("/")
+    work = WORKS[name]
+    if width:
+        work = work._replace(widths=(work.widths[0], *[int(width)] * (len(work.widths) - 1)))
+    return work._replace(density=float(percent) / 100, rate=float(percent) / 100) if percent else work
 
 
 @functools.cache
@@ -391,27 +396,30 @@ def main() -> None:
     parser.add_argument("--works", nargs="+", choices=WORKS)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rates", help="firing rates in percent, separated by commas")
+    curve = parser.add_mutually_exclusive_group()
+    curve.add_argument("--rates", help="firing rates in percent, separated by commas")
+    curve.add_argument("--widths", help="neurons of a hidden layer, separated by commas")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
         return work_on(*given.serve)
-    rows, works = [], given.works or (AT_RATES if given.rates else SHOWN)
-    if given.rates:
-        works = [f"{work}@{percent}" for work in works for percent in given.rates.split(",")]
+    points = given.rates.split(",") if given.rates else [f"5/{width}" for width in (given.widths or "").split(",") if width]
+    rows, works = [], given.works or (CURVES if points else SHOWN)
+    if points:
+        works = [f"{work}@{point}" for work in works for point in points]
     for work in works:
         cases = [case for case in given.cases if CASES[case].recurrent or not work_of(work).recurrent]
         for row in measure(work, cases, given.rounds, given.device):
             seconds = statistics.median(row["seconds"])
             print(f"{work:16}{row['case']:22}{seconds:9.4f} s  {row['peak_MB']:8.1f} MB", flush=True)
             rows.append(row)
-    out = given.out or DOCS / "results" / ("rates.json" if given.rates else "sequences.json")
+    out = given.out or DOCS / "results" / f"{'rates' if given.rates else 'widths' if points else 'sequences'}.json"
     rates = {work: firing(work_of(work)) for work in works}
     write(out, {"hardware": hardware(1, given.device), "rates": rates, "rows": rows})
     fill()
-    if given.rates:
+    if points:
         draw(out)
     return None
 

@@ -1,6 +1,7 @@
-"""Time over that of other libraries at several firing rates: `python benchmarks/rates_figure.py [LOG]`.
+"""Time over that of other libraries at several firing rates or widths: `python benchmarks/curves_figure.py [LOG]`.
 
-The log is that of `benchmarks/open_neuromorphic.py --rates …`. A point divides by the fastest form of a library there.
+The log is that of `benchmarks/open_neuromorphic.py --rates …` or `--widths …`. A point divides by the fastest form of a
+library there. Without a log, it draws those of docs.
 """
 
 import json
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from turns import quotient
 
 DOCS = Path(__file__).parents[1] / "docs"
-LOG, FIGURE = DOCS / "results" / "rates.json", DOCS / "figures" / "rates.svg"
+LOGS = [DOCS / "results" / f"{name}.json" for name in ("rates", "widths")]
 INK = "#777777"  # readable on a light and on a dark page
 COLOURED = "text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"
 PAIRS = {  # our case and theirs: label and colour
@@ -27,21 +28,23 @@ PAIRS = {  # our case and theirs: label and colour
 
 
 def ratios(found: dict[str, Any], work: str, case: str, other: str) -> list[tuple[float, tuple[float, float, float]]]:
-    """Return the firing rate in percent, and the ratio with its least and most, at each rate that was asked for."""
+    """Return the firing rate in percent or the width, and the ratio with its least and most, at each that was asked for."""
     points = []
     for name, rows in grouped(found["rows"], "work").items():
         times = {row["case"]: row["seconds"] for row in rows}
         if name.startswith(f"{work}@") and case in times and (form := fastest(times, other)):
-            rates = found["rates"][name]
-            points.append((100 * sum(rates) / len(rates), quotient(times[case], times[form])))
+            rates, width = found["rates"][name], name.partition("/")[2]
+            at = float(width) if width else 100 * sum(rates) / len(rates)
+            points.append((at, quotient(times[case], times[form])))
     return sorted(points)
 
 
 @rc_context({"svg.hashsalt": "rates", **dict.fromkeys(COLOURED, INK)})
-def draw(log: Path = LOG) -> Path:
+def draw(log: Path) -> Path:
     """Draw a panel for each network, beside the log if it is not that of docs."""
     found = json.loads(log.read_text())
     works = list(dict.fromkeys(row["work"].partition("@")[0] for row in found["rows"]))
+    widths = all("/" in row["work"] for row in found["rows"])
     figure = Figure(figsize=(1 + 3.4 * len(works), 3.6), layout="constrained")
     (axes,) = figure.subplots(1, len(works), sharey=True, squeeze=False)
     for axis, work in zip(axes, works, strict=True):
@@ -51,16 +54,17 @@ def draw(log: Path = LOG) -> Path:
                 spread = [[m - low for _, (m, low, _) in points], [high - m for _, (m, _, high) in points]]
                 axis.errorbar(rates, middles, spread, label=label, color=colour, marker="o", capsize=3, linewidth=2)
         axis.axhline(1, color=INK, linestyle=":", linewidth=1)
-        axis.set(title=work, xlabel="firing rate, %", ylim=(0, None))
+        title, xlabel = (work.removesuffix("-256"), "width of hidden layers") if widths else (work, "firing rate, %")
+        axis.set(title=title, xlabel=xlabel, ylim=(0, None), xscale="log" if widths else "linear")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("ratio of times")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    path = FIGURE if log == LOG else log.with_suffix(".svg")
+    path = DOCS / "figures" / f"{log.stem}.svg" if log in LOGS else log.with_suffix(".svg")
     figure.savefig(path, transparent=True, metadata={"Date": None})
     return path
 
 
 if __name__ == "__main__":
-    log = Path(sys.argv[1]) if sys.argv[1:] else LOG
-    print(draw(log) if log.exists() else f"not measured yet: {log}")
+    for log in [Path(path) for path in sys.argv[1:]] or LOGS:
+        print(draw(log) if log.exists() else f"not measured yet: {log}")
