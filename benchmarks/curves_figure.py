@@ -28,7 +28,7 @@ PAIRS = {  # our case and theirs: label and colour
 
 
 def ratios(found: dict[str, Any], work: str, case: str, other: str) -> list[tuple[float, tuple[float, float, float]]]:
-    """Return the firing rate in percent or the width, and the ratio with its least and most, at each that was asked for."""
+    """Return each firing rate in percent, or width, with the ratio there, its least and its most."""
     points = []
     for name, rows in grouped(found["rows"], "work").items():
         times = {row["case"]: row["seconds"] for row in rows}

@@ -6,8 +6,9 @@
     python benchmarks/open_neuromorphic.py --widths 64,256,1024,4096    # docs/results/widths.json, and its figure
 
 docs/performance.md says what the works are. With `--rates`, so many percent of the inputs and of the neurons of each
-layer are active: the biases are chosen for that. With `--widths`, hidden layers have so many neurons, at 5%. Each case runs in a process of its own, and the processes take turns.
-Before anything is timed, each gradient is compared with that of the plain equations in float64, on a small network.
+layer are active: the biases are chosen for that. With `--widths`, hidden layers have so many neurons, at 5%. Each case
+runs in a process of its own, and the processes take turns. Before anything is timed, each gradient is compared with
+that of the plain equations in float64, on a small network.
 
 Time is processor time of one thread, or on CUDA the time that passes. It is that of forward and backward together: some
 rules interleave them.
@@ -28,8 +29,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from cells import write
-from peer_cases import jelly_neuron
 from curves_figure import draw
+from peer_cases import jelly_neuron
 from tables import DOCS, fill
 from torch import Tensor, nn
 from turns import Worker, hardware, in_turns, process_memory, serve, timed
@@ -71,7 +72,7 @@ Made = tuple[Callable[[], Any], Callable[[], Tensor]]  # an iteration and, after
 
 
 def work_of(name: str) -> Work:
-    """Return the work of a name; `mlp@10/64` is `mlp` with a tenth of inputs and neurons active, and hidden layers of 64."""
+    """Return the work of a name; `mlp@10/64` is `mlp` with 10% of inputs and neurons active, hidden layers of 64."""
     name, _, options = name.partition("@")
     percent, _, width = options.partition("/")
     work = WORKS[name]
@@ -405,7 +406,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.serve:
         return work_on(*given.serve)
-    points = given.rates.split(",") if given.rates else [f"5/{width}" for width in (given.widths or "").split(",") if width]
+    points = given.rates.split(",") if given.rates else []
+    if given.widths:
+        points = [f"5/{width}" for width in given.widths.split(",")]
     rows, works = [], given.works or (CURVES if points else SHOWN)
     if points:
         works = [f"{work}@{point}" for work in works for point in points]

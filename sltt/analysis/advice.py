@@ -47,7 +47,7 @@ class Trial:
     accuracies: dict[str, list[float]]
 
     def shares(self, rule: str) -> list[float]:
-        """(L₀ − L) / (L₀ − L of BPTT), for each seed: 1 where the rule learns as BPTT does, NaN where BPTT does not."""
+        """Return (L₀ − L) / (L₀ − L of BPTT), of each seed: 1 where a rule learns as BPTT, NaN where BPTT does not."""
         seeds = zip(self.start, self.losses[rule], self.losses["BPTT()"], strict=True)
         return [(start - loss) / (start - exact) if start != exact else math.nan for start, loss, exact in seeds]
 
@@ -82,7 +82,7 @@ def advice(
     samples: int | None = None,
     training: int = 0,
 ) -> str:
-    """Sentences: which rule to take, on what this rests, and what it costs.
+    """Return sentences: which rule to take, on what this rests, and what it costs.
 
     Args:
         found: agreement of rules in the order of their memory, least first.

@@ -29,7 +29,7 @@ class Agreement:
         norm_ratio: |g| / |g*|.
         dropped: |g − g*| / |g*|, the share of the gradient that the rule does not have.
         layers: (cosine, norm ratio) of the parameters of each module, by its name.
-        least: the smallest cosine, of all parameters or of a module with a weight matrix, where neither gradient goes
+        least: the smallest cosine, over all parameters or one module with a weight matrix, of gradients that do not go
             through resets (`detach_reset`). A readout that every rule trains exactly holds the cosine of all parameters
             up while the first layer learns nothing; and the surrogate of a reset hides what a neuron remembers.
     """
@@ -71,12 +71,12 @@ def agreement(
 
 
 def windows(steps: int) -> list[Rule]:
-    """SLTT, and truncated BPTT with windows of 2, 4, 8, … below T time steps."""
+    """Return SLTT, and truncated BPTT with windows of 2, 4, 8, … below T time steps."""
     return [SLTT(), *(TBPTT(2**i) for i in range(1, max(steps - 1, 1).bit_length()) if 2**i < steps)]
 
 
 def cheaper_rules(model: nn.Module, steps: int) -> list[Rule]:
-    """Rules of less memory than BPTT, in its order: SLTT, OTTT where it knows the network, and `windows`."""
+    """Return the rules of less memory than BPTT, least first: SLTT, OTTT if possible, and `windows`."""
     spatial, *truncated = windows(steps)
     try:
         OTTT().check(model, steps)

@@ -1,4 +1,4 @@
-"""Find the largest batch and T for a rule in a memory budget, from a model of the peak fitted to four small runs."""
+"""Find the largest batch and T for a rule in a memory budget, from a model of the peak fitted to four runs."""
 
 import math
 from collections.abc import Callable
@@ -29,12 +29,12 @@ class PeakModel:
         return self.fixed + self.per_sample * batch + self.per_step * steps + self.per_both * batch * steps
 
     def largest_batch(self, budget: int, steps: int) -> int | None:
-        """Return the most samples that fit into `budget` bytes with T = `steps`; None where there is no limit."""
+        """Return the most samples that fit into `budget` bytes with T = `steps`; None above `MOST_SAMPLES`."""
         room = budget - self.fixed - self.per_step * steps
         return _fit_count(room, self.per_sample + self.per_both * steps, MOST_SAMPLES)
 
     def largest_steps(self, budget: int, batch: int) -> int | None:
-        """Return the largest T that fits into `budget` bytes with `batch` samples; None where there is no limit."""
+        """Return the largest T that fits into `budget` bytes with `batch` samples; None above `MOST_STEPS`."""
         room = budget - self.fixed - self.per_sample * batch
         return _fit_count(room, self.per_step + self.per_both * batch, MOST_STEPS)
 

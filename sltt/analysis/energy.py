@@ -33,8 +33,9 @@ SRAM, DRAM = 2.5, 160.0  # a byte: in a memory of 32 KB, and outside of the chip
 class LayerOperations:
     """A convolution or linear layer in the inference of one sample, or the matrix products in another module.
 
-    NeuroBench's: `dense` connections in all time steps, without those to the zeros of a padding; those where input and
-    weight are not zero, `effective_acs` in steps whose input is 0 and ±1, else `effective_macs`. Products have none.
+    NeuroBench's: `dense`, all connections in all time steps, without those to the zeros of a padding. Of these, those
+    with nonzero input and weight are `effective_acs` in steps whose input is 0 and ±1, else `effective_macs`. Products
+    of two tensors have none.
     Those of the energy: `macs` of a layer that reads data, in one step with `sltt.once`; `acs` of others, one for each
     spike or event and connection; `ann_macs` of an ANN, in one pass for a static input, else in each step. `spiking`
     layers read what comes from neurons.
@@ -57,9 +58,9 @@ class LayerOperations:
 class Energy:
     """Cost of the inference of one sample, as the mean over a batch.
 
-    T without padding is `steps`; an ANN makes 1 of `passes` for a static input, else T. Neurons have `updates`,
-    `active` outputs, and `spikes`: k for one of size k. `zeros` of the `weights` are zero. `footprint` has parameters
-    and buffers, in bytes.
+    `steps` is T without padding. An ANN makes 1 of `passes` for a static input, else T. Neurons have `updates`,
+    `active` (nonzero) outputs, and `spikes`: one of size k counts k. `zeros` of the `weights` are zero. `footprint` has
+    parameters and buffers, in bytes.
     """
 
     layers: list[LayerOperations]
@@ -96,7 +97,7 @@ class Energy:
     def tables(self) -> dict[str, list[dict[str, Any]]]:
         """Return the rows of two tables: counts and energies of networks, and ratios of their energies.
 
-        A ratio is 1 at the firing rate of the last column; None where the SNN takes more without a spike.
+        The ratio to the matched ANN is 1 at the firing rate of the last column: None where a silent SNN takes more.
         """
         counts = "dense", "ann_macs", "effective_macs", "effective_acs", "macs", "acs"
         dense, ann, effective_macs, effective_acs, macs, acs = map(self.total, counts)
@@ -142,8 +143,9 @@ def measure_energy(model: nn.Module, x: Tensor, *, steps: int | None = None, len
 
     The values of a layer's input in a time step, and where they come from, say what it reads. Spikes of neurons keep
     their size through pooling, sums and reshapes: an average over 4 spikes counts as 4, its factor is taken into the
-    weights. Other whole numbers that are mostly zero are events, and so are values of one size. Each costs an
-    accumulate for each unit and connection. All else is data, and costs a multiply-accumulate for each connection.
+    weights. Other whole numbers that are mostly zero are events, and so are values of one size, unless that costs more
+    than data. Each costs an accumulate for each unit and connection. All else is data, and costs a multiply-accumulate
+    for each connection.
     Weights that are zero cost as others do. Products of two tensors, as in attention, cost an accumulate where both
     factors are not zero and one is spikes; PyTorch's own attention with softmax does not count.
 
@@ -161,8 +163,8 @@ def neurobench(model: nn.Module, data: Iterable[tuple[Tensor, Any]], *, steps: i
 
         neurobench(model, [(x, y)])["SynapticOperations"]["Effective_ACs"]
 
-    The network is measured in evaluation mode, on batches (x, target) as of a rule, without padding; `steps` is T for
-    static inputs. ClassificationAccuracy is there where each target is a class.
+    The network is measured in evaluation mode, on batches (x, target) as of a rule; padding does not count. `steps` is
+    T for static inputs. ClassificationAccuracy is there where each target is a class.
 
     Source: Yik et al., Nature Communications 2025 (neurobench.readthedocs.io).
     """

@@ -38,12 +38,12 @@ class FewShot:
 
     @property
     def harmonic(self) -> float:
-        """2 base new / (base + new)."""
+        """Return 2 base new / (base + new)."""
         return 2 * self.base * self.new / (self.base + self.new) if self.base + self.new else 0.0
 
     @property
     def last(self) -> float:
-        """After the last session."""
+        """Return the accuracy after the last session."""
         return self.accuracies[-1]
 
     @property
@@ -111,7 +111,7 @@ def chance(sizes: Sequence[int]) -> FewShot:
 
 
 def embeddings(model: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
-    """Return the mean over time of what the last linear layer that runs reads [B, D]: it is the classifier.
+    """Return the mean over time of the inputs [B, D] of the classifier, the last linear layer that runs.
 
     Raises ValueError for a model without a linear layer.
     """

@@ -40,7 +40,7 @@ class FiringRates:
         self._count: dict[str, Any] = dict.fromkeys(layers, 0)
 
     def __call__(self, name: str, spikes: Any, possible: int | None = None) -> None:
-        """Count the spikes of a layer [n·B, ...]; or add their number, out of so many `possible` ones."""
+        """Count the spikes of a layer [n·B, ...]; or, with `possible`, add `spikes` as their number."""
         count: Any = int(spikes.numel()) if possible is None else possible
         if torch.compiler.is_compiling():  # a number that grows would be compiled anew in each step
             count = torch.tensor(count, device=spikes.device)

@@ -29,7 +29,7 @@ class Memory:
         parameters: and buffers.
         optimizer: its state, such as momentum.
         input: of a batch.
-        gradients: of the parameters; SLTT has them from its second call of the network on, BPTT not yet.
+        gradients: of the parameters; SLTT has them from its second call of the network on, BPTT has none at first.
         states: of the neurons between two time steps.
         saved: activations kept for a backward, with what is kept of the logits.
         rest: what is alive besides at the peak: mostly temporaries of the backward.
@@ -59,7 +59,7 @@ class Seconds:
     """Wall-clock seconds of a training iteration, medians.
 
     Attributes:
-        data: loading a batch; 0 where no loader was given.
+        data: loading a batch.
         forward: everything in the rule that is not backward; also what `BPTT(segment=n)` repeats.
         backward: with what `recompute=True` repeats.
         step: of the optimizer.
@@ -93,8 +93,8 @@ def memory_parts(
 
         memory_parts(model, x, y, loss, SLTT()).total
 
-    It runs the rule twice, since the first batch also tries what is faster, and SLTT-K five times, of which it takes
-    the most of four draws, always the same. It changes gradients and the statistics of BatchNorm, but no weight.
+    It runs the rule twice, since the first batch also tries what is faster, and SLTT-K five times: it returns
+    the largest of four draws, always the same. It changes gradients and the statistics of BatchNorm, but no weight.
     Without a step of the optimizer before, the optimizer's state counts as 0. As in a training, the logits of all steps
     are kept only if the loss or the prediction takes them.
 

@@ -55,7 +55,7 @@ def count_operations(
 def _convolution_backward(
     grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *settings: Any, out_shape: Any = None
 ) -> int:
-    """Floating-point operations of the gradients of a convolution; PyTorch's own count leaves the groups out.
+    """Return the floating-point operations of a convolution's gradients; PyTorch's own count leaves the groups out.
 
     Each weight, [out, in/groups, ...], meets every output pixel once, or every input pixel of a transposed convolution.
     """

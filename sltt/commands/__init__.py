@@ -37,7 +37,7 @@ COMMANDS = re.findall(r"^  sltt (\w+)", USAGE, re.MULTILINE)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    Returns the exit code: 0, 1 for a run that failed, 2 for wrong usage, 75 for SIGTERM, 130 for Ctrl-C.
+    Returns the exit code: 0, 1 for a command that failed, 2 for wrong usage, 75 for SIGTERM, 130 for Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal that has no µ shows a ? and the training goes on

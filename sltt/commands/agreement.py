@@ -1,7 +1,7 @@
 """Compare the gradient of each rule with that of BPTT: cosine and norm.
 
-The last line says which rule to take. With --trial, short trainings decide it. Other options are those of sltt train:
---model.…, --data.…
+The output ends with the rule to take, for each τ, T and epoch. With --trial, short trainings decide. Other options are
+those of sltt train: --model.…, --data.…
 """
 
 import argparse
@@ -39,7 +39,7 @@ def options() -> CommandOptions:
     parser.add_argument("--steps", type=numbers(int), help="several T; default: the recipe's")
     epochs = "epochs of training before gradients are compared, such as 0,1,3; default: 0"
     parser.add_argument("--at-epochs", type=numbers(int), default=[0], help=epochs)
-    trial = "compare trainings of so many epochs with each rule: a quarter of the recipe's; default: none"
+    trial = "train each rule for this many epochs; advised: a quarter of the recipe's; default: none"
     parser.add_argument("--trial", type=count, help=trial)
     parser.add_argument("--seeds", type=count, default=2, help="trainings with each rule in a trial; default: 2")
     parser.add_argument("--samples", type=count, default=128, help="training samples in the batch; default: 128")
@@ -124,7 +124,7 @@ def _train(here: Session, built: Any, steps: int, epochs: int, rule: Rule, repor
 
 
 def _contestants(rules: Sequence[Rule], found: Sequence[Agreement]) -> list[Rule]:
-    """List the rules to try: SLTT, OTTT where it knows the network, the shortest window that agrees, and BPTT."""
+    """List the rules to try: SLTT, OTTT if possible, BPTT; and, if neither agrees, the shortest window that does."""
     agrees = next((r for r, a in zip(rules, found, strict=True) if a.least >= AGREES), None)
     return [*(r for r in rules if not isinstance(r, TBPTT) or r is agrees), BPTT()]
 

@@ -1,8 +1,8 @@
-"""Train every rule with every seed, in all phases, under the recipe's budget.
+"""Train every rule with every seed, in all phases, for the recipe's epochs.
 
 With --vary, train every value of other options too. Print the metric on the test samples (mean ± standard deviation),
-seconds for an epoch, and of one batch peak memory, multiplications and the gradient's cosine with BPTT's. Run the
-command again to continue. Other options are those of sltt train.
+seconds per epoch, peak memory of a batch, and the rule to take; without --vary also multiplications and the gradient's
+cosine with BPTT's. Run the command again to continue. Other options are those of sltt train.
 """
 
 import hashlib

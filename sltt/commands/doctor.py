@@ -81,7 +81,7 @@ def _sparse_layers() -> tuple[str, str, str]:
 def _threads() -> tuple[str, str, str]:
     threads = torch.get_num_threads()
     cores = count_cores()
-    return "threads", f"{threads} on {cores} cores", "set OMP_NUM_THREADS to the cores" if threads < cores else ""
+    return "threads", f"{threads} on {cores} cores", "set OMP_NUM_THREADS to their number" if threads < cores else ""
 
 
 def _half_precision() -> tuple[str, str, str]:

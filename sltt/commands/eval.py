@@ -22,7 +22,7 @@ def options() -> CommandOptions:
     parser.add_checkpoint()
     parser.add_argument("--split", choices=("test", "validation", "train"), default="test")
     parser.add_argument("--mirror", action="store_true", help="mean logits of each image and of its mirror image")
-    shift = "average with two copies, moved up left and down right; the image counts half"
+    shift = "average the image (weight 1/2) and copies moved up left and down right (1/4 each)"
     parser.add_argument("--shift", type=int, default=0, metavar="PIXELS", help=shift)
     parser.add_code()
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -77,7 +77,7 @@ def options() -> CommandOptions:
     parser.add_code()
     parser.add_argument("--dt", type=float, default=1e-4, help="seconds of a time step, for NIR; default: 0.0001")
     parser.add_argument("--check", choices=("speck", "xylo"), help="say of each layer in NIR whether it fits on a chip")
-    parser.add_argument("--name", help="what the names in C begin with; default: the recipe's")
+    parser.add_argument("--name", help="what the names in C begin with; default: from the run's name")
     parser.add_argument("--weights", choices=("float32", "int8"), default="float32", help="in C; default: float32")
     for memory in ("ram", "flash"):
         text = f"bytes of {memory} that the C may take, such as 64k; else nothing is written"

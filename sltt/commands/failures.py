@@ -61,7 +61,7 @@ def cause(error: Exception) -> str:
 
 
 def remedy(error: Exception, command: str) -> str:
-    """Return the remedy of an error. A message of sltt says it already: then, where to read on."""
+    """Return the remedy of an error. For an error of sltt, which says it, return where to read on."""
     explains = f"`sltt {command} --help` explains the options" if command else "`sltt --help` lists the commands"
     if isinstance(error, UsageError):
         return explains

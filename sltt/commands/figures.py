@@ -145,5 +145,5 @@ def _legend(axes: Axes, entries: int) -> None:
 
 
 def _columns(labels: Sequence[str]) -> int:
-    """Columns of a legend: three, or as many as there is room for."""
+    """Return the columns of a legend: three, or as many as there is room for."""
     return max(1, min(len(labels), 3, 50 // (max(map(len, labels), default=1) + 4)))

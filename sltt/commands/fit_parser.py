@@ -47,7 +47,7 @@ options follow, with the recipe's values as defaults."""
 
 
 class Help(DefaultHelpFormatter):
-    """Lists the same classes whatever else is imported, and is short about other help."""
+    """Help that lists the same classes whatever else is imported, with short texts."""
 
     def _expand_help(self, action: argparse.Action) -> str:
         text = re.sub(r", known subclasses: ([^)]*)", _list_subclasses, super()._expand_help(action))

@@ -82,7 +82,7 @@ class Task:
         self.shots(0)
 
     def shots(self, seed: int) -> list[int]:
-        """Indices of the training samples that are seen: those of base classes, and a few of each new class."""
+        """Return the indices of training samples that are seen: those of base classes, and a few of each new class."""
         labels, base = class_labels(self.data.unaugmented_train), self.sizes[0]
         seen = [i for i, label in enumerate(labels) if label < base]
         return seen + draw_shots(labels, range(base, len(self.order)), self.shot, seed)

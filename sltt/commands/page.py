@@ -1,4 +1,4 @@
-"""The page of `sltt report`: one file, which needs no network, from the parts that `sltt.commands.sections` makes."""
+"""The page of `sltt report`: one file, which opens offline, from the parts that `sltt.commands.sections` makes."""
 
 import re
 import time
@@ -28,7 +28,7 @@ class Chart:
 
     @property
     def svg(self) -> str:
-        """For the page."""
+        """Return the figure as SVG for the page."""
         return figures.svg(self.figure, escape(self.title, quote=True))
 
 

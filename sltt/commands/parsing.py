@@ -64,7 +64,7 @@ class CommandOptions(argparse.ArgumentParser):
 
     def add_code(self) -> None:
         """Take --code."""
-        text = "take the run's own classes from this folder too: --code ."
+        text = "take your classes that the run names from this folder too: --code ."
         self.add_argument("--code", type=Path, metavar="FOLDER", help=text)
 
     def add_output(self, folder: str = "keep the result in this folder, for sltt report") -> None:
@@ -73,7 +73,7 @@ class CommandOptions(argparse.ArgumentParser):
         self.add_argument("--save", type=new_folder, metavar="FOLDER", help=folder)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the command's own options, and the words that are left over, of which none is one misspelt."""
+        """Return the command's own options, and the words left over; raise UsageError for a misspelt option."""
         known, rest = super().parse_known_args(args, namespace)
         trains = [f"--{name}" for name in fit_arguments()]
         for name in (re.split("[.=]", word)[0] for word in rest if word.startswith("--")):
@@ -112,7 +112,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """Return the file of a shipped recipe, or a YAML file of the user's own, which may name classes beside it."""
+    """Return the file of a recipe: a shipped one, or a user's own, which may name classes of the working directory."""
     if not sys.flags.safe_path:
         take_code(Path())
     known = shipped_recipes()
@@ -128,9 +128,9 @@ def find_recipe(name: str) -> Path:
 
 
 def take_code(folder: Path) -> None:
-    """Import modules of a folder too: the last of all, so that no file replaces an installed package.
+    """Append a folder to `sys.path`: the last of all, so that no file of it replaces an installed package.
 
-    By `sys.path`, as Python does: modules import others beside them, and so do the workers of a data loader.
+    Modules import others beside them, and so do the workers of a data loader.
     """
     if (path := str(folder.resolve())) not in map(os.path.realpath, sys.path):
         sys.path.append(path)
@@ -154,7 +154,7 @@ def build_run(
 ) -> Settings:
     """Make what the settings of a run name, under the options in `words`; return its settings.
 
-    Settings `unread` are those of the words, or null. Code comes from sltt, from the packages that it works with, and
+    Settings in `unread` are not read from the run. Code comes from sltt, from the packages that it works with, and
     from the folder `code`, never from the run.
 
     Raises ValueError for settings that are damaged, not those of the checkpoint, or name other code.
@@ -267,7 +267,7 @@ def parse(
 
 
 def _empty_lists(words: Sequence[str]) -> list[str]:
-    """Return the words, with `--NAME=null` before a list: the parser would keep keys of the last one as long."""
+    """Return the words, with `--NAME=null` before a list: else the parser would keep keys of the list before."""
     emptied = []
     for word, after in itertools.zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")

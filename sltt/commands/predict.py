@@ -1,7 +1,8 @@
-"""Predict files by a trained run: images, recordings of events, or .npy arrays of a sample each.
+"""Predict the classes of files by a trained run: images, recordings of events, .wav, .csv or .npy, a sample each.
 
-They are read as the test samples of the run are. With --stream N, FILE is a sequence without an end, or - for standard
-input: a line with the numbers of each time step, in the order of the memory. N time steps give a line with a decision.
+They are read as the test samples of the run are. With --stream N, FILE (or - for standard input) is one sequence: a
+time step in each line, its numbers in row-major order. A decision is printed after every N time steps.
+
 """
 
 import math
@@ -28,7 +29,7 @@ def options() -> CommandOptions:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_checkpoint()
     parser.add_code()
-    parser.add_argument("--stream", type=count, metavar="N", help="predict a sequence, from N time steps in each line")
+    parser.add_argument("--stream", type=count, metavar="N", help="decide after every N time steps of one sequence")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -54,7 +54,7 @@ class Prepared:
         return self._session.batch(x, y.index_select(1 if per_step else 0, again))
 
     def memory(self, size: int, rule: Rule | None = None) -> Memory:
-        """Return the memory of a training batch, which counts firing rates, with the recipe's rule or another."""
+        """Return the memory of a training batch, firing rates counted, with the recipe's rule or another."""
         given = self.model, *self.batch(size), self.loss, rule or self.rule, self.optimizer
         with firing_rates(self.model):
             return memory_parts(*given, steps=self.repeat)
@@ -65,7 +65,7 @@ class Prepared:
         return (last_fold(self.model) if self.rule.fold == "auto" else Fold(self.rule.fold)) or Fold()
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Any]]:
-        """Training batches without an end, loaded as in a training."""
+        """Yield training batches without an end, loaded as in a training."""
         order = EpochSampler.of(self.splits, self._seed, size)
         loader = train_loader(self.splits, size, order, self._session.settings.workers)
         with finish_loaders(loader):

@@ -47,7 +47,7 @@ def options() -> CommandOptions:
     parser.add_rules()
     parser.add_argument("--steps", type=numbers(int), default=[], help="numbers of time steps; default: the recipe's")
     parser.add_argument("--repeats", type=count, default=5, help="iterations that are timed; default: 5")
-    parser.add_argument("--budget", type=parse_bytes, help="a memory such as 8GB: the largest batch and T that fit it")
+    parser.add_argument("--budget", type=parse_bytes, help="such as 8GB: find the largest batch, and the largest T")
     parser.add_output()
     return parser
 
@@ -198,7 +198,7 @@ def _way(sparse: int, calls: int) -> Cell:
 
 
 def _memory(ready: Prepared, size: int) -> Memory:
-    """Memory of an iteration with `size` samples, after one step of the optimizer, which makes its state."""
+    """Measure the memory of an iteration with `size` samples, after a step of the optimizer, which makes its state."""
     _seconds(ready, [ready.batch(size)], 0)
     return ready.memory(size)
 

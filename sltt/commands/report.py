@@ -1,6 +1,6 @@
 """Write one HTML page with the tables and figures of what the commands measured, and of runs.
 
-It needs no network. The figures lie beside it as PNG and SVG, the tables as CSV.
+It opens offline. The figures lie beside it as PNG and SVG, the tables as CSV.
 """
 
 from collections.abc import Sequence

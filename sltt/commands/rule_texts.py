@@ -4,7 +4,7 @@ import re
 
 
 def rules(text: str) -> list[str]:
-    """Rules separated by commas, such as SLTT:k=1 or Mixed:windows={features.2: all, features.5: 4}."""
+    """Split rules separated by commas, such as SLTT:k=1 or Mixed:windows={features.2: all, features.5: 4}."""
     found = _split(text, ",")
     for rule in found:
         rule_options(rule)

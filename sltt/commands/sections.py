@@ -70,7 +70,7 @@ def _comparison(found: dict[str, Any]) -> Section:
     sweep = any(row.get("varied") for row in found["rows"])
     trained = "All" if sweep else "All rules"
     text = [
-        f"{trained} train the same network on the same data, with the same budget and seeds. {MEMORY} Multiplications "
+        f"{trained} train the same network on the same data, with the same epochs and seeds. {MEMORY} Multiplications "
         "are those of one batch. The cosine compares the rule's gradient with BPTT's, after the training."
     ]
     title = f"{'Values' if sweep else 'Rules'} compared on {found['recipe']}"
@@ -176,7 +176,7 @@ def _few_shots(found: dict[str, Any], colours: dict[str, str]) -> Section:
 
 
 def _spikes(found: Gathered) -> Section:
-    """Show one sample in the network of the first run that has it; a note for each before it."""
+    """Show one sample in the first run that kept it; note each run before it."""
     section = Section("Spikes of a trained network")
     preferred = sorted(found.runs, key=lambda run: not found.runs[run].rule.startswith("SLTT"))
     for run in preferred:

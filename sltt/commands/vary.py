@@ -41,7 +41,7 @@ def label_row(rule: str, varied: Mapping[str, str]) -> str:
 
 
 def best_of(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bool) -> str:
-    """Return the row of the best metric on the validation samples, and whether the next one is told from it."""
+    """Return a sentence on the row best by validation, and whether the next one differs clearly."""
     trained = [(row, reached) for row in rows if row["scores"] and (reached := finite_scores(row["validation"]))]
     if not trained:
         return "Nothing was held out, so that there is no best value: set --data.validation 0.1."

@@ -161,7 +161,7 @@ def _ratio(seconds: tuple[float, float, float], others: tuple[float, float, floa
 
 
 def _judge(one: Verdict, reference: Verdict) -> tuple[str, str, str, bool]:
-    """Return what a rule reaches beside another, to what this is measured, if it is safe, and if within the margin."""
+    """Return the comparison as text, its noise, the verdict, and whether the loss is within the margin."""
     if one.score is None or reference.score is None:
         return "", "", UNSAFE if one.died else "", False
     name, other = one.metric.replace("_", " "), reference.rule
@@ -183,10 +183,10 @@ def _times(ratio: float) -> str:
 
 
 def noise_of(one: Verdict, other: Verdict) -> float:
-    """Twice the standard error of a difference of scores: over the seeds, and of shares of the drawn test samples.
+    """Return twice the standard error of a difference of scores: over seeds, and of shares of the drawn test samples.
 
     The samples are the same for all seeds, so that more seeds do not help there. Their part is that of two samples of a
-    binomial distribution, by Agresti and Coull: 40 right of 40 is not all. One seed of an error tells no noise.
+    binomial distribution, by Agresti and Coull: 40 right of 40 is not all. One seed of an error has infinite noise.
     """
     squares = 0.0 if is_share(one.metric) or min(len(one.scores), len(other.scores)) > 1 else math.inf
     for rule in (one, other):
