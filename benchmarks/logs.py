@@ -2,8 +2,9 @@
 
     python benchmarks/logs.py [--compare [COUNT]] [--compare-costs [TURNS]]
 
-`docs/results/measured.json` has for each log the machine, and a digest of the sources that change what it measures.
-`write` makes the entry. A log to which an older version contributed has none: delete the log, and measure it whole.
+`docs/results/measured.json` has for each log the machine, and a digest of the code that changes what it measures,
+without docstrings and comments. `write` makes the entry. A log to which an older version contributed has none: delete
+the log, and measure it whole.
 
 Accuracies and gradients take hours. `--compare` runs the version that wrote such a log beside this one, on so many
 random networks (tests/versions.py). Where logits, losses, gradients and statistics of all rules are the same, the log
@@ -16,13 +17,17 @@ memory to 2%, the log counts as measured now.
 """
 
 import argparse
+import ast
 import contextlib
+import functools
 import hashlib
+import io
 import json
 import math
 import subprocess
 import sys
 import tempfile
+import tokenize
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from functools import partial
@@ -95,12 +100,26 @@ def entry(name: str) -> tuple[str, Sequence[str]]:
 
 
 def digest(sources: Sequence[str], root: Path) -> str:
-    """Twelve hexadecimal digits of a hash of files, and of all files in folders."""
+    """Return twelve hexadecimal digits of a hash of files, and of all files in folders, without what explains them."""
     of = hashlib.sha256()
-    found = (file for one in sources for file in [root / one, *(root / one).rglob("*")])
-    for file in sorted(file for file in found if file.suffix in (".py", ".cpp", ".c", ".h", ".yaml")):
-        of.update(f"{file.relative_to(root).as_posix()}\n{file.read_text(encoding='utf-8')}".encode())
+    files = (file for source in sources for file in [root / source, *(root / source).rglob("*")])
+    for file in sorted(file for file in files if file.suffix in (".py", ".cpp", ".c", ".h", ".yaml")):
+        text = file.read_text(encoding="utf-8")
+        of.update(f"{file.relative_to(root).as_posix()}\n{code_of(text) if file.suffix == '.py' else text}".encode())
     return of.hexdigest()[:12]
+
+
+@functools.cache
+def code_of(text: str) -> str:
+    """Return Python's code without docstrings, comments and empty lines."""
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    for token in tokenize.generate_tokens(io.StringIO("\n".join(lines)).readline):
+        if token.type == tokenize.COMMENT:
+            lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def marks(root: Path = ROOT) -> dict[str, dict[str, str]]:

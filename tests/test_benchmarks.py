@@ -81,6 +81,16 @@ def test_the_tables_of_the_documentation_are_those_of_the_results():
     assert set(tables.TABLES) <= names
 
 
+def test_a_log_is_of_older_code_if_the_code_changes_not_its_docstrings_or_comments(tmp_path):
+    logs, file = load("logs"), tmp_path / "a.py"
+
+    def digest(doc, comment, value):
+        file.write_text(f'def f():\n    """{doc}"""\n    x = "# {value}"  # {comment}\n')
+        return logs.digest(["a.py"], tmp_path)
+
+    assert digest("One.", "one", 1) == digest("Two,\n\n    lines.", "two", 1) != digest("One.", "one", 2)
+
+
 def test_two_rules_are_equal_where_two_one_sided_tests_say_so():
     tables = load("tables")
     first, second = [0.981, 0.984, 0.979, 0.983], [0.98, 0.982, 0.984, 0.979, 0.981]
