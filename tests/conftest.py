@@ -15,7 +15,7 @@ from torch import nn
 import sltt
 from sltt.kernels.layers import sparse
 
-hypothesis.settings.register_profile("no time limit", deadline=None)
+hypothesis.settings.register_profile("no time limit", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("no time limit")
 
 # what takes a third of the time of a small training, and changes nothing here
@@ -72,6 +72,7 @@ RULES = {
 # the first rule of each class, and those that run a batch in another way: for tests of what is around a rule
 KINDS = list({type(rule): name for name, rule in reversed(RULES.items())}.values())
 KINDS += ["BPTT(segment=2)", "TBPTT(3, fold=2)", "SLTT(hoist)", "SLTT(k=1)", "RateBased(steady)"]
+each_kind = pytest.mark.parametrize("rule", [RULES[name] for name in KINDS], ids=KINDS)
 
 
 @pytest.fixture(autouse=True)

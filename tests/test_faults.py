@@ -11,7 +11,7 @@ import sltt
 from sltt import kernels
 from sltt.analysis import peak_memory
 from sltt.kernels.options import DEFAULT, Kernel, options
-from tests.conftest import LOSS, RULES, SURROGATES, batch, gradients, small_network
+from tests.conftest import LOSS, RULES, SURROGATES, batch, each_kind, gradients, small_network
 
 
 class Shared(nn.Module):
@@ -39,6 +39,7 @@ class TheirNeuron(nn.Module):
 sltt.register(TheirNeuron, states=["v"], spikes=True)
 
 
+@each_kind
 @pytest.mark.parametrize("own", [sltt.LIF, TheirNeuron])
 def test_a_neuron_in_two_places_is_refused_by_every_rule(rule, own):
     x, y = batch()

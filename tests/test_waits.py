@@ -23,7 +23,7 @@ from sltt.kernels.neuron import step
 from sltt.kernels.spikes.looks import PACK_FROM
 from sltt.sequence.run import Run
 from sltt.sequence.steps import Sequence, time_steps
-from tests.conftest import KINDS, LOSS, RULES, batch, small_network
+from tests.conftest import KINDS, LOSS, RULES, batch, each_kind, small_network
 
 DOCS = (Path(sltt.__file__).parents[1] / "docs" / "gpu.md").read_text()
 CAPTURE, COMPILE = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
@@ -160,6 +160,7 @@ def test_the_trace_of_another_librarys_neurons_does_not_wait_either():
     assert waits_of(sltt.OTTT(), model, x, y, sltt.losses.CrossEntropyMSE(one_hot=True)) == []
 
 
+@each_kind
 def test_no_time_step_waits_where_spikes_are_saved_as_bits(rule, elsewhere, monkeypatch):
     tagged, tag = [], step.tag_spikes
     monkeypatch.setattr(step, "tag_spikes", lambda *a: (tagged.append(1), tag(*a))[1])

@@ -93,14 +93,12 @@ CASES = f"""
 1 | no checkpoint at nowhere | train {TINY} --weights nowhere
 # exceptions of a user's data set and network
 1 | KeyError: 'thrown' (HERE/mine.py, line 11, in splits) | train {TINY} --data mine.Data --data.kind KeyError
-1 | MemoryError: thrown | train {TINY} --data mine.Data --data.kind MemoryError
 1 | sltt: use a smaller --batch_size | train {TINY} --data mine.Data --data.kind MemoryError
 1 | TypeError: thrown (HERE/mine.py, line 20, in __init__) | train --model mine.Net --model.kind TypeError
 # the other commands
 2 | --seeds: expected a whole number of at least 1, got '0' | compare --seeds 0
 2 | runs in one process | compare --devices 2
 2 | --rules names the rules here: leave --rule out | compare --rules SLTT --rule OTTT
-2 | --rules names the rules here: leave --rule out | profile --rules SLTT --rule=OTTT
 2 | --seeds says how many | compare --seed 7
 2 | sltt profile takes no --resume | profile --resume nowhere
 2 | expected an option and its values, such as model.neuron.tau=1.1,2,4 | compare --vary tau
@@ -109,20 +107,15 @@ CASES = f"""
 2 | required: --base | fscil digits
 2 | --order: expected numbers separated by commas, got 'a' | fscil digits --base 6 --order a
 1 | 9 base classes and 2 new ones are 11, and there are 10 classes | {FSCIL} --base 9 --way 2
-1 | training samples, fewer than shot=500 | {FSCIL} --base 6 --way 1 --shot 500
-1 | class 6 stands twice | {FSCIL} --base 6 --way 1 --order 0,1,2,3,4,5,6,6
 1 | sltt fscil compares accuracies | {FSCIL} --base 6 --way 1 --metric sltt.metrics.MeanSquaredError
 2 | --budget: expected a memory size such as 8GB | profile --budget much
-2 | --steps: expected numbers separated by commas, got '1,x' | profile --steps 1,x
 1 | --trial needs accuracies, and the metric here is multi_label | agreement --trial 1 --metric MultiLabelAccuracy
 2 | expected the folder of a run before the options | eval
 2 | nowhere is not the folder of a run | eval nowhere
-2 | nowhere is not the folder of a run | train --resume nowhere
 2 | leave out 'digits' | train digits --resume nowhere
 2 | -dash is not the folder of a run | train --resume=-dash
 2 | a\\x1b[31m is not the folder of a run | train --resume 'a\x1b[31m'
 2 | --save: expected a folder to write to, and list.yaml is a file | agreement --save list.yaml
-2 | expected the folder of a run before the options | export --to nir
 2 | required: FOLDER | report
 1 | there is no folder nowhere | report nowhere
 """

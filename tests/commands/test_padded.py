@@ -53,9 +53,9 @@ def test_a_profile_is_of_a_batch_of_all_steps(here, capsys):
     assert spatial["operations"] == exact["operations"]
 
 
-@pytest.mark.parametrize("samples", ["8", "40"])  # more than there are come again, with their lengths
-def test_gradients_agree_as_far_as_they_do(here, capsys, samples):
-    code, _, err = run(capsys, "agreement", *RECIPE, "--samples", samples, "--save", "out")
+def test_gradients_agree_as_far_as_they_do(here, capsys):
+    # more samples than there are come again, with their lengths
+    code, _, err = run(capsys, "agreement", *RECIPE, "--samples", "40", "--save", "out")
     assert (code, err) == (0, "")
     (row,) = found(here, "agreement.json")["rows"]
     assert 0.1 < row["agreement"][0]["cosine"] < 1

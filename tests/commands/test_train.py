@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from sltt.commands.parsing import Recipe
 from sltt.training.checkpoints import load_checkpoint
 from tests.commands.tiny import TINY, run
 
@@ -84,10 +85,7 @@ def test_resume_takes_the_runs_configuration(here, capsys):
     assert "sltt train --resume does not take --optimizer.lr: a run continues with its own settings" in err
     assert len(Path("a/metrics.csv").read_text().splitlines()) == 3
     assert yaml.safe_load(Path("a/config.yaml").read_text())["epochs"] == 2
-
-
-def test_eval_refuses_options_that_would_do_nothing_and_damaged_checkpoints(here, capsys):
-    run(capsys, "train", *TINY, "--epochs", "1", "--run", "a")
+    # an evaluation refuses options that would do nothing, and damaged checkpoints
     code, _, err = run(capsys, "eval", "a", "--epochs", "3")
     assert code == 2
     assert "sltt eval does not take --epochs" in err
@@ -102,8 +100,8 @@ def test_eval_refuses_options_that_would_do_nothing_and_damaged_checkpoints(here
     assert "a/best.ckpt is gone" in err
 
 
-def test_a_module_in_the_working_directory_is_found(here, capsys, monkeypatch):
+def test_a_module_in_the_working_directory_is_found(here, monkeypatch):
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(here))])
     Path("beside.py").write_text("import sltt\n\nclass Net(sltt.models.DigitsNet):\n    pass\n")
-    assert run(capsys, "train", "--model", "beside.Net", *TINY, "--epochs", "1", "--run", "a")[0] == 0
-    assert yaml.safe_load(Path("a/config.yaml").read_text())["model"]["class_path"] == "beside.Net"
+    recipe = Recipe("sltt train", "digits", ["--model", "beside.Net"])
+    assert type(recipe.build().model).__name__ == "Net"

@@ -12,7 +12,7 @@ import sltt
 from sltt import kernels
 from sltt.kernels import native
 from sltt.kernels.layers import layers
-from tests.conftest import LOSS, RULES, gradients
+from tests.conftest import LOSS, each_kind, gradients
 from tests.references import measured, recorded
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
@@ -69,7 +69,7 @@ def assert_close(found, expected, tolerance):
         torch.testing.assert_close(found[name], grad, rtol=tolerance, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@each_kind
 def test_gradients_are_those_of_dense_layers(rule, sparse_calls, model):
     if isinstance(rule, sltt.Mixed):
         rule = sltt.Mixed({"neurons.0": "all"})

@@ -8,7 +8,7 @@ from torch import nn
 
 import sltt
 from sltt.kernels import native
-from tests.conftest import RULES
+from tests.conftest import each_kind
 from tests.kernels.test_layers import assert_close, run
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
@@ -57,7 +57,7 @@ def test_a_view_of_signals_keeps_them_as_they_are(images):
 
 
 @pytest.mark.parametrize("own_forward", [False, True])
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@each_kind
 def test_signals_run_as_images_of_one_row(rule, own_forward, sparse_calls):
     rows, model = of_signals(2, own_forward), of_signals(1, own_forward)
     if isinstance(rule, sltt.Mixed):

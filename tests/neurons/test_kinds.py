@@ -7,7 +7,7 @@ import torch
 
 import sltt
 from sltt.neurons import inspection
-from tests.conftest import RULES, batch, gradients, small_network
+from tests.conftest import RULES, batch, each_kind, gradients, small_network
 from tests.neurons.plain import OwnLIF, alone, plain
 from tests.neurons.test_custom import Graded
 from tests.references import measured
@@ -147,7 +147,7 @@ def network(*kinds):
     return small_network(lambda: (KINDS | {"Graded": lambda width: Graded()})[next(made)](next(widths)))
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@each_kind
 @pytest.mark.parametrize(
     "kinds", [("CubaLIF", "ALIF"), ("ChannelLIF", "IntegerLIF"), ("TernaryLIF", "Graded")], ids="+".join
 )

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import sltt
-from tests.conftest import RULES, batch, gradients
+from tests.conftest import KINDS, RULES, batch, gradients
 from tests.neurons.plain import alone
 
-RULES = {name: rule for name, rule in RULES.items() if not isinstance(rule, sltt.RateBased)}
+RULES = {name: RULES[name] for name in KINDS if not isinstance(RULES[name], sltt.RateBased)}
 LOSS = sltt.losses.CrossEntropyMSE()
 NEURONS = {
     "LIF": partial(sltt.LIF, tau=3.0),

@@ -7,7 +7,7 @@ from torch import nn
 
 import sltt
 from sltt.rules.gradients import add_together
-from tests.conftest import LOSS, RULES, batch, gradient, gradients, seeded, small_network
+from tests.conftest import LOSS, RULES, batch, each_kind, gradient, gradients, seeded, small_network
 from tests.references import marked
 
 
@@ -80,6 +80,7 @@ def test_backward_hook_gets_every_scalar(rule):
     assert len(calls) == BACKWARDS[next(name for name, one in RULES.items() if one is rule)]
 
 
+@each_kind
 def test_gradients_add_up_until_they_are_zeroed(rule):
     x, y = batch()
     model = small_network()
@@ -129,6 +130,7 @@ def test_gradients_that_somebody_looks_at_are_added_by_autograd():
     torch.testing.assert_close(model[0].weight.grad.to_dense()[2], 3 * model[1].weight.sum(0))
 
 
+@each_kind
 def test_autocast_hardly_turns_the_gradient(rule):
     model, (x, y) = small_network(norm=True).float(), batch()
     expected, _ = seeded(gradients, model, rule, x.float(), y)
@@ -208,12 +210,12 @@ def test_a_model_that_changes_what_it_gave_has_the_logits_of_each_step(rule, los
     torch.testing.assert_close(*(sltt.unroll(model, x) for model in models))
 
 
-def test_a_rule_without_gradients_is_refused(rule):
-    x, y = batch()
+def test_a_rule_without_gradients_is_refused():
     with torch.no_grad(), pytest.raises(ValueError, match=r"a rule makes gradients, and torch\.no_grad"):
-        rule(small_network(), x, y, LOSS)
+        sltt.SLTT()(small_network(), *batch(), LOSS)
 
 
+@each_kind
 @pytest.mark.parametrize(
     ("model", "loss", "message"),
     [

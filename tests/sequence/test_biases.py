@@ -10,7 +10,7 @@ from torch import nn
 import sltt
 from sltt.rules.truncated import Truncated
 from sltt.sequence.biases import Biases
-from tests.conftest import LOSS, gradient
+from tests.conftest import LOSS, each_kind, gradient
 from tests.references import by_hand, every
 
 
@@ -24,6 +24,7 @@ def batch():
     return 2 * torch.randn(4, 5, 2, 6, 6, dtype=torch.float64), torch.randint(3, (5,))
 
 
+@each_kind
 def test_every_rule_gives_the_gradient_and_statistics_with_biases(rule, monkeypatch):
     (x, y), results, model = batch(), [], network()
     for device in ("cpu", "elsewhere"):

@@ -6,10 +6,11 @@ from torch import nn
 
 import sltt
 from sltt.training.batches import count_parts, cut, join_outputs, share
-from tests.conftest import LOSS, batch, gradient, small_network
+from tests.conftest import LOSS, batch, each_kind, gradient, small_network
 from tests.training.blobs import Blobs, network, train, weights
 
 
+@each_kind
 @pytest.mark.parametrize(("count", "per_step"), [(2, True), (3, False)])
 def test_parts_add_up_to_the_gradient_of_the_batch(rule, count, per_step):
     if per_step and isinstance(rule, sltt.RateBased):
