@@ -48,22 +48,24 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    known, recipe = options().parse_recipe(words)
-    if known.trial and (metric := name_of(recipe.build().metric)) != "accuracy":
+    arguments, recipe = options().parse_recipe(words)
+    if arguments.trial and (metric := name_of(recipe.build().metric)) != "accuracy":
         raise ValueError(f"--trial needs accuracies, and the metric here is {metric}: leave --metric or --trial out")
-    rows = measure_agreement(recipe, known, Console(quiet=known.json))
-    found = {"recipe": recipe.name, "rows": rows}
-    kept = gather([known.save]) if known.save and (known.save / "compare.json").exists() else Gathered()
-    given = [{**row, "advice": advice_on(row, recipe.name, kept)} for row in rows]
-    give(found, known, "agreement.json", lambda report: print_agreement(given, report))
+    rows = measure_agreement(recipe, arguments, Console(quiet=arguments.json))
+    result = {"recipe": recipe.name, "rows": rows}
+    comparisons = (
+        gather([arguments.save]) if arguments.save and (arguments.save / "compare.json").exists() else Gathered()
+    )
+    advised_rows = [{**row, "advice": advice_on(row, recipe.name, comparisons)} for row in rows]
+    give(result, arguments, "agreement.json", lambda report: print_agreement(advised_rows, report))
 
 
-def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console) -> list[dict[str, Any]]:
+def measure_agreement(recipe: Recipe, arguments: argparse.Namespace, report: Console) -> list[dict[str, Any]]:
     """Return rows of `agreement.json` over τ, T and training epochs: rules beside BPTT, and the advice."""
     rows, own, trials = [], recipe.build(), {}
-    taus: list[float | None] = asked.taus or [None]
-    steps: list[int] = asked.steps or [own.steps]
-    at_epochs: list[int] = asked.at_epochs
+    taus: list[float | None] = arguments.taus or [None]
+    steps: list[int] = arguments.steps or [own.steps]
+    at_epochs: list[int] = arguments.at_epochs
     one_step = {"fold_memory": 0} if own.rule.fold == 1 else {}  # all rules take the recipe's fold
     with session(own) as here, kernels.using(**one_step):
         for tau, T, epochs in itertools.product(taus, steps, at_epochs):
@@ -72,18 +74,18 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
             if epochs:
                 _train(here, built, T, epochs, built.rule, report)
             ready = Prepared(here, built, T)
-            arguments = ready.model, *ready.batch(asked.samples), ready.loss
+            batch = ready.model, *ready.batch(arguments.samples), ready.loss
             rules = cheaper_rules(ready.model, T)
-            found = agreement(*arguments, rules, steps=ready.repeat)
+            agreements = agreement(*batch, rules, steps=ready.repeat)
             memory = functools.cache(lambda rule, ready=ready: ready.memory(own.size, rule).batch)
             rivals = sorted(
-                _contestants(rules, found), key=lambda r, of=memory: of(r) / (LESS if repr(r) == "BPTT()" else 1)
+                _contestants(rules, agreements), key=lambda r, of=memory: of(r) / (LESS if repr(r) == "BPTT()" else 1)
             )
-            if asked.trial and (tau, T) not in trials:
-                trials[tau, T] = rivals, _run_trial(here, build, rivals, T, asked.trial, asked.seeds, report)
+            if arguments.trial and (tau, T) not in trials:
+                trials[tau, T] = rivals, _run_trial(here, build, rivals, T, arguments.trial, arguments.seeds, report)
             # after more epochs, other windows may agree than those that were tried
             rivals, tried = trials.get((tau, T), (rivals, None))
-            compared = {a.rule: a for a in found}
+            compared = {a.rule: a for a in agreements}
             ranked = [compared.get(repr(r), EXACT) for r in rivals]
             rule = choose_rule(ranked, tried)
             costs = {repr(r): memory(r) for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")}
@@ -93,7 +95,7 @@ def measure_agreement(recipe: Recipe, asked: argparse.Namespace, report: Console
                     "tau": tau,
                     "steps": T,
                     "epochs": epochs,
-                    "agreement": [vars(one) for one in found],
+                    "agreement": [vars(rule_agreement) for rule_agreement in agreements],
                     "trial": tried and vars(tried) | {"learned": {name: tried.shares(name) for name in tried.losses}},
                     "memory": costs,
                     "rule": rule,
@@ -123,9 +125,9 @@ def _train(here: Session, built: Any, steps: int, epochs: int, rule: Rule, repor
         return train(here, replace(built, epochs=epochs, steps=steps, rule=rule, **run))
 
 
-def _contestants(rules: Sequence[Rule], found: Sequence[Agreement]) -> list[Rule]:
+def _contestants(rules: Sequence[Rule], agreements: Sequence[Agreement]) -> list[Rule]:
     """List the rules to try: SLTT, OTTT if possible, BPTT; and, if neither agrees, the shortest window that does."""
-    agrees = next((r for r, a in zip(rules, found, strict=True) if a.least >= AGREES), None)
+    agrees = next((r for r, a in zip(rules, agreements, strict=True) if a.least >= AGREES), None)
     return [*(r for r in rules if not isinstance(r, TBPTT) or r is agrees), BPTT()]
 
 
@@ -165,14 +167,14 @@ def agreement_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             "τ": number(row["tau"], "g", none="recipe's"),
             "T": number(row["steps"]),
             "epochs": number(row["epochs"]),
-            "rule": one["rule"],
-            "cosine": number(one["cosine"], ".4f"),
-            "worst": number(one["least"], ".4f"),
-            "norm / BPTT": number(one["norm_ratio"], ".3f"),
-            "dropped": number(one["dropped"], ".1%"),
+            "rule": rule["rule"],
+            "cosine": number(rule["cosine"], ".4f"),
+            "worst": number(rule["least"], ".4f"),
+            "norm / BPTT": number(rule["norm_ratio"], ".3f"),
+            "dropped": number(rule["dropped"], ".1%"),
         }
         for row in rows
-        for one in row["agreement"]
+        for rule in row["agreement"]
     ]
     return Table(cells, "agreement", "gradients beside that of exact BPTT")
 

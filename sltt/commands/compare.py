@@ -47,18 +47,21 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    known, recipe = options().parse_recipe(words)
+    arguments, recipe = options().parse_recipe(words)
     refuse_seed(recipe.overrides)
-    varied = grid(known.vary)
-    known.save = known.save or default_folder("compare", recipe, *(option for option, _ in known.vary))
-    asked = known.rules or ([None] if known.vary else RULES)
-    each = [(rule, one) for rule in asked for one in varied]
-    for rule, one in each:  # what is wrong with an option or a rule ends this before a training begins
-        recipe.build(*to_options(one), rule=rule).stages()
-    report = Console(quiet=known.json)
-    found = compared_json(recipe, [compare(rule, one, known.seeds, known.save, recipe, report) for rule, one in each])
-    give(found, known, "compare.json", lambda report: print_compared(found, report))
-    tell_died(found["rows"])
+    varied = grid(arguments.vary)
+    arguments.save = arguments.save or default_folder("compare", recipe, *(option for option, _ in arguments.vary))
+    rules = arguments.rules or ([None] if arguments.vary else RULES)
+    combinations = [(rule, chosen) for rule in rules for chosen in varied]
+    for rule, chosen in combinations:  # what is wrong with an option or a rule ends this before a training begins
+        recipe.build(*to_options(chosen), rule=rule).stages()
+    report = Console(quiet=arguments.json)
+    comparison = compared_json(
+        recipe,
+        [compare(rule, chosen, arguments.seeds, arguments.save, recipe, report) for rule, chosen in combinations],
+    )
+    give(comparison, arguments, "compare.json", lambda report: print_compared(comparison, report))
+    tell_died(comparison["rows"])
 
 
 def default_folder(command: str, recipe: Recipe, *more: str) -> Path:
@@ -177,10 +180,10 @@ def compared_json(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
     """Return a table with a row for each; where options vary, with the score on the validation samples too."""
-    varied, made = any(row.get("varied") for row in rows), []
+    varied, table_rows = any(row.get("varied") for row in rows), []
     for row in rows:
         if not row["scores"]:
-            made.append({metric if varied else "rule": row["rule"], "validation" if varied else metric: "died"})
+            table_rows.append({metric if varied else "rule": row["rule"], "validation" if varied else metric: "died"})
             continue
         test, operations = scores_cell(row["scores"], metric), row["operations"] or {}
         if varied:
@@ -194,29 +197,29 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
             cells["mult. fwd"] = number(operations.get("forward"), ".2e")
             cells["mult. bwd"] = number(operations.get("backward"), ".2e")
             cells["cosine"] = number(row["cosine"], ".3f")
-        made.append(cells)
-    return Table(made, "comparison")
+        table_rows.append(cells)
+    return Table(table_rows, "comparison")
 
 
 def ratio_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     """Return a table of the energies of ANNs over that of the network that each rule trained, if they are known."""
-    made: list[Row] = []
+    table_rows: list[Row] = []
     for row in (row for row in rows if row.get("energy")):
         ratios = row["energy"]["ratios"]
         matched = zip(("matched", "+ neurons", "+ chip", "+ DRAM"), ratios, strict=True)
-        cells = {"32 bits": ratios[0]["32 bits"], **{name: one["matched bits"] for name, one in matched}}
+        cells = {"32 bits": ratios[0]["32 bits"], **{name: ratio["matched bits"] for name, ratio in matched}}
         cells["equal at rate"] = ratios[2]["equal at a firing rate of"]
-        made.append({"rule": row["rule"], **{name: Cell(show(value), value) for name, value in cells.items()}})
+        table_rows.append({"rule": row["rule"], **{name: Cell(show(value), value) for name, value in cells.items()}})
     title = "energy, ANN / SNN: operations in 32 and in matched bits, + neurons, + memory"
-    return [Table(made, "ratios", title)] if made else []
+    return [Table(table_rows, "ratios", title)] if table_rows else []
 
 
-def print_compared(found: Mapping[str, Any], report: Console) -> None:
+def print_compared(comparison: Mapping[str, Any], report: Console) -> None:
     """Print the table, and the best values or what each rule loses."""
-    rows = [{**row, "rule": label_row(row["rule"], row["varied"])} for row in found["rows"]]
-    for table in (comparison_table(rows, found["metric"]), *ratio_tables(rows)):
+    rows = [{**row, "rule": label_row(row["rule"], row["varied"])} for row in comparison["rows"]]
+    for table in (comparison_table(rows, comparison["metric"]), *ratio_tables(rows)):
         table.show(report)
-    for sentence in answers(Gathered(comparisons=[{**found, "rows": rows}])):
+    for sentence in answers(Gathered(comparisons=[{**comparison, "rows": rows}])):
         report.line(sentence)
 
 

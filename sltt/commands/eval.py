@@ -31,21 +31,21 @@ def options() -> CommandOptions:
 
 def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
-    known, overrides = options().parse_known_args(words)
+    arguments, overrides = options().parse_known_args(words)
     allow_only(overrides, KEYS, "sltt eval", "the others belong to the training")
-    built, path, _ = load_run("sltt eval", folder, known.code, known.checkpoint, overrides)
+    built, path, _ = load_run("sltt eval", folder, arguments.code, arguments.checkpoint, overrides)
     with session(built) as here:
-        seen = {name: getattr(known, name) for name in VIEWS}
-        metrics = measure_split(here, built, known.split, **seen)
+        views = {name: getattr(arguments, name) for name in VIEWS}
+        metrics = measure_split(here, built, arguments.split, **views)
     if here.processes.rank > 0:
         return
-    if known.json:
-        print(as_json({"checkpoint": str(path), "split": known.split, **seen, **metrics.to_dict()}))
+    if arguments.json:
+        print(as_json({"checkpoint": str(path), "split": arguments.split, **views, **metrics.to_dict()}))
         return
     report = Console()
-    moved = f", also moved by {known.shift}" if known.shift else ""
-    mirrored = " and their mirror images" if known.mirror else ""
-    report.line(f"{path}, T = {built.steps}, {known.split} samples{moved}{mirrored}")
+    moved = f", also moved by {arguments.shift}" if arguments.shift else ""
+    mirrored = " and their mirror images" if arguments.mirror else ""
+    report.line(f"{path}, T = {built.steps}, {arguments.split} samples{moved}{mirrored}")
     report.line(f"{metrics.metric:11}  {score_text(metrics.metric, metrics.score)}")
     report.line(f"loss         {metrics.loss:.4f}")
     report.line(f"firing rate  {metrics.firing_rate:.4f}")

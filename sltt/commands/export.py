@@ -87,29 +87,32 @@ def options() -> CommandOptions:
 
 def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
-    known, run = options().parse_args(words), Path(folder)
-    if known.check and known.to != "nir":
-        raise UsageError(f"--check is of a NIR graph, got --to {known.to}: use --to nir")
-    built, _, content = load_run("sltt export", folder, known.code)
+    arguments, run = options().parse_args(words), Path(folder)
+    if arguments.check and arguments.to != "nir":
+        raise UsageError(f"--check is of a NIR graph, got --to {arguments.to}: use --to nir")
+    built, _, content = load_run("sltt export", folder, arguments.code)
     report = Console()
     splits = _splits(built, content, report)
     x = splits.collate([(splits.test or splits.train)[0]])[0]
     frame = x if splits.static else x[0]
-    out = known.out or (run if run.is_dir() else Path()) / {"nir": "graph.nir", "onnx": "step.onnx", "c": "c"}[known.to]
-    if known.to == "c":
-        name = _default_name(run) if known.name is None else known.name
-        limits = {"weights": known.weights, "ram": known.ram, "flash": known.flash}
+    out = (
+        arguments.out
+        or (run if run.is_dir() else Path()) / {"nir": "graph.nir", "onnx": "step.onnx", "c": "c"}[arguments.to]
+    )
+    if arguments.to == "c":
+        name = _default_name(run) if arguments.name is None else arguments.name
+        limits = {"weights": arguments.weights, "ram": arguments.ram, "flash": arguments.flash}
         return _write_c(built, splits, out, name, limits, report)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if known.to == "nir":
+        if arguments.to == "nir":
             import nir  # pyright: ignore[reportMissingImports]
 
             from sltt.interop import check_chip, to_nir
 
-            nir.write(out, graph := to_nir(built.model, frame, dt=known.dt))
-            report.line(f"written to {out}; a time step is {known.dt:g} seconds")
-            for line in check_chip(graph, known.check) if known.check else ():
+            nir.write(out, graph := to_nir(built.model, frame, dt=arguments.dt))
+            report.line(f"written to {out}; a time step is {arguments.dt:g} seconds")
+            for line in check_chip(graph, arguments.check) if arguments.check else ():
                 report.line(line)
         else:
             from sltt.interop import to_onnx
@@ -135,9 +138,9 @@ def _splits(built: Settings, content: dict[str, Any], report: Console) -> Splits
 
 def _bytes(text: str) -> int:
     """Return the number that 64k or 1M stands for."""
-    if not (found := re.fullmatch(r"([1-9]\d*)([kM]?)", text)):
+    if not (parts := re.fullmatch(r"([1-9]\d*)([kM]?)", text)):
         raise ValueError(f"expected bytes such as 65536, 64k or 1M, got {text!r}")
-    return int(found[1]) * {"": 1, "k": 1024, "M": 1024**2}[found[2]]
+    return int(parts[1]) * {"": 1, "k": 1024, "M": 1024**2}[parts[2]]
 
 
 def _default_name(run: Path) -> str:
@@ -154,25 +157,27 @@ def _write_c(built: Any, splits: Splits, folder: Path, name: str, options: dict[
     )
     x, y = _batch(splits, samples, range(SEEN))
     steps = built.steps if splits.static else None
-    made = to_c(built.model, x, folder, name=name, steps=steps, **options)
+    exported = to_c(built.model, x, folder, name=name, steps=steps, **options)
     report.line(f"written to {folder}: `make -C {quote(str(folder))}` tests it")
     code, stack, instructions = _measure(folder, name)
-    report.line(f"flash        {made.flash:,} bytes of weights and parameters, {code}")
-    report.line(f"RAM          {made.ram:,} bytes, sizeof({name}_net), {stack}")
+    report.line(f"flash        {exported.flash:,} bytes of weights and parameters, {code}")
+    report.line(f"RAM          {exported.ram:,} bytes, sizeof({name}_net), {stack}")
     with evaluation_mode(built.model):
         energy = measure_energy(built.model, x, steps=steps, lengths=lengths_of(y))
     sums, products = (energy.total(name) for name in ("effective_acs", "effective_macs"))
     report.line(f"operations   {sums:,.0f} sums and {products:,.0f} products a sample of {energy.steps:.4g} steps")
     report.line(f"instructions {instructions}")
     if splits.classes is not None and not splits.per_step:
-        before, after, count = _accuracies(built, splits, samples, made)
+        before, after, count = _accuracies(built, splits, samples, exported)
         report.line(f"accuracy     {after:.2%} in C, {before:.2%} in PyTorch, on {count} {of} samples")
 
 
 def _measure(folder: Path, name: str) -> tuple[str, str, str]:
     """Return what code and stack take on a Cortex-M4, which QEMU emulates, and how many instructions a sample takes."""
     unknown = "without the code", "without the stack"
-    if missing := [one for one in ("arm-none-eabi-gcc", QEMU[0]) if shutil.which(one) is None]:
+    if missing := [
+        program_name for program_name in ("arm-none-eabi-gcc", QEMU[0]) if shutil.which(program_name) is None
+    ]:
         return *unknown, f"not counted: {missing[0]} is not installed"
     with tempfile.TemporaryDirectory() as temporary:
         source, network, program = (Path(temporary, file) for file in ("count.c", "network.o", "count"))
@@ -181,11 +186,11 @@ def _measure(folder: Path, name: str) -> tuple[str, str, str]:
             for words in (["-c", "-o", network, folder / f"{name}.c"], ["-I", folder, "-o", program, source, network]):
                 subprocess.run(["arm-none-eabi-gcc", *CORTEX, *words], check=True, capture_output=True)
             size = subprocess.run(["arm-none-eabi-size", network], check=True, capture_output=True).stdout
-            shown = subprocess.run([*QEMU, program], check=True, capture_output=True, timeout=300).stdout
+            output = subprocess.run([*QEMU, program], check=True, capture_output=True, timeout=300).stdout
         except (OSError, subprocess.SubprocessError) as error:  # it has 4 MB for weights, and 4 MB for the state
-            said = (getattr(error, "stderr", None) or b"").decode().strip() or str(error)
-            return *unknown, f"not counted: {said.splitlines()[0]}"
-    (text, data), (count, stack) = size.splitlines()[1].split()[:2], shown.split()
+            message = (getattr(error, "stderr", None) or b"").decode().strip() or str(error)
+            return *unknown, f"not counted: {message.splitlines()[0]}"
+    (text, data), (count, stack) = size.splitlines()[1].split()[:2], output.split()
     with_code, with_stack = f"{int(text) + int(data):,} with the code", f"and {int(stack):,} of stack"
     return with_code, with_stack, f"{int(count):,} a sample on a Cortex-M4, counted by QEMU"
 
@@ -194,7 +199,7 @@ def _batch(splits: Splits, samples: Any, rows: range) -> tuple[Tensor, Any]:
     return splits.collate_of(samples)([samples[i] for i in rows if i < len(samples)])
 
 
-def _accuracies(built: Any, splits: Splits, samples: Any, made: Exported) -> tuple[float, float, int]:
+def _accuracies(built: Any, splits: Splits, samples: Any, exported: Exported) -> tuple[float, float, int]:
     """Return the accuracy in PyTorch and of the operations in C, on the first samples, and how many these are."""
     steps = built.steps if splits.static else None
     right, count = [0, 0], min(len(samples), MEASURED)
@@ -202,8 +207,8 @@ def _accuracies(built: Any, splits: Splits, samples: Any, made: Exported) -> tup
         x, y = _batch(splits, samples, range(first, first + 50))
         whole = x.expand(built.steps, *x.shape) if splits.static else x
         with evaluation_mode(built.model):
-            logits = unroll(built.model, x, steps=steps), made.network.unroll(whole)
-        for i, one in enumerate(logits):
-            prediction = predict_from(prediction_of(built.loss), one, lengths_of(y))
+            logits = unroll(built.model, x, steps=steps), exported.network.unroll(whole)
+        for i, output in enumerate(logits):
+            prediction = predict_from(prediction_of(built.loss), output, lengths_of(y))
             right[i] += int((prediction.argmax(1) == target_of(y)).sum())
     return right[0] / count, right[1] / count, count

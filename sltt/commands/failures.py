@@ -65,8 +65,8 @@ def remedy(error: Exception, command: str) -> str:
     explains = f"`sltt {command} --help` explains the options" if command else "`sltt --help` lists the commands"
     if isinstance(error, UsageError):
         return explains
-    said = f"{type(error).__name__}: {error}"
-    if advice := next((advice for pattern, advice in REMEDIES.items() if re.search(pattern, said)), None):
+    message = f"{type(error).__name__}: {error}"
+    if advice := next((advice for pattern, advice in REMEDIES.items() if re.search(pattern, message)), None):
         return advice
     if place := _user_line(error):
         return f"correct {place}; SLTT_TRACEBACK=1 shows what called it"

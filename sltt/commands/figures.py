@@ -49,8 +49,8 @@ def lines(
     """Return lines over whole numbers x; a label may have several, such as one for each seed."""
     rows = -(-len(series) // _columns(list(series)))
     figure, axes = _figure(3.4 + 0.2 * max(rows - 2, 0))
-    for label, several in series.items():
-        for i, (xs, ys) in enumerate(several):
+    for label, curves in series.items():
+        for i, (xs, ys) in enumerate(curves):
             style = {"color": colours[label], "marker": "o" if len(xs) < 20 else "", "markersize": 4, "alpha": 0.85}
             axes.plot(xs, ys, label=None if i else _text(label), **style)
     axes.set(xlabel=x, ylabel=_text(y))
@@ -89,24 +89,24 @@ def raster(sample: "Sample", neurons: int) -> Figure:
     """Draw input, spikes of about `neurons` of each layer, and output of one sample over time, one above the other."""
     fields = len(sample.spikes) + 2
     figure = Figure(figsize=(WIDTH, 0.8 + fields), layout="constrained")
-    several: Any = figure.subplots(fields, 1, sharex=True)
+    all_axes: Any = figure.subplots(fields, 1, sharex=True)
     steps = len(sample.logits)
     x = np.broadcast_to(sample.x, (steps, sample.x.shape[1])).T
     shades = LinearSegmentedColormap.from_list("input", [f"{COLOURS[0]}00", COLOURS[0]])  # no white on a dark page
-    several[0].imshow(x, aspect="auto", cmap=shades, extent=(0.5, steps + 0.5, len(x), 0), interpolation="none")
-    for axes, fired in zip(several[1:-1], sample.spikes.values(), strict=True):
-        shown = fired[:, :: max(1, fired.shape[1] // neurons)]
-        t, n = np.nonzero(shown)
-        axes.scatter(t + 1, n, marker="|", s=max(4, 900 / max(shown.shape[1], 1)), color=COLOURS[0], linewidths=1.5)
-        axes.set(ylim=(-1, shown.shape[1]))
+    all_axes[0].imshow(x, aspect="auto", cmap=shades, extent=(0.5, steps + 0.5, len(x), 0), interpolation="none")
+    for axes, fired in zip(all_axes[1:-1], sample.spikes.values(), strict=True):
+        spikes = fired[:, :: max(1, fired.shape[1] // neurons)]
+        t, n = np.nonzero(spikes)
+        axes.scatter(t + 1, n, marker="|", s=max(4, 900 / max(spikes.shape[1], 1)), color=COLOURS[0], linewidths=1.5)
+        axes.set(ylim=(-1, spikes.shape[1]))
     for label, logits in enumerate(sample.logits.T):
         true = label == sample.label
-        several[-1].plot(range(1, steps + 1), logits, color=COLOURS[3] if true else COLOURS[7], zorder=1 + true)
-    for axes, name in zip(several, ("input", *sample.spikes, "output"), strict=True):
+        all_axes[-1].plot(range(1, steps + 1), logits, color=COLOURS[3] if true else COLOURS[7], zorder=1 + true)
+    for axes, name in zip(all_axes, ("input", *sample.spikes, "output"), strict=True):
         axes.set(xlim=(0.5, steps + 0.5), yticks=[])
         axes.set_ylabel(_text(name), rotation=0, ha="right", va="center")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    several[-1].set_xlabel("time step")
+    all_axes[-1].set_xlabel("time step")
     return figure
 
 

@@ -68,8 +68,8 @@ def _as_class(value: Any) -> Any:
     """Return an object that was made without arguments, or a partial of a class, as a recipe has it."""
     if isinstance(value, bool | int | float | str | None):
         return value
-    kind, given = (value.func, value.keywords) if isinstance(value, partial) else (type(value), {})
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": given}
+    kind, keywords = (value.func, value.keywords) if isinstance(value, partial) else (type(value), {})
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": keywords}
 
 
 def make_parser(prog: str) -> ArgumentParser:
@@ -88,14 +88,14 @@ def make_parser(prog: str) -> ArgumentParser:
         parser_mode="sltt",
     )
     parser.add_argument("--config", action="config", help="YAML file whose values override the recipe's")
-    kinds = {one.name: (one.type, one.default) for one in fields(Settings)}
+    kinds = {setting.name: (setting.type, setting.default) for setting in fields(Settings)}
     kinds |= {"data": (Data, MISSING), "batch_size": (int | None, BATCH_SIZE)}  # a recipe's data is no loader
     texts = texts_of(Settings) | {"data": "the data set and its splits"}
     for name in (name for name in texts if name not in names_of(Settings, "run")):
         kind, default = kinds[name]
         # a default that is an object would not be written into the configuration of a run
-        given = {"required": True} if default is MISSING else {"default": _as_class(default)}
-        parser.add_argument(f"--{name}", type=kind, help=texts[name], **given)
+        options = {"required": True} if default is MISSING else {"default": _as_class(default)}
+        parser.add_argument(f"--{name}", type=kind, help=texts[name], **options)
     parser.add_argument("--run", type=str | None, help="folder of the run; default: runs/RECIPE-RULE-DATE")
     parser.add_argument("--resume", type=str | None, metavar="RUN", help="continue the run in this folder")
     return parser

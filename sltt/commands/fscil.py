@@ -46,17 +46,19 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    known, recipe = options().parse_recipe(words, "fscil-digits")
+    arguments, recipe = options().parse_recipe(words, "fscil-digits")
     refuse_seed(recipe.overrides)
-    known.save = known.save or default_folder("fscil", recipe, f"base {known.base}", f"order {known.order}")
-    for rule in known.rules:  # what is wrong with an option or a rule ends this before a training begins
+    arguments.save = arguments.save or default_folder(
+        "fscil", recipe, f"base {arguments.base}", f"order {arguments.order}"
+    )
+    for rule in arguments.rules:  # what is wrong with an option or a rule ends this before a training begins
         if (name := name_of(recipe.build(rule=rule).metric)) != "accuracy":
             raise ValueError(f"sltt fscil compares accuracies, and the metric here is {name}: leave --metric out")
-    task = Task(recipe, known.base, known.way, known.shot, known.order)
-    rows = few_shots(task, known.rules, known.seeds, known.save, Console(quiet=known.json))
+    task = Task(recipe, arguments.base, arguments.way, arguments.shot, arguments.order)
+    rows = few_shots(task, arguments.rules, arguments.seeds, arguments.save, Console(quiet=arguments.json))
     about = {"recipe": recipe.name, "sizes": task.sizes, "shot": task.shot, "order": task.order}
-    found = {**about, "samples": task.data.sizes["test"], "rows": rows}
-    give(found, known, "fscil.json", lambda report: print_few_shots(found, report))
+    result = {**about, "samples": task.data.sizes["test"], "rows": rows}
+    give(result, arguments, "fscil.json", lambda report: print_few_shots(result, report))
     tell_died(rows)
 
 
@@ -93,25 +95,30 @@ def few_shots(task: Task, rules: Sequence[str], seeds: int, folder: Path, report
     recipe, rows = task.recipe, []
     with session(recipe.build()) as here:
         for rule in rules:
-            found: list[FewShot] = []
+            scored: list[FewShot] = []
             errors: list[str] = []
             for seed in range(seeds):
                 try:
                     classes = task.order[: task.sizes[0]]
                     built, _ = train_one(here, rule, {}, seed, folder, recipe, report, classes)
-                    found.append(_classify(here, task, seed, built))
+                    scored.append(_classify(here, task, seed, built))
                 except Exception as error:  # the others still run
                     report.warn(f"{rule}, seed {seed} died: {cause(error)}")
                     errors.append(f"seed {seed}: {cause(error)}")
-            rows.append(_row(rule, found, errors))
+            rows.append(_row(rule, scored, errors))
         pixels = [_classify(here, task, seed, recipe.build(), pixels=True) for seed in range(seeds)]
     return [*rows, _row(PIXELS, pixels), _row(CHANCE, [chance(task.sizes)])]
 
 
-def _row(rule: str, found: Sequence[FewShot], errors: Sequence[str] = ()) -> dict[str, Any]:
+def _row(rule: str, few_shots: Sequence[FewShot], errors: Sequence[str] = ()) -> dict[str, Any]:
     """Return lists over seeds of the accuracies after each session, and of each score; errors are of failed seeds."""
-    scores = {name: [getattr(one, name) for one in found] for name in SCORES}
-    return {"rule": rule, "accuracies": [one.accuracies for one in found], **scores, "errors": list(errors)}
+    scores = {name: [getattr(few_shot, name) for few_shot in few_shots] for name in SCORES}
+    return {
+        "rule": rule,
+        "accuracies": [few_shot.accuracies for few_shot in few_shots],
+        **scores,
+        "errors": list(errors),
+    }
 
 
 def _classify(here: Session, task: Task, seed: int, built: Any, pixels: bool = False) -> FewShot:
@@ -120,42 +127,42 @@ def _classify(here: Session, task: Task, seed: int, built: Any, pixels: bool = F
     net.eval()
 
     def read(samples: Any) -> tuple[Tensor, Tensor]:
-        loader, found = here.eval_loader(samples, task.data, built.batch_size), []
+        loader, batches = here.eval_loader(samples, task.data, built.batch_size), []
         with finish_loaders(loader):
             for x, y in loader:
                 x, y = here.batch(x, y)
                 if pixels:
-                    found.append(((x if task.data.static else x.mean(0)).flatten(1), y))
+                    batches.append(((x if task.data.static else x.mean(0)).flatten(1), y))
                 else:
-                    found.append((embeddings(net, x, steps=built.steps if task.data.static else None), y))
-        vectors, labels = zip(*found, strict=True)
+                    batches.append((embeddings(net, x, steps=built.steps if task.data.static else None), y))
+        vectors, labels = zip(*batches, strict=True)
         return torch.cat(vectors), torch.cat(labels)
 
-    known = prototypes(*read(torch.utils.data.Subset(task.data.unaugmented_train, task.shots(seed))), len(task.order))
-    return incremental(known, *read(task.data.test), task.sizes)
+    classes = prototypes(*read(torch.utils.data.Subset(task.data.unaugmented_train, task.shots(seed))), len(task.order))
+    return incremental(classes, *read(task.data.test), task.sizes)
 
 
 def score_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the scores of each rule over its seeds."""
-    made: list[Row] = []
+    table_rows: list[Row] = []
     for row in rows:
         reached = SCORES if row["accuracies"] else {}
         cells = {
             heading: Cell(scores_text(row[name]).replace("%", ""), statistics.mean(row[name]))
             for name, heading in reached.items()
         }
-        made.append({"rule": row["rule"], **(cells or {SCORES["base"]: Cell("died", "")})})
-    return Table(made, "fscil", "accuracy in %, mean ± standard deviation over seeds")
+        table_rows.append({"rule": row["rule"], **(cells or {SCORES["base"]: Cell("died", "")})})
+    return Table(table_rows, "fscil", "accuracy in %, mean ± standard deviation over seeds")
 
 
-def print_few_shots(found: Mapping[str, Any], report: Console) -> None:
+def print_few_shots(result: Mapping[str, Any], report: Console) -> None:
     """Print the scores of each rule, and its accuracy after each session."""
-    base, *sessions = found["sizes"]
-    report.line(f"{base} base classes, {len(sessions)} × {sessions[0]} new ones of {found['shot']} samples")
-    score_table(found["rows"]).show(report)
-    seen = list(map(str, itertools.accumulate(found["sizes"])))
+    base, *sessions = result["sizes"]
+    report.line(f"{base} base classes, {len(sessions)} × {sessions[0]} new ones of {result['shot']} samples")
+    score_table(result["rows"]).show(report)
+    seen = list(map(str, itertools.accumulate(result["sizes"])))
     rows = []
-    for row in found["rows"]:
+    for row in result["rows"]:
         if row["accuracies"]:
             means = (number(100 * statistics.mean(several), ".1f") for several in zip(*row["accuracies"], strict=True))
             rows.append({"classes seen": row["rule"], **dict(zip(seen, means, strict=True))})

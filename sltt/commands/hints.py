@@ -33,7 +33,7 @@ def explain(message: str, values: Mapping[str, Any]) -> str:
         names = list(inspect.signature(owner).parameters) if owner else fit_arguments()
         return f"unknown key {key[1]!r}{f' of {owners[-1]}' if owners else ''}{suggest(key[1], names)}"
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    lines = [left for line in message.splitlines() if (left := AROUND.sub("", line).strip(" -"))]
+    lines = [rest for line in message.splitlines() if (rest := AROUND.sub("", line).strip(" -"))]
     kinds = [kind[1] for line in lines if (kind := EXPECTED.match(line))]
     kinds = [kind for kind in dict.fromkeys(kinds) if not kind.startswith("dot import path")]
     if (name := UNKNOWN.search(message)) and set(kinds) <= {"NoneType"}:
@@ -76,8 +76,8 @@ def _class_paths() -> dict[str, str]:
 
     families = (sltt.models, sltt.data, sltt.losses, sltt.metrics, sltt.schedules, sltt.callbacks, sltt.surrogates)
     modules = (optim, *families, sltt)
-    known = ((name, m) for m in modules for name in dir(m) if name[0] != "_" and callable(getattr(m, name)))
-    return {name: f"{m.__name__}.{name}" for name, m in known}
+    members = ((name, m) for m in modules for name in dir(m) if name[0] != "_" and callable(getattr(m, name)))
+    return {name: f"{m.__name__}.{name}" for name, m in members}
 
 
 def locate(path: str) -> Any:
@@ -85,7 +85,7 @@ def locate(path: str) -> Any:
     return pydoc.locate(path if "." in path else _class_paths().get(path, path))
 
 
-def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
+def suggest(name: str, names: Iterable[str], prefix: str = "") -> str:
     """Return a question for the known name that is spelt like this one; empty where none is."""
-    near = difflib.get_close_matches(name, list(known), 1)
+    near = difflib.get_close_matches(name, list(names), 1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""

@@ -54,8 +54,8 @@ def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:
         for table in section.tables:
             path, text = folder / "data" / f"{_file_name(table.name)}.csv", table.csv()
             write_atomically(path, lambda file, text=text: file.write(text.encode()))
-    several = [*found.comparisons, *found.profiles, *found.agreements, *found.fewshots]
-    recipes = {one["recipe"] for one in several}
+    results = [*found.comparisons, *found.profiles, *found.agreements, *found.fewshots]
+    recipes = {result["recipe"] for result in results}
     title = f"Report: {', '.join(sorted(recipes) or [run.name for run in found.runs])}"
     environment = Environment(autoescape=True, trim_blocks=True)
     template = environment.from_string((files("sltt.commands") / "page.html").read_text(encoding="utf-8"))

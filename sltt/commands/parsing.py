@@ -74,19 +74,19 @@ class CommandOptions(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the command's own options, and the words left over; raise UsageError for a misspelt option."""
-        known, rest = super().parse_known_args(args, namespace)
+        arguments, rest = super().parse_known_args(args, namespace)
         trains = [f"--{name}" for name in fit_arguments()]
         for name in (re.split("[.=]", word)[0] for word in rest if word.startswith("--")):
             near = difflib.get_close_matches(name, [*trains, *self.own], 1)
             if name not in trains and near and near[0] in self.own:
                 raise UsageError(f"unknown option {name}; did you mean {near[0]}?")
-        return known, rest
+        return arguments, rest
 
     def parse_recipe(self, words: Sequence[str], default: str = "digits") -> "tuple[Any, Recipe]":
         """Return the command's own options, and the recipe that the words begin with, under the other options."""
         name, words = begin(words, default)
-        known, overrides = self.parse_known_args(words)
-        return known, Recipe(self.prog.removesuffix(" [RECIPE]"), name, overrides)
+        arguments, overrides = self.parse_known_args(words)
+        return arguments, Recipe(self.prog.removesuffix(" [RECIPE]"), name, overrides)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the options."""
@@ -115,16 +115,16 @@ def find_recipe(name: str) -> Path:
     """Return the file of a recipe: a shipped one, or a user's own, which may name classes of the working directory."""
     if not sys.flags.safe_path:
         take_code(Path())
-    known = shipped_recipes()
-    if name in known:
-        return known[name]
+    recipes = shipped_recipes()
+    if name in recipes:
+        return recipes[name]
     if name.endswith((".yaml", ".yml")):
         if Path(name).is_file():
             return Path(name)
         raise UsageError(f"there is no file {name}; `sltt recipes NAME > {name}` copies a recipe")
     if name and Path(name).is_dir():
         raise UsageError(f"{name} is a folder, and no recipe: `sltt train --resume {quote(name)}` continues a run")
-    raise UsageError(f"unknown recipe {name!r}{suggest(name, known)}; `sltt recipes` lists them")
+    raise UsageError(f"unknown recipe {name!r}{suggest(name, recipes)}; `sltt recipes` lists them")
 
 
 def take_code(folder: Path) -> None:
@@ -169,7 +169,7 @@ def build_run(
         if not code.is_dir():
             raise UsageError(f"--code {code} is no folder: name the one with the code of the run's classes")
         take_code(code)
-    settings = {name: one for name, one in settings.items() if name not in unread}
+    settings = {name: setting for name, setting in settings.items() if name not in unread}
     check_named(run, settings, code)
     return build(parser, parse(parser, settings, words))
 
@@ -271,8 +271,8 @@ def _empty_lists(words: Sequence[str]) -> list[str]:
     emptied = []
     for word, after in itertools.zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")
-        given = _read(value if equals else after) if option == "--config" else [option.removeprefix("--")]
-        emptied += [*(f"--{name}=null" for name in LISTS if name in given), word]
+        names = _read(value if equals else after) if option == "--config" else [option.removeprefix("--")]
+        emptied += [*(f"--{name}=null" for name in LISTS if name in names), word]
     return emptied
 
 
@@ -293,13 +293,13 @@ def build(parser: ArgumentParser, config: Namespace) -> Settings:
     """Make the settings of a configuration, seeded so that the same configuration gives the same weights."""
     seed_everything(config.seed)
     try:
-        made: dict[str, Any] = vars(parser.instantiate(config))
+        arguments: dict[str, Any] = vars(parser.instantiate(config))
     except ValueError as error:  # of a phase, the parser tells what it tried instead
         if reasons := re.findall(r"^  - (?!Expected)(.*)$", str(error), re.MULTILINE):
             raise ValueError(reasons[0]) from error
         raise
-    made |= {"resume": False, "config": resolve(parser, config)}  # resume is a folder here
-    return Settings(**made)
+    arguments |= {"resume": False, "config": resolve(parser, config)}  # resume is a folder here
+    return Settings(**arguments)
 
 
 def resolve(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
@@ -345,9 +345,9 @@ def count(text: str) -> int:
 
 def new_folder(text: str) -> Path:
     """Return the path of a folder that is there, or can be made: no file stands in its place."""
-    there = next(path for path in (Path(text), *Path(text).absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"expected a folder to write to, and {there} is a file: choose another")
+    existing = next(path for path in (Path(text), *Path(text).absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"expected a folder to write to, and {existing} is a file: choose another")
     return Path(text)
 
 
@@ -358,5 +358,5 @@ def parse_resume(words: Sequence[str]) -> tuple[Path | None, Path | None, Sequen
     if (run := parser.parse_known_args(words)[0].resume) is None:
         return None, None, words
     parser.add_argument("--code", type=Path)
-    known, words = parser.parse_known_args(words)
-    return run, known.code, words
+    arguments, words = parser.parse_known_args(words)
+    return run, arguments.code, words

@@ -36,31 +36,35 @@ def options() -> CommandOptions:
 
 def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
-    known = options().parse_args(words)
-    built, _, content = load_run("sltt predict", folder, known.code, known.checkpoint)
+    arguments = options().parse_args(words)
+    built, _, content = load_run("sltt predict", folder, arguments.code, arguments.checkpoint)
     built.model.trained = trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
     names = content["names"]
-    if known.stream:
-        if trained.static or len(known.files) > 1:
+    if arguments.stream:
+        if trained.static or len(arguments.files) > 1:
             raise UsageError("--stream takes one file, for a run that was trained on sequences")
         shape = content["sample"]["x"].shape[1:] if content.get("sample") else (-1,)
-        stream, steps, step = Stream(built.model), _read_steps(known.files[0], shape), 0
-        while chunk := [*islice(steps, known.stream)]:
+        stream, steps, step = Stream(built.model), _read_steps(arguments.files[0], shape), 0
+        while chunk := [*islice(steps, arguments.stream)]:
             step += len(chunk)
             prediction = predict_from(trained.prediction, stream(torch.stack(chunk)[:, None]))
-            one = {"step": step, **_describe(prediction, trained, names)}
-            shown = step, one.get("class", one["prediction"]), number(one.get("probability"), ".1%").text
-            print(as_json(one) if known.json else "\t".join(map(str, shown)), flush=True)
+            decision = {"step": step, **_describe(prediction, trained, names)}
+            columns = (
+                step,
+                decision.get("class", decision["prediction"]),
+                number(decision.get("probability"), ".1%").text,
+            )
+            print(as_json(decision) if arguments.json else "\t".join(map(str, columns)), flush=True)
         return
-    found = []
-    for file in known.files:
+    predictions = []
+    for file in arguments.files:
         sample = built.dataset.read(file, built.steps)
         prediction = predict(built.model, sample[None] if trained.static else sample[:, None])
-        found.append({"file": str(file), **_describe(prediction, trained, names)})
-    if known.json:
-        print(as_json(found))
+        predictions.append({"file": str(file), **_describe(prediction, trained, names)})
+    if arguments.json:
+        print(as_json(predictions))
     else:
-        Table([_row(one) for one in found]).show(Console())
+        Table([_row(prediction_of_file) for prediction_of_file in predictions]).show(Console())
 
 
 def _read_steps(file: Path, shape: Sequence[int]) -> Iterator[Tensor]:
@@ -86,7 +90,11 @@ def _describe(prediction: Tensor, trained: Trained, names: Sequence[str]) -> dic
     return {"class": name, "probability": probability, "prediction": prediction[0].tolist()}
 
 
-def _row(found: dict[str, Any]) -> Row:
-    if "class" not in found:
-        return {"file": found["file"], "prediction": str(found["prediction"])}
-    return {"file": found["file"], "class": str(found["class"]), "probability": number(found["probability"], ".1%")}
+def _row(prediction: dict[str, Any]) -> Row:
+    if "class" not in prediction:
+        return {"file": prediction["file"], "prediction": str(prediction["prediction"])}
+    return {
+        "file": prediction["file"],
+        "class": str(prediction["class"]),
+        "probability": number(prediction["probability"], ".1%"),
+    }

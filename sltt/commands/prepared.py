@@ -55,9 +55,9 @@ class Prepared:
 
     def memory(self, size: int, rule: Rule | None = None) -> Memory:
         """Return the memory of a training batch, firing rates counted, with the recipe's rule or another."""
-        given = self.model, *self.batch(size), self.loss, rule or self.rule, self.optimizer
+        batch = self.model, *self.batch(size), self.loss, rule or self.rule, self.optimizer
         with firing_rates(self.model):
-            return memory_parts(*given, steps=self.repeat)
+            return memory_parts(*batch, steps=self.repeat)
 
     @property
     def fold(self) -> Fold:

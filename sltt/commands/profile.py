@@ -53,10 +53,10 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    known, recipe = options().parse_recipe(words)
-    report = Console(quiet=known.json)
-    found = profile(recipe, known.rules, known.steps, known.repeats, known.budget, report)
-    give(found, known, "profile.json", lambda report: print_profile(found, report))
+    arguments, recipe = options().parse_recipe(words)
+    report = Console(quiet=arguments.json)
+    result = profile(recipe, arguments.rules, arguments.steps, arguments.repeats, arguments.budget, report)
+    give(result, arguments, "profile.json", lambda report: print_profile(result, report))
 
 
 def profile(
@@ -101,68 +101,68 @@ def profile(
     return {**about, "costs": costs, **layers, "fits": fits}
 
 
-def print_profile(found: Mapping[str, Any], report: Console) -> None:
+def print_profile(result: Mapping[str, Any], report: Console) -> None:
     """Print tables of all that was measured."""
-    report.line(f"batches of {found['batch']} samples, on {found['device']}")
-    for table in (*cost_tables(found), layer_table(found), *energy_tables(found["energy"]), _path_table(found)):
+    report.line(f"batches of {result['batch']} samples, on {result['device']}")
+    for table in (*cost_tables(result), layer_table(result), *energy_tables(result["energy"]), _path_table(result)):
         table.show(report)
         report.line("")
-    for one in found["costs"]:
-        if why := one["fold"]["why"]:
-            line = f"{one['rule']}, T = {one['steps']}: one time step in a call, since the network {why}"
+    for cost in result["costs"]:
+        if why := cost["fold"]["why"]:
+            line = f"{cost['rule']}, T = {cost['steps']}: one time step in a call, since the network {why}"
             report.line(textwrap.fill(line, 80))
-    for line in found["own_code"]:
+    for line in result["own_code"]:
         report.line(textwrap.fill(f"not in our kernels: {line}", 80))
 
 
-def energy_tables(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Table]:
+def energy_tables(rows_of: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Table]:
     """Return the tables of `Energy.tables`."""
-    cells = {name: [{k: Cell(show(v), v) for k, v in row.items()} for row in rows] for name, rows in found.items()}
+    cells = {name: [{k: Cell(show(v), v) for k, v in row.items()} for row in rows] for name, rows in rows_of.items()}
     return [Table(rows, name, "estimate for 45 nm" if name == "energy" else "") for name, rows in cells.items()]
 
 
-def cost_tables(found: Mapping[str, Any]) -> list[Table]:
+def cost_tables(result: Mapping[str, Any]) -> list[Table]:
     """Return what a batch of each rule takes: its memory by parts, its seconds and operations, and what fits."""
     memory, seconds = [], []
-    for one in found["costs"]:
-        parts = one["memory"]
+    for cost in result["costs"]:
+        parts = cost["memory"]
         shares = {"memory": parts["batch"], "grads": parts["gradients"]}
         shares |= {name: parts[name] for name in ("states", "saved", "rest")} | {"weights": parts["parameters"]}
         shares |= {"optim": parts["optimizer"], "input": parts["input"], "all": parts["total"]}
-        name: Row = {"rule": one["rule"], "T": number(one["steps"])}
+        name: Row = {"rule": cost["rule"], "T": number(cost["steps"])}
         memory.append({**name, **{part: Cell(f"{share / 1e6:.2f}", share) for part, share in shares.items()}})
-        phases = {phase: number(one["seconds"][phase], ".3f") for phase in PHASES}
-        forward, backward = (number(one["operations"][key], ".2e") for key in ("forward", "backward"))
-        fold = number(one["fold"]["trained"])
+        phases = {phase: number(cost["seconds"][phase], ".3f") for phase in PHASES}
+        forward, backward = (number(cost["operations"][key], ".2e") for key in ("forward", "backward"))
+        fold = number(cost["fold"]["trained"])
         seconds.append({**name, **phases, "mult. fwd": forward, "mult. bwd": backward, "fold": fold})
     tables = [
         Table(memory, "memory", "memory of a batch: grads + states + saved + rest; all at the peak; in MB"),
         Table(seconds, "costs", "seconds and multiplications of a batch; fold: steps in a call"),
     ]
-    return [*tables, fits_table(found["fits"])] if found["fits"] else tables
+    return [*tables, fits_table(result["fits"])] if result["fits"] else tables
 
 
 def fits_table(fits: Sequence[Mapping[str, Any]]) -> Table:
     """Return what fits under each rule, and the run that checks it."""
     rows = [
         {
-            "rule": one["rule"],
-            "batch": number(one["batch"], ",", none="no limit"),
-            "T": number(one["steps"], ",", none="no limit"),
-            "predicted": bytes_cell(one["predicted"]) if one["predicted"] else "",
-            "measured": bytes_cell(one["measured"]) if one["measured"] else Cell("not run", None),
-            "error": number(one["predicted"] / one["measured"] - 1 if one["measured"] else None, "+.1%", none=""),
+            "rule": fit["rule"],
+            "batch": number(fit["batch"], ",", none="no limit"),
+            "T": number(fit["steps"], ",", none="no limit"),
+            "predicted": bytes_cell(fit["predicted"]) if fit["predicted"] else "",
+            "measured": bytes_cell(fit["measured"]) if fit["measured"] else Cell("not run", None),
+            "error": number(fit["predicted"] / fit["measured"] - 1 if fit["measured"] else None, "+.1%", none=""),
         }
-        for one in fits
+        for fit in fits
     ]
     title = f"what fits {megabytes(fits[0]['budget'])}, the rest as in the recipe; and a run with that batch"
     return Table(rows, "fits", title)
 
 
-def layer_table(found: Mapping[str, Any]) -> Table:
+def layer_table(result: Mapping[str, Any]) -> Table:
     """Return operations and energy of each layer in one sample, or the firing rate and spikes of neurons."""
     rows = []
-    for layer in found["layers"]:
+    for layer in result["layers"]:
         if layer["operations"] is None:
             cells = {"firing rate": number(layer["firing_rate"], ".3f"), "spikes": number(layer["spikes"], ",.0f")}
         else:
@@ -175,20 +175,20 @@ def layer_table(found: Mapping[str, Any]) -> Table:
                 "nJ": number(one.picojoules / 1e3, ",.1f"),
             }
         rows.append({"layer": layer["name"], **cells})
-    most = max(one["steps"] for one in found["costs"])
-    network = "with the weights given" if found["trained"] else "untrained; --weights RUN takes those of a run"
+    most = max(one["steps"] for one in result["costs"])
+    network = "with the weights given" if result["trained"] else "untrained; --weights RUN takes those of a run"
     return Table(rows, "layers", f"one sample, T = {most}, {network}")
 
 
-def _path_table(found: Mapping[str, Any]) -> Table:
+def _path_table(result: Mapping[str, Any]) -> Table:
     rows: list[Row] = [
         {
-            "layer": one["name"],
-            "inputs ≠ 0": number(one["density"], ".1%"),
-            "forward": _way(one["sparse_forward"], one["calls"]),
-            "weight gradient": _way(one["sparse_gradient"], one["calls"]),
+            "layer": path["name"],
+            "inputs ≠ 0": number(path["density"], ".1%"),
+            "forward": _way(path["sparse_forward"], path["calls"]),
+            "weight gradient": _way(path["sparse_gradient"], path["calls"]),
         }
-        for one in found["paths"]
+        for path in result["paths"]
     ]
     return Table(rows, title="layers on active inputs only (sparse), or dense")
 
@@ -204,8 +204,8 @@ def _memory(ready: Prepared, size: int) -> Memory:
 
 
 def _seconds(ready: Prepared, batches: Iterable[Any], warmup: int) -> Seconds:
-    given = ready.model, batches, ready.loss, ready.rule, ready.optimizer
-    return iteration_seconds(*given, steps=ready.repeat, warmup=warmup)
+    batch = ready.model, batches, ready.loss, ready.rule, ready.optimizer
+    return iteration_seconds(*batch, steps=ready.repeat, warmup=warmup)
 
 
 def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repeats: int) -> dict[str, Any]:
@@ -214,8 +214,12 @@ def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repe
     seconds = _seconds(ready, itertools.islice(ready.batches(batch), repeats + WARMUP), WARMUP)
     operations = count_operations(ready.model, *ready.batch(batch), ready.loss, ready.rule, steps=ready.repeat)
     parts = {**vars(memory), "batch": memory.batch, "total": memory.total}
-    taken = {"memory": parts, "seconds": {**vars(seconds), "total": seconds.total}, "operations": operations._asdict()}
-    return {"rule": rule, "steps": steps, "fold": ready.fold._asdict(), **taken}
+    measured = {
+        "memory": parts,
+        "seconds": {**vars(seconds), "total": seconds.total},
+        "operations": operations._asdict(),
+    }
+    return {"rule": rule, "steps": steps, "fold": ready.fold._asdict(), **measured}
 
 
 def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]:
@@ -227,7 +231,7 @@ def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]
         energy = measure_energy(model, x, steps=ready.repeat, lengths=lengths_of(y))
     paths = [vars(one) for one in layer_paths(model, x, steps=ready.repeat)]
     columns: dict[str, dict[str, Any]] = {
-        "operations": {one.name: vars(one) for one in energy.layers},
+        "operations": {path.name: vars(path) for path in energy.layers},
         "firing_rate": rates.by_layer(),
         "spikes": {name: spikes / batch for name, (spikes, _) in rates.state_dict().items()},
     }
@@ -246,18 +250,18 @@ def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budg
     # what shares a call grows with T up to a limit, and is little
     one_step = ("--rule.fold", "1") if recipe.build(rule=rule).rule.fold == "auto" else ()
     least = _until_regular(recipe.build(rule=rule).rule)
-    batches, found = (batch, 2 * batch), {}
+    batches, fit = (batch, 2 * batch), {}
     for _ in range(2):
         model: PeakModel = fit_peak(measure, batches, (least, 2 * least))
-        found = {"rule": rule, "budget": budget, "steps": model.largest_steps(budget, batch)}
-        found |= _run_largest(model, steps, measure, budget, available_memory(here.fabric.device))
-        if not (found["batch"] and found["measured"]):
+        fit = {"rule": rule, "budget": budget, "steps": model.largest_steps(budget, batch)}
+        fit |= _run_largest(model, steps, measure, budget, available_memory(here.fabric.device))
+        if not (fit["batch"] and fit["measured"]):
             break  # nothing fits, or it was not run
-        if abs(found["predicted"] / found["measured"] - 1) <= TOLERANCE:
+        if abs(fit["predicted"] / fit["measured"] - 1) <= TOLERANCE:
             break
         # Large layers run other kernels than small ones: fit again at the budget.
-        batches = max(found["batch"] // 2, 1), max(found["batch"], 2)
-    return found
+        batches = max(fit["batch"] // 2, 1), max(fit["batch"], 2)
+    return fit
 
 
 def _exact_within(here: Session, recipe: Recipe, steps: int, batch: int, budget: int) -> str | None:

@@ -19,16 +19,16 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    known = options().parse_args(words)
-    found = gather(known.folders)
+    arguments = options().parse_args(words)
+    results = gather(arguments.folders)
     try:
         from sltt.commands.page import write
         from sltt.commands.sections import sections
 
-        page = write(sections(found), found, known.out or known.folders[0] / "report")
+        page = write(sections(results), results, arguments.out or arguments.folders[0] / "report")
     except ModuleNotFoundError as error:
         raise RuntimeError(f"the report needs {error.name}: pip install 'sltt[report]'") from error
-    shown = Console()
-    for note in found.notes:
-        shown.warn(note)
-    shown.line(f"report: {page}")
+    console = Console()
+    for note in results.notes:
+        console.warn(note)
+    console.line(f"report: {page}")

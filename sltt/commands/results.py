@@ -20,33 +20,33 @@ from sltt.training.files import CONFIG, LAST, write_atomically
 from sltt.training.runs import find_last
 
 
-def give(found: Any, known: argparse.Namespace, name: str, show: Callable[[Console], None]) -> None:
+def give(result: Any, arguments: argparse.Namespace, name: str, show: Callable[[Console], None]) -> None:
     """Print what a command found, as JSON or for people, and keep it where --save says."""
-    text = as_json(found)
-    if known.save:
-        known.save.mkdir(parents=True, exist_ok=True)
-        write_atomically(known.save / name, lambda file: file.write(text.encode()))
-    if known.json:
+    text = as_json(result)
+    if arguments.save:
+        arguments.save.mkdir(parents=True, exist_ok=True)
+        write_atomically(arguments.save / name, lambda file: file.write(text.encode()))
+    if arguments.json:
         print(text)
         return
     report = Console()
     show(report)
-    if known.save:
-        report.line(f"written to {known.save / name}")
+    if arguments.save:
+        report.line(f"written to {arguments.save / name}")
 
 
 def scores_text(scores: Sequence[float | None], metric: str = "accuracy") -> str:
     """Return the mean of a metric over seeds, ± the standard deviation where there are several."""
-    known = finite_scores(scores)
+    finite = finite_scores(scores)
     form = ".1%" if is_share(metric) else ".3g"
-    spread = f" ± {statistics.stdev(known):{form}}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):{form}}{spread}" if known else "–"
+    spread = f" ± {statistics.stdev(finite):{form}}" if len(finite) > 1 else ""
+    return f"{statistics.mean(finite):{form}}{spread}" if finite else "–"
 
 
 def scores_cell(scores: Sequence[float | None], metric: str = "accuracy") -> Cell:
     """Return the same as a cell of a table, with the mean as its value."""
-    known = finite_scores(scores)
-    return Cell(scores_text(scores, metric), statistics.mean(known) if known else None)
+    finite = finite_scores(scores)
+    return Cell(scores_text(scores, metric), statistics.mean(finite) if finite else None)
 
 
 # of the files that commands write, the attribute of `Gathered`
@@ -81,30 +81,30 @@ def gather(folders: Sequence[Path]) -> Gathered:
 
     Raises ValueError for a folder that is not there, or where nothing can be shown.
     """
-    found = Gathered()
+    results = Gathered()
     for folder in (one if one.name.strip(".") else one.resolve() for one in folders):  # . has no name
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}: name one of a run, or one given to --save")
         runs = sorted({path.parent for name in (CONFIG, LAST) for at in ("", "*/") for path in folder.glob(at + name)})
-        there = [(folder / f"{name}.json", kind) for name, kind in KINDS.items() if (folder / f"{name}.json").is_file()]
-        if not runs and not there:
+        files = [(folder / f"{name}.json", kind) for name, kind in KINDS.items() if (folder / f"{name}.json").is_file()]
+        if not runs and not files:
             raise ValueError(
                 f"{folder} has nothing to report: expected the folder of a run, or one that sltt compare, profile, "
                 "agreement or fscil wrote with --save"
             )
-        for path, kind in there:
+        for path, kind in files:
             try:
-                getattr(found, kind).append(_read(path))
+                getattr(results, kind).append(_read(path))
             except Exception as error:  # a file may hold anything
-                found.notes.append(f"{path} is left out: {cause(error)}")
+                results.notes.append(f"{path} is left out: {cause(error)}")
         for run in runs:
             try:
-                found.runs[run] = _read_run(run)
+                results.runs[run] = _read_run(run)
             except Exception as error:
-                found.notes.append(f"The run {run} is left out: {cause(error)}")
-    if not any([found.runs, *(getattr(found, kind) for kind in KINDS.values())]):
-        raise ValueError(" ".join(found.notes))
-    return found
+                results.notes.append(f"The run {run} is left out: {cause(error)}")
+    if not any([results.runs, *(getattr(results, kind) for kind in KINDS.values())]):
+        raise ValueError(" ".join(results.notes))
+    return results
 
 
 def _read_run(run: Path) -> Curve:
@@ -118,18 +118,18 @@ def _read_run(run: Path) -> Curve:
 
 def _read(path: Path) -> dict[str, Any]:
     """Read a command's result; a number that is not finite is None, and what varied is in a rule's name."""
-    found = json.loads(path.read_bytes(), parse_constant=lambda name: None)
-    for row in [*found.get("costs", ()), *found.get("fits", ()), *found.get("rows", ())]:
+    result = json.loads(path.read_bytes(), parse_constant=lambda name: None)
+    for row in [*result.get("costs", ()), *result.get("fits", ()), *result.get("rows", ())]:
         if "rule" in row:
             row["rule"] = label_row(row["rule"], row.get("varied", {}))
-    return found
+    return result
 
 
-def run_names(found: Gathered) -> dict[Path, str]:
+def run_names(results: Gathered) -> dict[Path, str]:
     """Return a name of each run: of its row, if it is one of a comparison, or of its folder."""
-    rows = [row for one in found.comparisons for row in one["rows"]]
-    compared = {run: row["rule"] for row in reversed(rows) for run in found.runs if run.name in row["runs"]}
-    return {run: compared.get(run, run.name) for run in found.runs}
+    rows = [row for comparison in results.comparisons for row in comparison["rows"]]
+    compared = {run: row["rule"] for row in reversed(rows) for run in results.runs if run.name in row["runs"]}
+    return {run: compared.get(run, run.name) for run in results.runs}
 
 
 def rule_of(config: dict[str, Any]) -> str:
@@ -143,7 +143,9 @@ def rule_of(config: dict[str, Any]) -> str:
     settings: dict[str, Any] = own.get("init_args", own) or {}
     name = str(rule.get("class_path") or rule.get("class") or "own rule").rpartition(".")[2]
     kind = getattr(rules, name, None)
-    taken = arguments_of(kind) if isinstance(kind, type) else {}
-    defaults = {key: one.default for key, one in taken.items()} | {key: None for key in settings if key not in taken}
-    shown = (f"{key}={settings[key]}" for key in defaults if settings.get(key, defaults[key]) != defaults[key])
-    return ":".join([name, *shown])
+    parameters = arguments_of(kind) if isinstance(kind, type) else {}
+    defaults = {key: parameter.default for key, parameter in parameters.items()} | {
+        key: None for key in settings if key not in parameters
+    }
+    options = (f"{key}={settings[key]}" for key in defaults if settings.get(key, defaults[key]) != defaults[key])
+    return ":".join([name, *options])

@@ -5,12 +5,12 @@ import re
 
 def rules(text: str) -> list[str]:
     """Split rules separated by commas, such as SLTT:k=1 or Mixed:windows={features.2: all, features.5: 4}."""
-    found = _split(text, ",")
-    for rule in found:
+    texts = _split(text, ",")
+    for rule in texts:
         rule_options(rule)
-        if found.count(rule) > 1:
-            raise ValueError(f"expected each rule once, got {rule} {found.count(rule)} times")
-    return found
+        if texts.count(rule) > 1:
+            raise ValueError(f"expected each rule once, got {rule} {texts.count(rule)} times")
+    return texts
 
 
 def rule_options(text: str) -> list[str]:

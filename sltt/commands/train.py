@@ -48,9 +48,9 @@ def _train(here: Session, built: Settings, name: str) -> None:
     """`sltt train` in each of its processes."""
     splits = here.splits(built.dataset, built.steps)
     report = here.console(None)
-    several = f", {here.processes.count} processes" if here.processes.count > 1 else ""
+    processes = f", {here.processes.count} processes" if here.processes.count > 1 else ""
     network = f"{type(built.model).__name__} with {sum(p.numel() for p in built.model.parameters()):,} parameters"
-    report.line(f"{network}, {built.rule}, T = {built.steps}{several}")
+    report.line(f"{network}, {built.rule}, T = {built.steps}{processes}")
     sizes = ", ".join(f"{size} {name}" for name, size in splits.sizes.items())
     report.line(f"samples: {sizes} (split {splits.fingerprint})")
     result = train(here, replace(built, report=report), name)

@@ -16,18 +16,21 @@ def values(text: str) -> tuple[str, list[str]]:
     """Return an option and its values: model.neuron.tau=1.1,2,4."""
     option, _, listed = text.partition("=")
     option = option.removeprefix("--")
-    found = re.split(r",(?![^{\[]*[}\]])", listed)
-    if not re.fullmatch(r"[\w.]+", option) or "" in found:
+    texts = re.split(r",(?![^{\[]*[}\]])", listed)
+    if not re.fullmatch(r"[\w.]+", option) or "" in texts:
         raise ValueError(f"expected an option and its values, such as model.neuron.tau=1.1,2,4, got {text!r}")
     if option in OWN:
         raise ValueError(f"--vary does not take {option}: use {OWN[option]}")
-    return option, found
+    return option, texts
 
 
-def grid(given: Sequence[tuple[str, list[str]]]) -> list[dict[str, str]]:
+def grid(options: Sequence[tuple[str, list[str]]]) -> list[dict[str, str]]:
     """Return all combinations of the values; one without any where nothing is varied."""
-    names = [option for option, _ in given]
-    return [dict(zip(names, several, strict=True)) for several in itertools.product(*(found for _, found in given))]
+    names = [option for option, _ in options]
+    return [
+        dict(zip(names, combination, strict=True))
+        for combination in itertools.product(*(texts for _, texts in options))
+    ]
 
 
 def to_options(varied: Mapping[str, str]) -> list[str]:
@@ -46,8 +49,8 @@ def best_of(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bo
     if not trained:
         return "Nothing was held out, so that there is no best value: set --data.validation 0.1."
     trained.sort(key=lambda pair: statistics.mean(pair[1]), reverse=higher_is_better)
-    ranked, several = zip(*trained, strict=True)
-    first, means = ranked[0], [statistics.mean(reached) for reached in several]
+    ranked, scores_of_rows = zip(*trained, strict=True)
+    first, means = ranked[0], [statistics.mean(reached) for reached in scores_of_rows]
     text = (
         f"{first['rule']} has the best validation {metric.replace('_', ' ')}: {score_text(metric, means[0])}; "
         f"on the test samples {score_text(metric, statistics.mean(finite_scores(first['scores']) or [math.nan]))}."
@@ -57,7 +60,7 @@ def best_of(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bo
     if len(ranked) == 1:
         return text
     text += f" The next is {ranked[1]['rule']}: {score_text(metric, means[1])}"
-    if any(len(one) < 2 for one in several[:2]):
+    if any(len(scores) < 2 for scores in scores_of_rows[:2]):
         return f"{text}. One seed: repeat with --seeds 3."
-    noise = 2 * sum(statistics.variance(one) / len(one) for one in several[:2]) ** 0.5
+    noise = 2 * sum(statistics.variance(scores) / len(scores) for scores in scores_of_rows[:2]) ** 0.5
     return f"{text}." if abs(means[0] - means[1]) > noise else f"{text}, no clear difference."

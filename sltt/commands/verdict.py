@@ -45,84 +45,90 @@ class Verdict:
         return f"{count_of(len(self.scores), 'seed')}{length}{samples}"
 
 
-def verdicts(found: Gathered) -> list[Verdict]:
+def verdicts(results: Gathered) -> list[Verdict]:
     """Return the rules that were compared or profiled, in the order in which they were asked for."""
     rules: dict[str, Verdict] = {}
-    for one in _same_recipe(found, found.comparisons):
-        for row in one["rows"]:
+    for comparison in _same_recipe(results, results.comparisons):
+        for row in comparison["rows"]:
             scores, each = finite_scores(row["scores"]), finite_scores(row["seconds_of_seeds"])
             died = len(row["scores"]) - len(scores) + len(row.get("errors", ()))
             if scores or died:
                 rules[row["rule"]] = Verdict(
                     row["rule"],
                     scores,
-                    one["metric"],
-                    1 if one["higher_is_better"] else -1,
-                    one.get("samples"),
-                    one.get("epochs"),
+                    comparison["metric"],
+                    1 if comparison["higher_is_better"] else -1,
+                    comparison.get("samples"),
+                    comparison.get("epochs"),
                     (row["seconds"], min(each), max(each)) if each else None,
-                    {row.get("steps") or one.get("steps"): row["peak_memory"]} if row["peak_memory"] else {},
+                    {row.get("steps") or comparison.get("steps"): row["peak_memory"]} if row["peak_memory"] else {},
                     row["peak_memory"] or math.inf,
                     row.get("fold", 1),
                     row["cosine"],
                     died,
                 )
-    for one in _same_recipe(found, found.profiles):
-        for row in one["costs"]:
+    for profile in _same_recipe(results, results.profiles):
+        for row in profile["costs"]:
             rule = rules.setdefault(row["rule"], Verdict(row["rule"]))
             rule.memory.setdefault(row["steps"], row["memory"]["batch"])
-            if not found.comparisons:  # whose seconds are those of an epoch
+            if not results.comparisons:  # whose seconds are those of an epoch
                 rule.seconds = tuple(row["seconds"][key] for key in ("total", "least", "most"))
     return list(rules.values())
 
 
 def shared_steps(rules: Sequence[Verdict]) -> int | None:
     """Return the T at which the memory of most rules is known; of several the first, at which they were trained."""
-    known = [steps for rule in rules for steps in rule.memory]
-    return max(known, key=known.count, default=None)
+    lengths = [steps for rule in rules for steps in rule.memory]
+    return max(lengths, key=lengths.count, default=None)
 
 
-def _same_recipe(found: Gathered, kind: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _same_recipe(results: Gathered, kind: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the first result of a kind that is of the same recipe as the first of all."""
-    first = next(iter([*found.comparisons, *found.profiles, *found.agreements]), {})
-    return [one for one in kind if one.get("recipe") == first.get("recipe")][:1]
+    first = next(iter([*results.comparisons, *results.profiles, *results.agreements]), {})
+    return [result for result in kind if result.get("recipe") == first.get("recipe")][:1]
 
 
-def answers(found: Gathered) -> list[str]:
+def answers(results: Gathered) -> list[str]:
     """Return a sentence for each rule beside BPTT, or beside the first one, and the rule to take, from full trainings.
 
     Without these it is the advice on short trainings or on gradients. Where options vary, return the best values
     instead, by the validation samples.
     """
-    for one in found.comparisons[:1]:
-        if any(row.get("varied") for row in one["rows"]):
-            return [best_of(one["rows"], one["metric"], one["higher_is_better"])]
-    rules = verdicts(found)
-    reference = next((one for one in rules if one.rule == "BPTT"), rules[0] if rules else None)
-    said = [_sentence(one, reference) for one in rules if reference is not None and one is not reference]
-    if reference is not None and reference.score is not None and said:
-        said.append(_take(rules, reference))
-    return [text for text in said if text] or [row["advice"] for one in found.agreements for row in one["rows"]]
+    for comparison in results.comparisons[:1]:
+        if any(row.get("varied") for row in comparison["rows"]):
+            return [best_of(comparison["rows"], comparison["metric"], comparison["higher_is_better"])]
+    rules = verdicts(results)
+    reference = next((verdict for verdict in rules if verdict.rule == "BPTT"), rules[0] if rules else None)
+    sentences = [
+        _sentence(verdict, reference) for verdict in rules if reference is not None and verdict is not reference
+    ]
+    if reference is not None and reference.score is not None and sentences:
+        sentences.append(_take(rules, reference))
+    return [text for text in sentences if text] or [
+        row["advice"] for agreement in results.agreements for row in agreement["rows"]
+    ]
 
 
-def advice_on(row: Mapping[str, Any], recipe: str, found: Gathered) -> str:
+def advice_on(row: Mapping[str, Any], recipe: str, results: Gathered) -> str:
     """Return which rule to take at the τ and T of an agreement: by full trainings of the recipe where there are any."""
-    trained = [(None, one["steps"]) for one in found.comparisons if one["recipe"] == recipe]
-    said = answers(found)[-1] if (row["tau"], row["steps"]) in trained else ""
-    return said if said.startswith("Take ") else row["advice"]
+    trained = [(None, comparison["steps"]) for comparison in results.comparisons if comparison["recipe"] == recipe]
+    answer = answers(results)[-1] if (row["tau"], row["steps"]) in trained else ""
+    return answer if answer.startswith("Take ") else row["advice"]
 
 
 def _take(rules: Sequence[Verdict], reference: Verdict) -> str:
     """Name the rule that needs least memory of those within the margin; say how sure this is, and on what it rests."""
     exact, basis = reference.rule, reference.rests_on()
     apart = f"{basis} do not separate it from {exact}."
-    cheaper = sorted((one for one in rules if LESS * one.peak <= reference.peak), key=lambda one: one.peak)
-    *_, words, enough = zip(*(_judge(one, reference) for one in cheaper), strict=True) if cheaper else ((), ())
+    cheaper = sorted(
+        (verdict for verdict in rules if LESS * verdict.peak <= reference.peak), key=lambda verdict: verdict.peak
+    )
+    *_, words, enough = zip(*(_judge(verdict, reference) for verdict in cheaper), strict=True) if cheaper else ((), ())
     place = enough.index(True) if True in enough else len(cheaper)
-    doubtful = [one.rule for one, word in zip(cheaper[:place], words, strict=False) if word == UNSURE]
+    doubtful = [verdict.rule for verdict, word in zip(cheaper[:place], words, strict=False) if word == UNSURE]
     doubts = f" {UNSURE} of {name_rules(doubtful)}, which would save memory" if doubtful else ""
     if place == len(cheaper):
-        bad = f" {name_rules(one.rule for one in cheaper)}: not safe here, by {basis}." if cheaper else ""
+        bad = f" {name_rules(verdict.rule for verdict in cheaper)}: not safe here, by {basis}." if cheaper else ""
         why = f"{doubts}: {apart}" if doubts else bad or " No other rule here needs less memory."
         delays = DELAYS * bool(bad and not doubts and exact == "BPTT")
         return f"Take {exact}.{why}{SHARED * (reference.fold > 1)}{delays}"
@@ -130,27 +136,27 @@ def _take(rules: Sequence[Verdict], reference: Verdict) -> str:
     return f"Take {cheaper[place].rule}. {sure}{doubts}{'.' * bool(doubts)}"
 
 
-def _sentence(one: Verdict, reference: Verdict) -> str:
-    reached, noise, word, _ = _judge(one, reference)
+def _sentence(verdict: Verdict, reference: Verdict) -> str:
+    reached, noise, word, _ = _judge(verdict, reference)
     parts = [reached] if reached else []
-    if saved := _saved(one, reference):
+    if saved := _saved(verdict, reference):
         parts.append(" and ".join(f"{_times(ratio)} memory{f' at T = {t}' if t else ''}" for t, ratio in saved))
-    if one.seconds and reference.seconds:
-        parts.append(f"{_ratio(one.seconds, reference.seconds)} × the time")
-    if one.cosine is not None and not math.isnan(one.cosine):
-        parts.append(f"gradient agreement {one.cosine:.2f}")
+    if verdict.seconds and reference.seconds:
+        parts.append(f"{_ratio(verdict.seconds, reference.seconds)} × the time")
+    if verdict.cosine is not None and not math.isnan(verdict.cosine):
+        parts.append(f"gradient agreement {verdict.cosine:.2f}")
     unsure = f" {UNSURE}: measured to {noise} only, which does not separate it from {reference.rule}." if noise else ""
     safe = f" {word} here." if word in (SAFE, UNSAFE) else unsure
-    seeds = " One seed: repeat with --seeds 3." if min(len(one.scores), len(reference.scores)) == 1 else ""
-    died = [rule for rule in (one, reference) if rule.died]
+    seeds = " One seed: repeat with --seeds 3." if min(len(verdict.scores), len(reference.scores)) == 1 else ""
+    died = [rule for rule in (verdict, reference) if rule.died]
     parts += [f"{rule.died} of {rule.died + len(rule.scores)} seeds of {rule.rule} died" for rule in died]
-    return f"{one.rule}: {', '.join(parts)}.{safe}{seeds}" if parts else ""
+    return f"{verdict.rule}: {', '.join(parts)}.{safe}{seeds}" if parts else ""
 
 
-def _saved(one: Verdict, reference: Verdict) -> list[tuple[int | None, float]]:
+def _saved(verdict: Verdict, reference: Verdict) -> list[tuple[int | None, float]]:
     """Return the reference's memory over that of a rule, for the two largest T at which both are known."""
-    both = sorted((steps for steps in one.memory if steps in reference.memory), key=lambda steps: steps or 0)
-    return [(steps, reference.memory[steps] / one.memory[steps]) for steps in both[-2:] if one.memory[steps]]
+    both = sorted((steps for steps in verdict.memory if steps in reference.memory), key=lambda steps: steps or 0)
+    return [(steps, reference.memory[steps] / verdict.memory[steps]) for steps in both[-2:] if verdict.memory[steps]]
 
 
 def _ratio(seconds: tuple[float, float, float], others: tuple[float, float, float]) -> str:
@@ -160,36 +166,38 @@ def _ratio(seconds: tuple[float, float, float], others: tuple[float, float, floa
     return f"{middle / other:.2f}{bounds}"
 
 
-def _judge(one: Verdict, reference: Verdict) -> tuple[str, str, str, bool]:
+def _judge(verdict: Verdict, reference: Verdict) -> tuple[str, str, str, bool]:
     """Return the comparison as text, its noise, the verdict, and whether the loss is within the margin."""
-    if one.score is None or reference.score is None:
-        return "", "", UNSAFE if one.died else "", False
-    name, other = one.metric.replace("_", " "), reference.rule
-    lost, noise, margin = one.sign * (reference.score - one.score), noise_of(one, reference), MARGIN
-    if is_share(one.metric):
+    if verdict.score is None or reference.score is None:
+        return "", "", UNSAFE if verdict.died else "", False
+    name, other = verdict.metric.replace("_", " "), reference.rule
+    lost, noise, margin = verdict.sign * (reference.score - verdict.score), noise_of(verdict, reference), MARGIN
+    if is_share(verdict.metric):
         points, measured = f"{100 * lost:.1f} points", f"±{100 * noise:.0f} points"
         text = f"{name} within {points} of {other}" if lost > 0 else f"{name} not below that of {other}"
         text = f"{name} {points} below {other}" if lost > MARGIN else text
     else:
-        margin, measured = OF_AN_ERROR * abs(reference.score), f"±{score_text(one.metric, noise)}"
-        text = f"{name} {score_text(one.metric, one.score)}, {other} {score_text(one.metric, reference.score)}"
+        margin, measured = OF_AN_ERROR * abs(reference.score), f"±{score_text(verdict.metric, noise)}"
+        text = (
+            f"{name} {score_text(verdict.metric, verdict.score)}, {other} {score_text(verdict.metric, reference.score)}"
+        )
     safe = SAFE if lost <= margin and noise <= 2 * margin else UNSURE
-    word = UNSAFE if one.died or lost > max(margin, noise) else safe
-    return text, "" if math.isinf(noise) else measured, word, not one.died and lost <= margin
+    word = UNSAFE if verdict.died or lost > max(margin, noise) else safe
+    return text, "" if math.isinf(noise) else measured, word, not verdict.died and lost <= margin
 
 
 def _times(ratio: float) -> str:
     return f"{ratio:.1f} × less" if ratio >= LESS else f"{1 / ratio:.1f} × more" if ratio <= 0.95 else "the same"
 
 
-def noise_of(one: Verdict, other: Verdict) -> float:
+def noise_of(verdict: Verdict, other: Verdict) -> float:
     """Return twice the standard error of a difference of scores: over seeds, and of shares of the drawn test samples.
 
     The samples are the same for all seeds, so that more seeds do not help there. Their part is that of two samples of a
     binomial distribution, by Agresti and Coull: 40 right of 40 is not all. One seed of an error has infinite noise.
     """
-    squares = 0.0 if is_share(one.metric) or min(len(one.scores), len(other.scores)) > 1 else math.inf
-    for rule in (one, other):
+    squares = 0.0 if is_share(verdict.metric) or min(len(verdict.scores), len(other.scores)) > 1 else math.inf
+    for rule in (verdict, other):
         squares += statistics.variance(rule.scores) / len(rule.scores) if len(rule.scores) > 1 else 0.0
         if rule.samples is not None and is_share(rule.metric):
             share = (statistics.mean(rule.scores) * rule.samples + 2) / (rule.samples + 4)
