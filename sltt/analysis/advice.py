@@ -62,18 +62,18 @@ class Trial:
         return min(self.accuracies[rule]) >= SOLVED
 
 
-def choose_rule(found: Sequence[Agreement], trial: Trial | None = None) -> str:
+def choose_rule(agreements: Sequence[Agreement], trial: Trial | None = None) -> str:
     """Return the rule of least memory that learns as BPTT does in the trial, or else agrees with it on the batch.
 
     `found` has rules in the order of their memory, least first.
     """
     if trial and trial.tells:
         return next(rule for rule in trial.losses if min(trial.shares(rule)) >= LEARNS or trial.solves(rule))
-    return next((a.rule for a in found if a.least >= AGREES), "BPTT()")
+    return next((a.rule for a in agreements if a.least >= AGREES), "BPTT()")
 
 
 def advice(
-    found: Sequence[Agreement],
+    agreements: Sequence[Agreement],
     trial: Trial | None = None,
     memory: Mapping[str, int] | None = None,
     *,
@@ -93,10 +93,11 @@ def advice(
         samples: in the batch whose memory was measured.
         training: epochs of the whole training; 0 where it is not known.
     """
-    rule = choose_rule(found, trial)
-    passed = [a.rule for a in found][: next((i for i, a in enumerate(found) if a.rule == rule), len(found))]
+    rule = choose_rule(agreements, trial)
+    names = [a.rule for a in agreements]
+    passed = names[: names.index(rule) if rule in names else None]
     doubts = f" of {name_rules(passed)}, which would save memory" if passed and rule != "BPTT()" else ""
-    rests = _rest_on_trial(trial, training) if trial else _rest_on_gradients(found, epochs)
+    rests = _rest_on_trial(trial, training) if trial else _rest_on_gradients(agreements, epochs)
     take, delays = f"Take {name_rules([rule])}", DELAYS * (rule == "BPTT()")
     if memory is None or rule not in memory:
         return f"{take}. Not sure{doubts}: {rests}{delays}"
@@ -139,7 +140,7 @@ def _rest_on_trial(trial: Trial, training: int) -> str:
     if not trial.tells:
         return f"BPTT learned little in {length}, so the gradients of one batch decide. Give a longer --trial."
     learned = {name: trial.shares(name) for name in trial.losses if name != "BPTT()"}
-    said = "; ".join(f"{name_rules([name])} {_range(shares)}" for name, shares in learned.items())
+    decreases = "; ".join(f"{name_rules([name])} {_range(shares)}" for name, shares in learned.items())
     solved = [name for name in learned if trial.solves(name)]
     split = [name for name in learned if name not in solved and min(learned[name]) < LEARNS <= max(learned[name])]
     notes = [f" Seeds disagree about {name_rules(split)}."] if split else []
@@ -149,7 +150,7 @@ def _rest_on_trial(trial: Trial, training: int) -> str:
         notes.append(" Rules may part later: give a longer --trial.")
     return (
         f"this rests on training losses of {count_of(len(trial.start), 'seed')} after {length} (of BPTT's decrease: "
-        f"{said}; {LEARNS:.0%} needed).{''.join(notes)} sltt compare trains for all epochs."
+        f"{decreases}; {LEARNS:.0%} needed).{''.join(notes)} sltt compare trains for all epochs."
     )
 
 

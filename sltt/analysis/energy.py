@@ -264,15 +264,16 @@ class _Counter(TorchFunctionMode):
         if (key := (self._inside[-1], x.shape[1:], weight.shape)) not in self._fans:
             weights = torch.ones_like(weight), weight != 0
             self._fans[key] = [_fan_out(func, x, w.double(), *settings[1:]) for w in weights]
-        (fan, kept), known = self._fans[key], getattr(x, "counts", None)
-        x, known = self._real(x), None if known is None else self._real(known)
-        dense, effective, counts = len(x) * float(fan.sum()), float(((x != 0) * kept).sum()), _count_spikes(x, known)
+        (fan, nonzero), units = self._fans[key], getattr(x, "counts", None)
+        x, units = self._real(x), None if units is None else self._real(units)
+        dense, effective = len(x) * float(fan.sum()), float(((x != 0) * nonzero).sum())
+        counts = _count_spikes(x, units)
         acs = None if counts is None else float((counts * fan).sum())
-        if known is None and acs and acs * FLOAT32[1] > dense * FLOAT32[0]:  # pixels of 0 … 255, say, are no events
+        if units is None and acs and acs * FLOAT32[1] > dense * FLOAT32[0]:  # pixels of 0 … 255, say, are no events
             acs = None
         charged = {"macs": dense} if acs is None else {"acs": acs}
         charged["effective_acs" if ((x == 0) | (x.abs() == 1)).all() else "effective_macs"] = effective
-        self._add(known is not None, dense=dense, ann_macs=dense, **charged)
+        self._add(units is not None, dense=dense, ann_macs=dense, **charged)
 
     def _add(self, spiking: bool, **counts: float) -> None:
         name = self._inside[-1]
@@ -320,11 +321,11 @@ def _fan_out(func: Any, x: Tensor, weight: Tensor, *settings: Any) -> Tensor:
         return torch.autograd.grad(func(z, weight, None, *settings).sum(), z)[0]
 
 
-def _count_spikes(x: Tensor, known: Tensor | None) -> Tensor | None:
+def _count_spikes(x: Tensor, units: Tensor | None) -> Tensor | None:
     """Return the spikes or events in each input of a layer; None where it reads data."""
-    counts = (x if known is None else known).abs().double()
+    counts = (x if units is None else units).abs().double()
     whole = bool(((counts - counts.round()).abs() < 1e-3).all())
-    if whole and (known is not None or bool((counts <= 1).all()) or int(x.count_nonzero()) < x.numel() / 2):
+    if whole and (units is not None or bool((counts <= 1).all()) or int(x.count_nonzero()) < x.numel() / 2):
         return counts.round()
     return (x != 0).double() if _has_one_value(x.abs()) else None
 
@@ -332,28 +333,29 @@ def _count_spikes(x: Tensor, known: Tensor | None) -> Tensor | None:
 def _pass_counts(func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Do with the counts of spikes what a function of spikes alone does with these; an average becomes a sum."""
     tensors: list[Any] = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
-    made: list[Any] = [t for t in (out if isinstance(out, list | tuple) else [out]) if isinstance(t, Tensor)]
+    outputs: list[Any] = [t for t in (out if isinstance(out, list | tuple) else [out]) if isinstance(t, Tensor)]
     if not (spikes := tensors and all(hasattr(tensor, "counts") for tensor in tensors)):
-        for tensor in made:
+        for tensor in outputs:
             vars(tensor).pop("counts", None)  # it was changed in place
-    if not spikes or not made or "dropout" in (name := func.__name__):
+    if not spikes or not outputs or "dropout" in (name := func.__name__):
         return
     args, kwargs = tree_map_only(Tensor, lambda tensor: vars(tensor)["counts"], (args, kwargs))
-    found, times = func(*args, **kwargs), 1
+    of_outputs, times = func(*args, **kwargs), 1
     if name.startswith("avg_pool"):
         size = torch.tensor(args[1] if len(args) > 1 else kwargs["kernel_size"]).expand(int(name[-2]))
         times = (args[6] if len(args) > 6 else kwargs.get("divisor_override")) or int(size.prod())
     elif name == "mean" or name.startswith("adaptive_avg_pool"):
-        times = tensors[0].numel() / max(made[0].numel(), 1)
-    for tensor, counts in zip(made, found if isinstance(found, list | tuple) else [found], strict=True):
+        times = tensors[0].numel() / max(outputs[0].numel(), 1)
+    of_outputs = of_outputs if isinstance(of_outputs, list | tuple) else [of_outputs]
+    for tensor, counts in zip(outputs, of_outputs, strict=True):
         tensor.counts = counts * times
 
 
 def _sums(equation: Any) -> bool:
     """Return whether an equation of einsum sums over an index that both tensors have."""
-    terms, _, kept = str(equation).replace(" ", "").partition("->")
+    terms, _, result = str(equation).replace(" ", "").partition("->")
     first, _, second = terms.partition(",")
-    return bool((set(first) & set(second)) - set(kept) - {"."})
+    return bool((set(first) & set(second)) - set(result) - {"."})
 
 
 def _has_one_value(x: Tensor) -> bool:

@@ -97,8 +97,8 @@ def incremental(centres: Tensor, embeddings: Tensor, labels: Tensor, sizes: Sequ
     cosine = F.normalize(embeddings, dim=1) @ F.normalize(centres, dim=1).T
     accuracies, right = [], torch.empty(0)
     for seen in itertools.accumulate(sizes):
-        there = labels < seen
-        right = (cosine[there, :seen].argmax(1) == labels[there]).double()
+        of_seen = labels < seen
+        right = (cosine[of_seen, :seen].argmax(1) == labels[of_seen]).double()
         accuracies.append(float(right.mean()))
     of_class = prototypes(right.unsqueeze(1), labels[labels < sum(sizes)], sum(sizes))
     return FewShot(accuracies, float(of_class[: sizes[0]].mean()), float(of_class[sizes[0] :].mean()))

@@ -107,24 +107,24 @@ def memory_parts(
     instance("rule", rule, Rule)
     if optimizer is not None:
         check_optimizer(model, optimizer)
-    kept: list[tuple[int, int]] = []  # gradients and states at each mark
+    at_marks: list[tuple[int, int]] = []  # gradients and states at each mark
 
     def run(mark: Any, seed: int) -> None:
         def backward(total: Tensor) -> None:
             mark()
             states = _nbytes(state for module in model.modules() for state in state_tensors(module))
-            kept.append((_nbytes(p.grad for p in model.parameters() if p.grad is not None), states))
+            at_marks.append((_nbytes(p.grad for p in model.parameters() if p.grad is not None), states))
             total.backward()
 
         how: Any = {"backward": backward, "update": lambda: None, "mean_logits": keeps_mean(loss, target)}
         rule(model, x, target, loss, steps=steps, seed=seed, **how)
 
     def measure(seed: int) -> tuple[int, int, int, int]:
-        kept.clear()
+        at_marks.clear()
         for p in model.parameters():
             p.grad = None
         peak, levels = trace_memory(lambda mark: run(mark, seed), x.device)
-        begin, (gradients, states) = max(zip(levels, kept, strict=True), default=(0, (0, 0)))
+        begin, (gradients, states) = max(zip(levels, at_marks, strict=True), default=(0, (0, 0)))
         states = min(states, begin - gradients)  # a state may be the input itself, which is alive before
         return peak, gradients, states, begin - gradients - states
 

@@ -145,8 +145,8 @@ def find_own_code(model: nn.Module) -> list[str]:
 
 def _value(constant: Tensor) -> Any:
     """Return what tells a change of a constant; on another device, to read the number would wait."""
-    known = constant.is_cpu and constant.numel() == 1
-    return constant.item() if known else (id(constant), constant._version), constant.requires_grad
+    readable = constant.is_cpu and constant.numel() == 1
+    return constant.item() if readable else (id(constant), constant._version), constant.requires_grad
 
 
 def make_adapter(kind: type[Adapter], module: Any, *args: Any) -> Any:

@@ -109,16 +109,16 @@ def to_c(
     for what, limit in limits.items():
         if (used := getattr(program, what.lower())) > limit:
             ((layer, most),) = program.by_layer()[what].most_common(1)
-            taken = f"{used:,} bytes of {what} in {weights}, more than {limit:,}"
-            raise ValueError(f"{name} takes {taken}; {layer} takes {most:,} of them: make it smaller{or_int8}")
+            use = f"{used:,} bytes of {what} in {weights}, more than {limit:,}"
+            raise ValueError(f"{name} takes {use}; {layer} takes {most:,} of them: make it smaller{or_int8}")
     # floats are summed in another order than PyTorch's, which may change a spike where a potential meets its threshold
     tested = margin.argsort(descending=True, stable=True)[:VECTORS]
-    given = x[:1, tested] if sequence.static else x[:, tested]
-    given, network = network.to_integers(given) if network.integers else given, program.network
+    inputs = x[:1, tested] if sequence.static else x[:, tested]
+    inputs, network = network.to_integers(inputs) if network.integers else inputs, program.network
     files = {
         f"{name}.h": program.header(),
         f"{name}.c": program.source(),
-        f"{name}_test.c": _test(program, given, expected[:, tested]),
+        f"{name}_test.c": _test(program, inputs, expected[:, tested]),
         "Makefile": _MAKEFILE.replace("NAME", name),
         "README.md": _readme(program),
     }
@@ -255,8 +255,8 @@ def _readme(program: Program) -> str:
         f"| `{op.name}` | {' × '.join(map(str, op.output.shape))} | {of_ram[op.name]:,} | {of_flash[op.name]:,} |"
         for op in network.operations
     )
-    one, most, logit = (f"{n:.6g}" for n in (network.input_scale, 127 * network.input_scale, network.logit_scale))
-    quantised = f"""An input is an integer in ±127, of which 1 stands for {one} (`{N}_INPUT_SCALE`).
+    unit, most, logit = (f"{n:.6g}" for n in (network.input_scale, 127 * network.input_scale, network.logit_scale))
+    quantised = f"""An input is an integer in ±127, of which 1 stands for {unit} (`{N}_INPUT_SCALE`).
 `{name}_quantise(value)` rounds a value to it; values beyond ±{most} become ±127. A logit of 1 stands for {logit}
 (`{N}_LOGIT_SCALE`); the sum over {N}_STEPS fits in 32 bits.
 

@@ -52,17 +52,18 @@ def plan(network: Network, fused: dict[Operation, Weights]) -> tuple[list[Buffer
     places: dict[Value, Buffer] = {}
     for i, op in enumerate(operations):
         value, kind = op.output, kind_of(network, op.output)
-        kept = isinstance(op, Keep) or any(value in one.inputs for one in operations[: i + 1])  # read in the next step
-        until = float("inf") if kept else last.get(value, i)
+        # also where it is read in the next step
+        persistent = isinstance(op, Keep) or any(value in other.inputs for other in operations[: i + 1])
+        until = float("inf") if persistent else last.get(value, i)
         wider = isinstance(op, Weights) and padded(network, op) > value.shape[0]
-        if value is network.output and not (kept or wider):
+        if value is network.output and not (persistent or wider):
             continue
         size = -(-value.size // 32) if value.spikes else value.shape[0] if op in fused.values() else value.size
         size += padded(network, op) - value.shape[0] if isinstance(op, Weights) else 0
-        free = [b for b in buffers if b.until < i and b.kind == kind and not kept]
-        if isinstance(op, Affine | Sum) and not kept:  # in place of an input that nobody reads any more
-            ours = [places[x] for x in op.inputs if x in places and places[x].until == i and places[x].kind == kind]
-            free = ours or free
+        free = [b for b in buffers if b.until < i and b.kind == kind and not persistent]
+        if isinstance(op, Affine | Sum) and not persistent:  # in place of an input that nobody reads any more
+            in_place = [places[x] for x in op.inputs if x in places and places[x].until == i and places[x].kind == kind]
+            free = in_place or free
         if free:
             buffer = min(free, key=lambda b: (b.size < size, abs(b.size - size)))
             if buffer.size < size:

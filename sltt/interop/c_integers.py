@@ -43,13 +43,13 @@ def in_integers(network: Network, x: Tensor) -> Network:
 
 
 def _in_integers(network: Network, x: Tensor, gain: int, narrow: bool) -> Network:
-    made = copy.copy(network)
-    made.operations, made.integers = [], True
+    rounded = copy.copy(network)
+    rounded.operations, rounded.integers = [], True
     counts = bool((x == x.round()).all()) and x.abs().max() <= 127
-    made.input_scale = 1.0 if counts else x.abs().max().item() / 127
-    units = {network.input: torch.full(network.input.shape[:1], made.input_scale).double()}
-    made.bounds = bounds = {network.input: 127.0}
-    whole = {network.input}  # values that count whole inputs or spikes
+    rounded.input_scale = 1.0 if counts else x.abs().max().item() / 127
+    units = {network.input: torch.full(network.input.shape[:1], rounded.input_scale).double()}
+    rounded.bounds = bounds = {network.input: 127.0}
+    counted = {network.input}  # values that count whole inputs or spikes
     thresholds: dict[Value, Tensor] = {}  # of the neurons that read a value
     for op in reversed(network.operations):
         if isinstance(op, Fire):
@@ -58,40 +58,40 @@ def _in_integers(network: Network, x: Tensor, gain: int, narrow: bool) -> Networ
             thresholds[op.inputs[0]] = thresholds[op.output] / op.factor
 
     def add(op: Operation, gain: int = 1, last: int = 0) -> None:
-        last = network.steps if op.output is made.output else last
+        last = network.steps if op.output is rounded.output else last
         threshold = thresholds.get(op.output)
         rule = _RULES.get(type(op), _keep)
         rule = partial(_affine, gain=gain) if isinstance(op, Affine) else rule
-        if not isinstance(op, Affine | Weights) and whole.issuperset(op.inputs):
-            whole.add(op.output)
+        if not isinstance(op, Affine | Weights) and counted.issuperset(op.inputs):
+            counted.add(op.output)
         units[op.output] = rule(op, units, bounds, threshold, last)
         if bounds[op.output] >= LIMIT:
             reach = f"{bounds[op.output]:.3g}"
             raise ValueError(f"{op.name} would leave 32 bits, with sums of up to {reach}: use weights='float32'")
-        made.operations.append(op)
+        rounded.operations.append(op)
 
     joined = {op.output for op in network.operations if isinstance(op, Join) and not op.output.spikes}
     for op in map(copy.copy, network.operations):
         for value in op.inputs:
             if value.spikes or value.levels:
                 units[value], bounds[value] = torch.ones(value.shape[0]).double(), float(value.levels or 1)
-                whole.add(value)
+                counted.add(value)
         for name, tensor in op.arrays().items():
             setattr(op, name, tensor.double())
         op.inputs = [*op.inputs]
         name, joins = f"input of {op.name}", op.output in joined
         least = min(units[value].median() for value in op.inputs) if joins and gain > 1 else None
-        whole |= {op.output} if joins and whole.intersection(op.inputs) else set()
+        counted |= {op.output} if joins and counted.intersection(op.inputs) else set()
         for i, value in enumerate([*op.inputs]):
             threshold, times = getattr(op, "threshold", None), 1
             if least is not None:  # weights behind it have one scale for all parts
                 times = int((units[value].median() / least).round())
-            elif value in whole and isinstance(op, Fire | c_network.Integrate):
+            elif value in counted and isinstance(op, Fire | c_network.Integrate):
                 times = gain
             if times > 1:
-                one, op.inputs[i] = torch.ones_like(units[value]), Value(value.shape)
+                ones, op.inputs[i] = torch.ones_like(units[value]), Value(value.shape)
                 thresholds |= {} if threshold is None or value in joined else {op.inputs[i]: threshold}
-                add(Affine(name, [value], op.inputs[i], one, 0 * one), times)
+                add(Affine(name, [value], op.inputs[i], ones, 0 * ones), times)
             if threshold is not None and value in joined:  # its channels have units of their own
                 before, op.inputs[i] = op.inputs[i], Value(value.shape)
                 thresholds[op.inputs[i]] = threshold
@@ -99,14 +99,14 @@ def _in_integers(network: Network, x: Tensor, gain: int, narrow: bool) -> Networ
         if narrow and isinstance(op, Weights) and bounds[op.inputs[0]] * (most := 127 * op.weight[0].numel()) >= LIMIT:
             before, op.inputs = op.inputs, [Value(op.inputs[0].shape)]
             add(Sum(name, before, op.inputs[0], [None]), last=4 * most)
-        add(op, gain if op.inputs[0] in whole else 1)
-    unit, reach = units[made.output], bounds[made.output]
+        add(op, gain if op.inputs[0] in counted else 1)
+    unit, reach = units[rounded.output], bounds[rounded.output]
     if unit.ne(unit[0]).any() or reach * network.steps >= 2**31:  # logits are compared with each other, and summed
-        last = Sum("logits", [made.output], Value(made.output.shape), [None])
-        made.output = last.output
+        last = Sum("logits", [rounded.output], Value(rounded.output.shape), [None])
+        rounded.output = last.output
         add(last)
-    made.logit_scale = units[made.output][0].item()
-    return made
+    rounded.logit_scale = units[rounded.output][0].item()
+    return rounded
 
 
 def _keep(op: Operation, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int) -> Tensor:
@@ -165,18 +165,18 @@ def _pool(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: 
 
 
 def _sum(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int) -> Tensor:
-    given = torch.stack([units[x] for x in op.inputs])
+    input_units = torch.stack([units[x] for x in op.inputs])
     most = 2**30 / max(last, 4)  # of a sum, so that those of all time steps fit in 32 bits
     fits = sum(bounds[x] for x in op.inputs) < 2 * most
-    same = given.eq(given[0]).all() and _room(given[0], threshold).eq(given[0]).all()
-    if same and not (last and (given.ne(given[0, 0]).any() or not fits)):
+    same = input_units.eq(input_units[0]).all() and _room(input_units[0], threshold).eq(input_units[0]).all()
+    if same and not (last and (input_units.ne(input_units[0, 0]).any() or not fits)):
         bounds[op.output] = sum(bounds[x] for x in op.inputs)
-        return given[0]
-    reach = (given * torch.tensor([[bounds[x]] for x in op.inputs])).sum(0)  # the largest sum
-    unit = torch.stack([given.amin(0), given.amax(0) / 2**SHIFT, reach / most]).amax(0)
+        return input_units[0]
+    reach = (input_units * torch.tensor([[bounds[x]] for x in op.inputs])).sum(0)  # the largest sum
+    unit = torch.stack([input_units.amin(0), input_units.amax(0) / 2**SHIFT, reach / most]).amax(0)
     unit = _room(unit, threshold)
     if last:
-        unit = torch.stack([unit.amin(), given.amax() / 2**SHIFT, reach.amax() / most]).amax().expand(len(unit))
+        unit = torch.stack([unit.amin(), input_units.amax() / 2**SHIFT, reach.amax() / most]).amax().expand(len(unit))
     op.factors = [(units[x] / unit * 2**SHIFT).round() for x in op.inputs]
     bounds[op.output] = (reach / unit).max().item() + len(op.inputs)
     return unit

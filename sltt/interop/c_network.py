@@ -289,7 +289,7 @@ class Network:
 
     def keep(self, compute: bool) -> "Network":
         """Return the network of a static input, which it keeps; or, with `compute`, what it computes before states."""
-        operations, kept, known = [copy.copy(op) for op in self.operations], dict(self.bounds), {self.input}
+        operations, bounds, known = [copy.copy(op) for op in self.operations], dict(self.bounds), {self.input}
         first: list[Operation] = []
         for op in operations if compute else ():
             if known.issuperset(op.inputs) and not isinstance(op, Fire | Taps) and op.output is not self.output:
@@ -302,13 +302,13 @@ class Network:
             shifts = {op.shift if isinstance(op, Fire) else 0 for op in readers}
             name = f"the output of {maker.name}" if maker else "the input"
             keep = Keep(name, [value], Value(value.shape), shifts.pop() if len(shifts) == 1 else 0)
-            kept[keep.output] = kept.get(value, 0.0) / 2**keep.shift
+            bounds[keep.output] = bounds.get(value, 0.0) / 2**keep.shift
             for op in readers:
-                op.inputs = [keep.output if one is value else one for one in op.inputs]
+                op.inputs = [keep.output if reader_input is value else reader_input for reader_input in op.inputs]
                 if isinstance(op, Fire):
                     op.shift -= keep.shift
             begin.insert(begin.index(maker) + 1 if maker else 0, keep)
-        return replace(self, operations=[*begin, *rest], bounds=kept, once=len(begin))
+        return replace(self, operations=[*begin, *rest], bounds=bounds, once=len(begin))
 
     def to_integers(self, x: Tensor) -> Tensor:
         """Return an input as integers in ±127, in units of `input_scale`, as NAME_quantise does."""

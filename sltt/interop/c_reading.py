@@ -28,7 +28,7 @@ def read(model: nn.Module, x: Tensor, steps: int) -> Network:
     calls = reading.read(model, x)
     for call in calls:
         try:
-            values[call] = reader.value(call, [values[one] for one in call.inputs])
+            values[call] = reader.value(call, [values[source] for source in call.inputs])
         except ValueError as reason:
             problems.append(f"{call.place}{reason}")
             values[call] = Value(_image(call.shape))
@@ -41,7 +41,7 @@ def read(model: nn.Module, x: Tensor, steps: int) -> Network:
     wide = [op for op in network.operations if isinstance(op, Pool) and op.adaptive]
     _refuse([f"{op.name}, whose windows have several sizes with no linear layer behind it" for op in wide])
     for op in network.operations:
-        if isinstance(op, Fire) and op.subtract is None and any(one.subtract is not None for one in network.neurons):
+        if isinstance(op, Fire) and op.subtract is None and any(n.subtract is not None for n in network.neurons):
             op.subtract = op.threshold  # C has one kind of layer for all
         for name, tensor in op.arrays().items():
             setattr(op, name, tensor.float())
@@ -122,13 +122,13 @@ class _Reader:
         gain, shift = (vector.detach().double().expand(x.shape[0]) for vector in (gain, shift))
         return self._add(Affine(name, [x], Value(x.shape), gain, shift))
 
-    def _recurrent(self, name: str, module: Recurrent, x: Value, given: torch.Size) -> Value:
+    def _recurrent(self, name: str, module: Recurrent, x: Value, shape: torch.Size) -> Value:
         require(not own_forward(module, Recurrent), "")
         require(isinstance(module.layer, reading.WEIGHTS), f" with a layer of type {type(module.layer).__name__}")
         x = self.vector(x) if isinstance(module.layer, nn.Linear) else x
         before, total = _spikes(x, module.neuron), Value(x.shape)
         path = name.removesuffix(" (Recurrent)")
-        back = self._add(_weights(describe(f"{path}.layer", module.layer), module.layer, before, given, Value(x.shape)))
+        back = self._add(_weights(describe(f"{path}.layer", module.layer), module.layer, before, shape, Value(x.shape)))
         self._add(Sum(f"{path}.sum", [x, back], total, [None, None]))
         spikes = self._neuron(name, module.neuron, total)
         for op in self.operations:
@@ -181,11 +181,11 @@ def _image(shape: torch.Size) -> tuple[int, int, int]:
     return shape[1:].numel(), 1, 1
 
 
-def _weights(name: str, module: Any, x: Value, given: torch.Size, output: Value) -> Weights:
+def _weights(name: str, module: Any, x: Value, shape: torch.Size, output: Value) -> Weights:
     weight = module.weight.detach().double()
     bias = torch.zeros(len(weight)).double() if module.bias is None else module.bias.detach().double()
     if isinstance(module, nn.Linear):
-        require(len(given) == 2, ", whose input is not [B, features]")
+        require(len(shape) == 2, ", whose input is not [B, features]")
         return Weights(name, [x], output, weight.view(len(weight), *x.shape), bias)
     stride, padding, dilation = pair(module.stride, 1), reading.padding_of(module), pair(module.dilation, 1)
     weight = weight.unsqueeze(2) if isinstance(module, nn.Conv1d) else weight

@@ -94,9 +94,9 @@ class Program:
         """Return NAME.h."""
         name, N = self.name, self.name.upper()
         how = "The largest sum" if self.network.output.size > 1 else "The mean"
-        begin, given = "", f": {N}_INPUTS inputs"
+        begin, inputs = "", f": {N}_INPUTS inputs"
         if self.network.once:
-            begin, given = f", whose input of {N}_INPUTS values all time steps see", ""
+            begin, inputs = f", whose input of {N}_INPUTS values all time steps see", ""
         fits = ": a sum fits in 32 bits" if self.network.integers else ""
         (channels, height, width), logits = self.network.input.shape, self.network.output.shape
         of_pixels = f" /* [{logits[1]}][{logits[2]}][{logits[0]}]: height, width, classes */" * (logits[1:] != (1, 1))
@@ -132,7 +132,7 @@ typedef struct {{
 /* Begin a sample{begin}. */
 void {self.reset};
 
-/* Take one time step{given} to {N}_CLASSES logits. {how} over {N}_STEPS steps is the prediction{fits}. */
+/* Take one time step{inputs} to {N}_CLASSES logits. {how} over {N}_STEPS steps is the prediction{fits}. */
 void {self.step};
 {quantise if self.network.integers else ""}{self._events()[0] if self.events else ""}
 #ifdef __cplusplus
@@ -150,9 +150,9 @@ void {self.step};
         inside = f"x >= 0 && x < {width} && y >= 0 && y < {height} && polarity >= 0 && polarity < {channels}"
         if (height, width) == (1, 1):
             of, where, i, inside = "an input", "int i", "i", f"i >= 0 && i < {channels}"
-        one = min(max(round(1 / self.network.input_scale), 1), 127) if self.network.integers else 1
+        unit = min(max(round(1 / self.network.input_scale), 1), 127) if self.network.integers else 1
         most = 127 if self.network.integers else "16777216.0f"
-        more = f": {one} more in its input, up to 127" if self.network.integers else ""
+        more = f": {unit} more in its input, up to 127" if self.network.integers else ""
         declared = f"""
 /* Count an event of {of}{more}. One outside is ignored. */
 void {name}_event({name}_net *net, {where});
@@ -165,7 +165,7 @@ void {name}_tick({name}_net *net, {name}_logit *logits);
             f"""void {name}_event({name}_net *net, {where})
 {{
     if ({inside})
-        net->events[{i}] = ({name}_input)(net->events[{i}] < {most} - {one} ? net->events[{i}] + {one} : {most});
+        net->events[{i}] = ({name}_input)(net->events[{i}] < {most} - {unit} ? net->events[{i}] + {unit} : {most});
 }}
 
 void {name}_tick({name}_net *net, {name}_logit *logits)
@@ -202,8 +202,8 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         text = "\n".join(line.rstrip() for line, _, only in lines if not only or only.strip() in self.has)
         text = text.replace("TAKEN", "subtract" if "subtract" in self.has else "threshold")
         for field in _OF_NEURONS:
-            declared, one = (rf"const \1 *{field}", rf"{field}[c]") if field in self.each else (rf"\1 {field}", field)
-            text = re.sub(rf"FIELD\((\w+), {field}\)", declared, text).replace(f"AT({field})", one)
+            declared, value = (rf"const \1 *{field}", rf"{field}[c]") if field in self.each else (rf"\1 {field}", field)
+            text = re.sub(rf"FIELD\((\w+), {field}\)", declared, text).replace(f"AT({field})", value)
         shifted = "(in[c] + ((1 << l->shift) >> 1)) >> l->shift"  # to the nearest integer
         scaled = "(int32_t)(((int64_t)factor[c] * in[i] + (1 << 13)) >> 14)"
         words = {"scaled": scaled if self.network.integers else "factor[c] * in[i]"}
@@ -242,8 +242,8 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
 
     def _layer(self, kind: str, op: Operation, **fields: Any) -> str:
         """Note the constant that describes a layer, and return its address."""
-        given = _lines([f".{field} = {value}," for field, value in fields.items()])
-        self.layers.append(f"/* {op.name} */\nstatic const {kind} {self.names[op]} = {{\n{given}\n}};")
+        fields_text = _lines([f".{field} = {value}," for field, value in fields.items()])
+        self.layers.append(f"/* {op.name} */\nstatic const {kind} {self.names[op]} = {{\n{fields_text}\n}};")
         return f"&{self.names[op]}"
 
     def _place(self, value: Value) -> str:
@@ -276,13 +276,13 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             return [f"{self._function('pool', x, op.output)}({layer}, {self._given(x)}, {out});"]
         if isinstance(op, Fire):
             states = {s: f"net->{self.names[op]}_{s}" for s in op.states}
-            given = [states.get(s, "NULL") for s, has in (("i", "synapse"), ("a", "rise")) if has in self.has]
+            states_given = [states.get(s, "NULL") for s, has in (("i", "synapse"), ("a", "rise")) if has in self.has]
             layer = self._layer("neuron_layer", op, channels=channels, **self._parameters(op))
             before = self.fused.get(op)
             currents = places[0] + offset * (before is None)
             function = self._function("graded", x, op.output) if op.output.levels else self._function("lif", x, x)
-            given = [] if op.output.levels else given
-            call = f"{function}({', '.join([layer, currents, 'i', out, *given, states['v']])});"
+            states_given = [] if op.output.levels else states_given
+            call = f"{function}({', '.join([layer, currents, 'i', out, *states_given, states['v']])});"
             return _for_each(size // channels, [self._pixel(before, places[0]), call] if before else [call])
         if isinstance(op, Keep):
             if x is self.network.input:
@@ -336,8 +336,8 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         for x, place in zip(op.inputs, places, strict=True):
             channels, (pixel, channel) = x.shape[0], (1, x.size // x.shape[0]) if flat else (op.output.shape[0], 1)
             function = self._function("join_spikes" if op.output.spikes else "join", x, op.output)
-            given = f"{out}, {at}" if op.output.spikes else f"{out} + {at}"
-            lines.append(f"{function}({place}, {given}, {x.size}, {channels}, {pixel}, {channel});")
+            place_of_output = f"{out}, {at}" if op.output.spikes else f"{out} + {at}"
+            lines.append(f"{function}({place}, {place_of_output}, {x.size}, {channels}, {pixel}, {channel});")
             at += x.size if flat else channels
         return lines
 
@@ -371,11 +371,11 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
 
 def _window(op: Weights | Pool, kernel: tuple[int, int]) -> dict[str, int]:
     names = ("channels", "height", "width", "kernel_height", "kernel_width")
-    given = dict(zip(names, (*op.inputs[0].shape, *kernel), strict=True))
+    sizes = dict(zip(names, (*op.inputs[0].shape, *kernel), strict=True))
     pairs = {"stride_y": op.stride[0], "stride_x": op.stride[1]}
     if op.padding != (0, 0):
         pairs |= {"padding_y": op.padding[0], "padding_x": op.padding[1]}
-    return given | pairs
+    return sizes | pairs
 
 
 def _for_each(pixels: int, calls: list[str]) -> list[str]:

@@ -30,7 +30,7 @@ def check_chip(graph: nir.NIRGraph, chip: str) -> list[str]:
     for name, node in graph.nodes.items():
         before, behind = ([graph.nodes[edge[i]] for edge in graph.edges if edge[1 - i] == name] for i in (0, 1))
         problems = iter([f"not on the chip, which has {', '.join(kind.__name__ for kind in _KINDS[chip])}"])
-        if isinstance(node, _WEIGHTS) and not (behind and all(isinstance(one, _NEURONS) for one in behind)):
+        if isinstance(node, _WEIGHTS) and not (behind and all(isinstance(reader, _NEURONS) for reader in behind)):
             problems = iter(["no neurons behind it"])
         elif isinstance(node, _KINDS[chip]):
             problems = (_on_speck if chip == "speck" else _on_xylo)(node, before, behind, used)
@@ -60,7 +60,7 @@ def _on_speck(node: Any, before: list[Any], behind: list[Any], used: list[Any]) 
             yield "only windows of 1, 2 or 4 pixels, without padding"
         return
     # a linear layer is a convolution over its whole input
-    images: list[Any] = [one.input_type for one in before if isinstance(one, nir.Flatten)]
+    images: list[Any] = [flatten.input_type for flatten in before if isinstance(flatten, nir.Flatten)]
     image = images[0]["input"][1:] if images else (1, 1)
     kernel, output = image, (*behind[0].v_threshold.shape, 1, 1)[:3]
     if type(node) is nir.Conv2d:
@@ -80,21 +80,21 @@ def _on_speck(node: Any, before: list[Any], behind: list[Any], used: list[Any]) 
 
 def _assign(needs: list[tuple[float, float]], cores: Counter[tuple[int, int]]) -> bool:
     """Return whether each pair of sizes finds a core of its own."""
-    found = (core for core in cores if needs and needs[-1][0] <= core[0] and needs[-1][1] <= core[1])
-    return not needs or any(_assign(needs[:-1], cores - Counter([core])) for core in found)
+    matching = (core for core in cores if needs and needs[-1][0] <= core[0] and needs[-1][1] <= core[1])
+    return not needs or any(_assign(needs[:-1], cores - Counter([core])) for core in matching)
 
 
 def _on_xylo(node: Any, before: list[Any], behind: list[Any], used: list[Any]) -> Iterator[str]:
     """Yield the limits that a layer breaks; note how many hidden neurons and weights of these it has."""
-    if isinstance(node, _WEIGHTS) and any(isinstance(one, nir.Input | nir.Flatten) for one in before):
+    if isinstance(node, _WEIGHTS) and any(isinstance(source, nir.Input | nir.Flatten) for source in before):
         yield from _over({"inputs": (node.weight.shape[1], 16), "neurons that read the input": (len(node.weight), 128)})
     elif isinstance(node, _WEIGHTS):
         used.append((0, node.weight.size))
     elif isinstance(node, _NEURONS):
         if node.metadata.get("reset") in ("value", b"value"):
             yield "only a soft reset"
-        if not any(isinstance(one, nir.Output) for one in behind):
+        if not any(isinstance(reader, nir.Output) for reader in behind):
             used.append((node.v_threshold.size, 0))
             return
-        read = max([one.weight.shape[1] for one in before if isinstance(one, _WEIGHTS)], default=0)
+        read = max([source.weight.shape[1] for source in before if isinstance(source, _WEIGHTS)], default=0)
         yield from _over({"output neurons": (node.v_threshold.size, 32), "neurons that it reads": (read, 128)})

@@ -92,8 +92,8 @@ def leaky(decay: float, **arguments: Any) -> nn.Module:
 def synaptic(decay: float, synaptic_decay: float, gain: float, **arguments: Any) -> nn.Module:
     """`CubaLIF` with λ = decay, α = synaptic_decay and g = gain."""
     if not (0 < decay <= 1 and 0 <= synaptic_decay < 1):
-        kept = f"{decay:g} of its membrane potential and {synaptic_decay:g} of its current in a time step"
-        raise ConversionError(f"keeps {kept}; ours keep between 0 and 1, and less than 1 of a current")
+        decays = f"{decay:g} of its membrane potential and {synaptic_decay:g} of its current in a time step"
+        raise ConversionError(f"keeps {decays}; ours keep between 0 and 1, and less than 1 of a current")
     tau = None if decay == 1 else 1 / (1 - decay)
     return CubaLIF(tau, 1 / (1 - synaptic_decay), gain, **arguments)
 
@@ -153,8 +153,8 @@ _NEAREST = {
 
 def add_remedies(problems: list[str]) -> list[str]:
     """Return what an export cannot take, each with the nearest that it can."""
-    found = [[near for word, near in _NEAREST.items() if word in p.split(" in ")[0].lower()] for p in problems]
-    return [p + "".join(f" (use {near})" for near in nearest) for p, nearest in zip(problems, found, strict=True)]
+    hints = [[near for word, near in _NEAREST.items() if word in p.split(" in ")[0].lower()] for p in problems]
+    return [p + "".join(f" (use {near})" for near in nearest) for p, nearest in zip(problems, hints, strict=True)]
 
 
 def require(condition: bool, otherwise: str) -> None:

@@ -75,10 +75,10 @@ class _Export:
     def graph(self, calls: list[Call]) -> nir.NIRGraph:
         problems = []
         for call in calls:
-            given = [name for one in call.inputs for name in self.sources[one]]
+            sources = [name for source in call.inputs for name in self.sources[source]]
             self.sources[call] = []
             try:
-                self.sources[call] = self._add(call, given)
+                self.sources[call] = self._add(call, sources)
             except ValueError as reason:
                 problems.append(f"{call.place}{reason}")
         if problems:
@@ -88,10 +88,10 @@ class _Export:
     def _add(self, call: Call, sources: list[str]) -> list[str]:
         """Add the nodes of a call that reads these; return the nodes whose sum is its output."""
         if call.kind == "cat":
-            given = [self.parts.get(one, [(self.sources[one], one.shape[1])]) for one in call.inputs]
-            self.parts[call] = [part for parts in given for part in parts]
+            joined = [self.parts.get(source, [(self.sources[source], source.shape[1])]) for source in call.inputs]
+            self.parts[call] = [part for parts in joined for part in parts]
             return []
-        parts = next((self.parts[one] for one in call.inputs if one in self.parts), [])
+        parts = next((self.parts[source] for source in call.inputs if source in self.parts), [])
         if parts:
             return self._add_to_parts(call, parts)
         if call.kind == "sum":
@@ -100,9 +100,10 @@ class _Export:
         name, module = self.names[call.path], call.layer
         if isinstance(module, Delay):
             nodes = {n: nir.Delay(np.full(call.inputs[0].shape[1:], n * self.dt)) for n in module.taps}
-            found = [self._connect(f"{call.path}.{n}", one, sources) if n else sources for n, one in nodes.items()]
-            self.parts |= {call: [(one, call.inputs[0].shape[1]) for one in found]} if len(found) > 1 else {}
-            return found[0]
+            branches = [self._connect(f"{call.path}.{n}", node, sources) if n else sources for n, node in nodes.items()]
+            if len(branches) > 1:
+                self.parts[call] = [(branch, call.inputs[0].shape[1]) for branch in branches]
+            return branches[0]
         if isinstance(module, Recurrent):
             back = self.names[f"{call.path}.layer"]
             self.nodes[back] = self._node(reading.kind_of(module.layer), module.layer, call.inputs[0].shape)
@@ -116,18 +117,18 @@ class _Export:
         layer, x, weighs, at = call.layer, call.inputs[0], call.kind in reading.WEIGHTS, 0
         alike = call.kind in (*reading.AVERAGES, nn.Flatten) or isinstance(call.layer, Neuron)
         require(weighs or alike, ", which reads what is joined: only layers with weights, pooling and neurons may")
-        found: list[tuple[list[str], int]] = []
+        branches: list[tuple[list[str], int]] = []
         for sources, width in parts:
             module = copy.deepcopy(layer)
             if weighs:
                 module.weight, at = nn.Parameter(module.weight[:, at : at + width]), at + width
-                module.bias = None if found else module.bias
+                module.bias = None if branches else module.bias
             node = self._node(call.kind, module, torch.Size([x.shape[0], width, *x.shape[2:]]))
-            names = self._connect(f"{call.path}.{len(found)}", node, sources)
-            found.append((names, width * call.shape[1] // x.shape[1]))  # flatten joins pixels and channels
+            names = self._connect(f"{call.path}.{len(branches)}", node, sources)
+            branches.append((names, width * call.shape[1] // x.shape[1]))  # flatten joins pixels and channels
         if weighs:
-            return [name for names, _ in found for name in names]
-        self.parts[call] = found
+            return [name for names, _ in branches for name in names]
+        self.parts[call] = branches
         return []
 
     def _connect(self, path: str, node: nir.NIRNode, sources: list[str]) -> list[str]:
@@ -205,15 +206,15 @@ class _Export:
 
 def unique_names(names: Iterable[str]) -> dict[str, str]:
     """Return for each name one that a module may have: of letters, digits and _, since it may enter source code."""
-    found: dict[str, str] = {}
-    taken, empty = set(), nn.ModuleDict()
+    names_of: dict[str, str] = {}
+    used, empty = set(), nn.ModuleDict()
     for name in dict.fromkeys(names):
         key = re.sub(r"\W", "_", name)
-        while not key or hasattr(empty, key) or key in taken:
+        while not key or hasattr(empty, key) or key in used:
             key += "_"
-        taken.add(key)
-        found[name] = key
-    return found
+        used.add(key)
+        names_of[name] = key
+    return names_of
 
 
 def _array(x: Tensor) -> np.ndarray:

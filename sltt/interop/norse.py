@@ -124,15 +124,15 @@ class _Cell(Adapter):
         if not self.find_ours():
             return None
         decay = self.ours.synaptic_decay() if isinstance(self.ours, CubaLIF) else 1.0
-        given = [None] * len(self.ours.states) if state is None else [*state]
-        if len(given) == 2 and given[1] is not None:
-            given[1] = given[1] / decay
-        if not decay or (spikes := self.run(x, steps, cut, given)) is None:
+        states = [None] * len(self.ours.states) if state is None else [*state]
+        if len(states) == 2 and states[1] is not None:
+            states[1] = states[1] / decay
+        if not decay or (spikes := self.run(x, steps, cut, states)) is None:
             return None
-        left = [getattr(self.ours, name) for name in self.ours.states]
-        if len(left) == 2:
-            left[1] = decay * left[1]
-        return spikes, _STATES[type(self.module)](*left)
+        states_after = [getattr(self.ours, name) for name in self.ours.states]
+        if len(states_after) == 2:
+            states_after[1] = decay * states_after[1]
+        return spikes, _STATES[type(self.module)](*states_after)
 
 
 _STATES = {

@@ -60,15 +60,15 @@ def read(model: nn.Module, x: Tensor) -> list[Call]:
     reset(model)
     reader = _Reader(model)
     with torch.no_grad():
-        found = reader.run(x)
+        logits = reader.run(x)
         reset(model)
-        if not isinstance(found, Tensor):
-            raise ValueError(f"expected one tensor of logits, got {type(found).__name__}: {ONE_TENSOR}")
-        if not torch.allclose(found, model(x), rtol=1e-3, atol=1e-5):
+        if not isinstance(logits, Tensor):
+            raise ValueError(f"expected one tensor of logits, got {type(logits).__name__}: {ONE_TENSOR}")
+        if not torch.allclose(logits, model(x), rtol=1e-3, atol=1e-5):
             problem = f"{type(model).__name__} changes a tensor in place, or draws random numbers, unseen in its trace"
             raise ValueError(f"{problem}: write z = z + x for z += x, and nn.Dropout for F.dropout")
     calls = [*dict.fromkeys(reader.calls.values())]
-    readers = Counter(one for call in calls for one in call.inputs)
+    readers = Counter(source for call in calls for source in call.inputs)
     for call in [*calls]:
         before = call.inputs[0] if call.inputs else call
         folds = call.kind in NORMS and before.kind in WEIGHTS and readers[before] == 1
@@ -124,21 +124,21 @@ class _Reader(fx.Interpreter):
             return kind_of(module), module
         if layer := layer_of(n):
             return type(layer), layer
-        name, given = function_name(n), [*n.args, *n.kwargs.values()]
-        numbers = [value for value in given if isinstance(value, int | float)]
-        if len(given) == len(inputs) == 2 and name in ("add", "iadd") and inputs[0].shape == inputs[1].shape:
+        name, arguments = function_name(n), [*n.args, *n.kwargs.values()]
+        numbers = [value for value in arguments if isinstance(value, int | float)]
+        if len(arguments) == len(inputs) == 2 and name in ("add", "iadd") and inputs[0].shape == inputs[1].shape:
             return "sum", None
-        joined = [len(value) for value in given if isinstance(value, list | tuple)]
+        joined = [len(value) for value in arguments if isinstance(value, list | tuple)]
         if name in ("cat", "concat", "concatenate") and numbers in ([1], [1 - len(shape)]) and joined == [len(inputs)]:
             return "cat", None
-        if len(given) == 2 and len(inputs) == len(numbers) == 1:
+        if len(arguments) == 2 and len(inputs) == len(numbers) == 1:
             if name in ("mul", "imul"):
                 return "factor", float(numbers[0])
-            if name in ("truediv", "itruediv", "div") and given[1] is numbers[0]:
+            if name in ("truediv", "itruediv", "div") and arguments[1] is numbers[0]:
                 return "factor", 1 / numbers[0]
             if name in ("add", "iadd"):
                 return "shift", float(numbers[0])
-            if name in ("sub", "isub") and given[1] is numbers[0]:
+            if name in ("sub", "isub") and arguments[1] is numbers[0]:
                 return "shift", -float(numbers[0])
         flat = len(inputs) == 1 and len(shape) == 2 and shape[0] == inputs[0].shape[0]
         if flat and name in ("view", "reshape", "squeeze"):
@@ -211,10 +211,10 @@ def layer_of(node: fx.Node) -> nn.Module | None:
     if kind is None or len(node.all_input_nodes) > 1:
         return None
     names = next(names for word, names in _ARGUMENTS.items() if word in kind.__name__)
-    given: dict[str, Any] = {"start_dim": 0} if kind is nn.Flatten else {}
-    given |= dict(zip(("input", *names), node.args, strict=False)) | node.kwargs
-    del given["input"]
-    return kind(**given)
+    arguments: dict[str, Any] = {"start_dim": 0} if kind is nn.Flatten else {}
+    arguments |= dict(zip(("input", *names), node.args, strict=False)) | node.kwargs
+    del arguments["input"]
+    return kind(**arguments)
 
 
 def pair(value: Any, first: int = 0) -> tuple[int, int]:

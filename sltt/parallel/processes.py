@@ -62,15 +62,15 @@ class Processes:
 
     def gather(self, value: A) -> list[A]:
         """Return the values of all processes, in their order."""
-        found: list[Any] = [value]
+        values: list[Any] = [value]
         if self.count > 1:
-            found *= self.count
-            dist.all_gather_object(found, value, group=control())
-        return found
+            values *= self.count
+            dist.all_gather_object(values, value, group=control())
+        return values
 
     def check_same(self, text: str, what: str) -> None:
         """Raise ValueError, in all processes, unless the text is the same in them; of a list, name the first part."""
-        parts = zip_longest(*(one.split("; ") for one in self.gather(text)))
+        parts = zip_longest(*(text_of_rank.split("; ") for text_of_rank in self.gather(text)))
         if other := next((part for part in parts if len({*part}) > 1), None):
             raise ValueError(f"{what} differs between processes: {', '.join(map(str, other))}; start all of them alike")
 
@@ -78,14 +78,14 @@ class Processes:
         """Add up the gradients of all processes, in few messages."""
         if self.count == 1:
             return
-        held = [p for p in parameters if p.requires_grad]
+        trainable = [p for p in parameters if p.requires_grad]
         # Messages have to match, and a parameter may be without a gradient in one process alone. One that has none in
         # any stays without, or weight decay would move it. The host asks, so that no GPU is waited for.
-        there = self._reduce([p.grad is not None for p in held], dist.ReduceOp.MAX) if held else []
-        known = [p for p, is_there in zip(held, there, strict=True) if is_there]
-        for p in known:
+        has_gradient = self._reduce([p.grad is not None for p in trainable], dist.ReduceOp.MAX) if trainable else []
+        with_gradient = [p for p, is_there in zip(trainable, has_gradient, strict=True) if is_there]
+        for p in with_gradient:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        _add_up([p.grad for p in known if p.grad is not None])
+        _add_up([p.grad for p in with_gradient if p.grad is not None])
 
     def average_statistics(self, model: nn.Module) -> None:
         """Give all processes the mean of the running statistics of their layers."""
@@ -130,12 +130,12 @@ def _add_up(tensors: Iterable[Tensor]) -> None:
     buckets: list[list[Tensor]] = []
     for tensor in sorted(tensors, key=lambda one: str(one.dtype)):  # in the same order in every process
         last = buckets[-1] if buckets else []
-        if last and last[0].dtype == tensor.dtype and sum(one.nbytes for one in (*last, tensor)) <= BUCKET:
+        if last and last[0].dtype == tensor.dtype and sum(t.nbytes for t in (*last, tensor)) <= BUCKET:
             last.append(tensor)
         else:
             buckets.append([tensor])
     for bucket in buckets:
-        flat = torch.cat([one.flatten() for one in bucket])
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
         dist.all_reduce(flat)
-        for one, part in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
-            one.copy_(part.view_as(one))
+        for whole, part in zip(bucket, flat.split([whole.numel() for whole in bucket]), strict=True):
+            whole.copy_(part.view_as(whole))
