@@ -85,7 +85,7 @@ def advice(
     """Return sentences: which rule to take, on what this rests, and what it costs.
 
     Args:
-        found: agreement of rules in the order of their memory, least first.
+        agreements: of rules in the order of their memory, least first.
         trial: short trainings with the rules.
         memory: bytes of a batch at the peak, by rule.
         fold: time steps that share a call there.

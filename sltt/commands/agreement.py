@@ -48,24 +48,22 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    arguments, recipe = options().parse_recipe(words)
-    if arguments.trial and (metric := name_of(recipe.build().metric)) != "accuracy":
+    args, recipe = options().parse_recipe(words)
+    if args.trial and (metric := name_of(recipe.build().metric)) != "accuracy":
         raise ValueError(f"--trial needs accuracies, and the metric here is {metric}: leave --metric or --trial out")
-    rows = measure_agreement(recipe, arguments, Console(quiet=arguments.json))
+    rows = measure_agreement(recipe, args, Console(quiet=args.json))
     result = {"recipe": recipe.name, "rows": rows}
-    comparisons = (
-        gather([arguments.save]) if arguments.save and (arguments.save / "compare.json").exists() else Gathered()
-    )
-    advised_rows = [{**row, "advice": advice_on(row, recipe.name, comparisons)} for row in rows]
-    give(result, arguments, "agreement.json", lambda report: print_agreement(advised_rows, report))
+    gathered = gather([args.save]) if args.save and (args.save / "compare.json").exists() else Gathered()
+    advised_rows = [{**row, "advice": advice_on(row, recipe.name, gathered)} for row in rows]
+    give(result, args, "agreement.json", lambda report: print_agreement(advised_rows, report))
 
 
-def measure_agreement(recipe: Recipe, arguments: argparse.Namespace, report: Console) -> list[dict[str, Any]]:
+def measure_agreement(recipe: Recipe, args: argparse.Namespace, report: Console) -> list[dict[str, Any]]:
     """Return rows of `agreement.json` over τ, T and training epochs: rules beside BPTT, and the advice."""
     rows, own, trials = [], recipe.build(), {}
-    taus: list[float | None] = arguments.taus or [None]
-    steps: list[int] = arguments.steps or [own.steps]
-    at_epochs: list[int] = arguments.at_epochs
+    taus: list[float | None] = args.taus or [None]
+    steps: list[int] = args.steps or [own.steps]
+    at_epochs: list[int] = args.at_epochs
     one_step = {"fold_memory": 0} if own.rule.fold == 1 else {}  # all rules take the recipe's fold
     with session(own) as here, kernels.using(**one_step):
         for tau, T, epochs in itertools.product(taus, steps, at_epochs):
@@ -74,15 +72,15 @@ def measure_agreement(recipe: Recipe, arguments: argparse.Namespace, report: Con
             if epochs:
                 _train(here, built, T, epochs, built.rule, report)
             ready = Prepared(here, built, T)
-            batch = ready.model, *ready.batch(arguments.samples), ready.loss
+            batch = ready.model, *ready.batch(args.samples), ready.loss
             rules = cheaper_rules(ready.model, T)
             agreements = agreement(*batch, rules, steps=ready.repeat)
             memory = functools.cache(lambda rule, ready=ready: ready.memory(own.size, rule).batch)
             rivals = sorted(
                 _contestants(rules, agreements), key=lambda r, of=memory: of(r) / (LESS if repr(r) == "BPTT()" else 1)
             )
-            if arguments.trial and (tau, T) not in trials:
-                trials[tau, T] = rivals, _run_trial(here, build, rivals, T, arguments.trial, arguments.seeds, report)
+            if args.trial and (tau, T) not in trials:
+                trials[tau, T] = rivals, _run_trial(here, build, rivals, T, args.trial, args.seeds, report)
             # after more epochs, other windows may agree than those that were tried
             rivals, tried = trials.get((tau, T), (rivals, None))
             compared = {a.rule: a for a in agreements}

@@ -47,21 +47,21 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    arguments, recipe = options().parse_recipe(words)
+    args, recipe = options().parse_recipe(words)
     refuse_seed(recipe.overrides)
-    varied = grid(arguments.vary)
-    arguments.save = arguments.save or default_folder("compare", recipe, *(option for option, _ in arguments.vary))
-    rules = arguments.rules or ([None] if arguments.vary else RULES)
+    varied = grid(args.vary)
+    args.save = args.save or default_folder("compare", recipe, *(option for option, _ in args.vary))
+    rules = args.rules or ([None] if args.vary else RULES)
     combinations = [(rule, chosen) for rule in rules for chosen in varied]
     for rule, chosen in combinations:  # what is wrong with an option or a rule ends this before a training begins
         recipe.build(*to_options(chosen), rule=rule).stages()
-    report = Console(quiet=arguments.json)
-    comparison = compared_json(
+    report = Console(quiet=args.json)
+    result = compared_json(
         recipe,
-        [compare(rule, chosen, arguments.seeds, arguments.save, recipe, report) for rule, chosen in combinations],
+        [compare(rule, chosen, args.seeds, args.save, recipe, report) for rule, chosen in combinations],
     )
-    give(comparison, arguments, "compare.json", lambda report: print_compared(comparison, report))
-    tell_died(comparison["rows"])
+    give(result, args, "compare.json", lambda report: print_compared(result, report))
+    tell_died(result["rows"])
 
 
 def default_folder(command: str, recipe: Recipe, *more: str) -> Path:

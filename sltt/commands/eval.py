@@ -31,21 +31,21 @@ def options() -> CommandOptions:
 
 def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
-    arguments, overrides = options().parse_known_args(words)
+    args, overrides = options().parse_known_args(words)
     allow_only(overrides, KEYS, "sltt eval", "the others belong to the training")
-    built, path, _ = load_run("sltt eval", folder, arguments.code, arguments.checkpoint, overrides)
+    built, path, _ = load_run("sltt eval", folder, args.code, args.checkpoint, overrides)
     with session(built) as here:
-        views = {name: getattr(arguments, name) for name in VIEWS}
-        metrics = measure_split(here, built, arguments.split, **views)
+        views = {name: getattr(args, name) for name in VIEWS}
+        metrics = measure_split(here, built, args.split, **views)
     if here.processes.rank > 0:
         return
-    if arguments.json:
-        print(as_json({"checkpoint": str(path), "split": arguments.split, **views, **metrics.to_dict()}))
+    if args.json:
+        print(as_json({"checkpoint": str(path), "split": args.split, **views, **metrics.to_dict()}))
         return
     report = Console()
-    moved = f", also moved by {arguments.shift}" if arguments.shift else ""
-    mirrored = " and their mirror images" if arguments.mirror else ""
-    report.line(f"{path}, T = {built.steps}, {arguments.split} samples{moved}{mirrored}")
+    moved = f", also moved by {args.shift}" if args.shift else ""
+    mirrored = " and their mirror images" if args.mirror else ""
+    report.line(f"{path}, T = {built.steps}, {args.split} samples{moved}{mirrored}")
     report.line(f"{metrics.metric:11}  {score_text(metrics.metric, metrics.score)}")
     report.line(f"loss         {metrics.loss:.4f}")
     report.line(f"firing rate  {metrics.firing_rate:.4f}")

@@ -87,32 +87,29 @@ def options() -> CommandOptions:
 
 def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
-    arguments, run = options().parse_args(words), Path(folder)
-    if arguments.check and arguments.to != "nir":
-        raise UsageError(f"--check is of a NIR graph, got --to {arguments.to}: use --to nir")
-    built, _, content = load_run("sltt export", folder, arguments.code)
+    args, run = options().parse_args(words), Path(folder)
+    if args.check and args.to != "nir":
+        raise UsageError(f"--check is of a NIR graph, got --to {args.to}: use --to nir")
+    built, _, content = load_run("sltt export", folder, args.code)
     report = Console()
     splits = _splits(built, content, report)
     x = splits.collate([(splits.test or splits.train)[0]])[0]
     frame = x if splits.static else x[0]
-    out = (
-        arguments.out
-        or (run if run.is_dir() else Path()) / {"nir": "graph.nir", "onnx": "step.onnx", "c": "c"}[arguments.to]
-    )
-    if arguments.to == "c":
-        name = _default_name(run) if arguments.name is None else arguments.name
-        limits = {"weights": arguments.weights, "ram": arguments.ram, "flash": arguments.flash}
+    out = args.out or (run if run.is_dir() else Path()) / {"nir": "graph.nir", "onnx": "step.onnx", "c": "c"}[args.to]
+    if args.to == "c":
+        name = _default_name(run) if args.name is None else args.name
+        limits = {"weights": args.weights, "ram": args.ram, "flash": args.flash}
         return _write_c(built, splits, out, name, limits, report)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if arguments.to == "nir":
+        if args.to == "nir":
             import nir  # pyright: ignore[reportMissingImports]
 
             from sltt.interop import check_chip, to_nir
 
-            nir.write(out, graph := to_nir(built.model, frame, dt=arguments.dt))
-            report.line(f"written to {out}; a time step is {arguments.dt:g} seconds")
-            for line in check_chip(graph, arguments.check) if arguments.check else ():
+            nir.write(out, graph := to_nir(built.model, frame, dt=args.dt))
+            report.line(f"written to {out}; a time step is {args.dt:g} seconds")
+            for line in check_chip(graph, args.check) if args.check else ():
                 report.line(line)
         else:
             from sltt.interop import to_onnx
@@ -175,9 +172,7 @@ def _write_c(built: Any, splits: Splits, folder: Path, name: str, options: dict[
 def _measure(folder: Path, name: str) -> tuple[str, str, str]:
     """Return what code and stack take on a Cortex-M4, which QEMU emulates, and how many instructions a sample takes."""
     unknown = "without the code", "without the stack"
-    if missing := [
-        program_name for program_name in ("arm-none-eabi-gcc", QEMU[0]) if shutil.which(program_name) is None
-    ]:
+    if missing := [tool for tool in ("arm-none-eabi-gcc", QEMU[0]) if shutil.which(tool) is None]:
         return *unknown, f"not counted: {missing[0]} is not installed"
     with tempfile.TemporaryDirectory() as temporary:
         source, network, program = (Path(temporary, file) for file in ("count.c", "network.o", "count"))

@@ -46,19 +46,17 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    arguments, recipe = options().parse_recipe(words, "fscil-digits")
+    args, recipe = options().parse_recipe(words, "fscil-digits")
     refuse_seed(recipe.overrides)
-    arguments.save = arguments.save or default_folder(
-        "fscil", recipe, f"base {arguments.base}", f"order {arguments.order}"
-    )
-    for rule in arguments.rules:  # what is wrong with an option or a rule ends this before a training begins
+    args.save = args.save or default_folder("fscil", recipe, f"base {args.base}", f"order {args.order}")
+    for rule in args.rules:  # what is wrong with an option or a rule ends this before a training begins
         if (name := name_of(recipe.build(rule=rule).metric)) != "accuracy":
             raise ValueError(f"sltt fscil compares accuracies, and the metric here is {name}: leave --metric out")
-    task = Task(recipe, arguments.base, arguments.way, arguments.shot, arguments.order)
-    rows = few_shots(task, arguments.rules, arguments.seeds, arguments.save, Console(quiet=arguments.json))
+    task = Task(recipe, args.base, args.way, args.shot, args.order)
+    rows = few_shots(task, args.rules, args.seeds, args.save, Console(quiet=args.json))
     about = {"recipe": recipe.name, "sizes": task.sizes, "shot": task.shot, "order": task.order}
     result = {**about, "samples": task.data.sizes["test"], "rows": rows}
-    give(result, arguments, "fscil.json", lambda report: print_few_shots(result, report))
+    give(result, args, "fscil.json", lambda report: print_few_shots(result, report))
     tell_died(rows)
 
 
@@ -110,12 +108,12 @@ def few_shots(task: Task, rules: Sequence[str], seeds: int, folder: Path, report
     return [*rows, _row(PIXELS, pixels), _row(CHANCE, [chance(task.sizes)])]
 
 
-def _row(rule: str, few_shots: Sequence[FewShot], errors: Sequence[str] = ()) -> dict[str, Any]:
+def _row(rule: str, runs: Sequence[FewShot], errors: Sequence[str] = ()) -> dict[str, Any]:
     """Return lists over seeds of the accuracies after each session, and of each score; errors are of failed seeds."""
-    scores = {name: [getattr(few_shot, name) for few_shot in few_shots] for name in SCORES}
+    scores = {name: [getattr(scored, name) for scored in runs] for name in SCORES}
     return {
         "rule": rule,
-        "accuracies": [few_shot.accuracies for few_shot in few_shots],
+        "accuracies": [scored.accuracies for scored in runs],
         **scores,
         "errors": list(errors),
     }

@@ -358,5 +358,5 @@ def parse_resume(words: Sequence[str]) -> tuple[Path | None, Path | None, Sequen
     if (run := parser.parse_known_args(words)[0].resume) is None:
         return None, None, words
     parser.add_argument("--code", type=Path)
-    arguments, words = parser.parse_known_args(words)
-    return run, arguments.code, words
+    args, words = parser.parse_known_args(words)
+    return run, args.code, words

@@ -36,16 +36,16 @@ def options() -> CommandOptions:
 
 def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
-    arguments = options().parse_args(words)
-    built, _, content = load_run("sltt predict", folder, arguments.code, arguments.checkpoint)
+    args = options().parse_args(words)
+    built, _, content = load_run("sltt predict", folder, args.code, args.checkpoint)
     built.model.trained = trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
     names = content["names"]
-    if arguments.stream:
-        if trained.static or len(arguments.files) > 1:
+    if args.stream:
+        if trained.static or len(args.files) > 1:
             raise UsageError("--stream takes one file, for a run that was trained on sequences")
         shape = content["sample"]["x"].shape[1:] if content.get("sample") else (-1,)
-        stream, steps, step = Stream(built.model), _read_steps(arguments.files[0], shape), 0
-        while chunk := [*islice(steps, arguments.stream)]:
+        stream, steps, step = Stream(built.model), _read_steps(args.files[0], shape), 0
+        while chunk := [*islice(steps, args.stream)]:
             step += len(chunk)
             prediction = predict_from(trained.prediction, stream(torch.stack(chunk)[:, None]))
             decision = {"step": step, **_describe(prediction, trained, names)}
@@ -54,14 +54,14 @@ def run(words: Sequence[str]) -> None:
                 decision.get("class", decision["prediction"]),
                 number(decision.get("probability"), ".1%").text,
             )
-            print(as_json(decision) if arguments.json else "\t".join(map(str, columns)), flush=True)
+            print(as_json(decision) if args.json else "\t".join(map(str, columns)), flush=True)
         return
     predictions = []
-    for file in arguments.files:
+    for file in args.files:
         sample = built.dataset.read(file, built.steps)
         prediction = predict(built.model, sample[None] if trained.static else sample[:, None])
         predictions.append({"file": str(file), **_describe(prediction, trained, names)})
-    if arguments.json:
+    if args.json:
         print(as_json(predictions))
     else:
         Table([_row(prediction_of_file) for prediction_of_file in predictions]).show(Console())

@@ -53,10 +53,10 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    arguments, recipe = options().parse_recipe(words)
-    report = Console(quiet=arguments.json)
-    result = profile(recipe, arguments.rules, arguments.steps, arguments.repeats, arguments.budget, report)
-    give(result, arguments, "profile.json", lambda report: print_profile(result, report))
+    args, recipe = options().parse_recipe(words)
+    report = Console(quiet=args.json)
+    result = profile(recipe, args.rules, args.steps, args.repeats, args.budget, report)
+    give(result, args, "profile.json", lambda report: print_profile(result, report))
 
 
 def profile(

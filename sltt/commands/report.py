@@ -19,13 +19,13 @@ def options() -> CommandOptions:
 
 
 def run(words: Sequence[str]) -> None:
-    arguments = options().parse_args(words)
-    results = gather(arguments.folders)
+    args = options().parse_args(words)
+    results = gather(args.folders)
     try:
         from sltt.commands.page import write
         from sltt.commands.sections import sections
 
-        page = write(sections(results), results, arguments.out or arguments.folders[0] / "report")
+        page = write(sections(results), results, args.out or args.folders[0] / "report")
     except ModuleNotFoundError as error:
         raise RuntimeError(f"the report needs {error.name}: pip install 'sltt[report]'") from error
     console = Console()

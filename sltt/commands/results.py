@@ -20,19 +20,19 @@ from sltt.training.files import CONFIG, LAST, write_atomically
 from sltt.training.runs import find_last
 
 
-def give(result: Any, arguments: argparse.Namespace, name: str, show: Callable[[Console], None]) -> None:
+def give(result: Any, args: argparse.Namespace, name: str, show: Callable[[Console], None]) -> None:
     """Print what a command found, as JSON or for people, and keep it where --save says."""
     text = as_json(result)
-    if arguments.save:
-        arguments.save.mkdir(parents=True, exist_ok=True)
-        write_atomically(arguments.save / name, lambda file: file.write(text.encode()))
-    if arguments.json:
+    if args.save:
+        args.save.mkdir(parents=True, exist_ok=True)
+        write_atomically(args.save / name, lambda file: file.write(text.encode()))
+    if args.json:
         print(text)
         return
     report = Console()
     show(report)
-    if arguments.save:
-        report.line(f"written to {arguments.save / name}")
+    if args.save:
+        report.line(f"written to {args.save / name}")
 
 
 def scores_text(scores: Sequence[float | None], metric: str = "accuracy") -> str:
@@ -144,8 +144,7 @@ def rule_of(config: dict[str, Any]) -> str:
     name = str(rule.get("class_path") or rule.get("class") or "own rule").rpartition(".")[2]
     kind = getattr(rules, name, None)
     parameters = arguments_of(kind) if isinstance(kind, type) else {}
-    defaults = {key: parameter.default for key, parameter in parameters.items()} | {
-        key: None for key in settings if key not in parameters
-    }
+    defaults = {key: argument.default for key, argument in parameters.items()}
+    defaults |= {key: None for key in settings if key not in defaults}
     options = (f"{key}={settings[key]}" for key in defaults if settings.get(key, defaults[key]) != defaults[key])
     return ":".join([name, *options])

@@ -74,9 +74,8 @@ def _comparison(comparison: dict[str, Any]) -> Section:
         "are those of one batch. The cosine compares the rule's gradient with BPTT's, after the training."
     ]
     title = f"{'Values' if sweep else 'Rules'} compared on {comparison['recipe']}"
-    return Section(
-        title, text, [comparison_table(comparison["rows"], comparison["metric"]), *ratio_tables(comparison["rows"])]
-    )
+    rows = comparison["rows"]
+    return Section(title, text, [comparison_table(rows, comparison["metric"]), *ratio_tables(rows)])
 
 
 def _training(results: Gathered, names: dict[Path, str], colours: dict[str, str]) -> Section:
@@ -140,9 +139,8 @@ def _costs(profile: dict[str, Any], colours: dict[str, str]) -> Section:
         Chart("time", "Seconds of a training batch over T", figures.lines(times, colours, "T", "seconds")),
         Chart("parts", f"All that is allocated at the peak, by parts, at T = {most}", stacked),
     ]
-    text = [
-        f"A training batch of {profile['recipe']} with {profile['batch']} samples, on {profile['device']}. {MEMORY}"
-    ]
+    batch = f"{profile['recipe']} with {profile['batch']} samples, on {profile['device']}"
+    text = [f"A training batch of {batch}. {MEMORY}"]
     return Section("What a rule costs", text, cost_tables(profile), charts)
 
 

@@ -27,10 +27,8 @@ def values(text: str) -> tuple[str, list[str]]:
 def grid(options: Sequence[tuple[str, list[str]]]) -> list[dict[str, str]]:
     """Return all combinations of the values; one without any where nothing is varied."""
     names = [option for option, _ in options]
-    return [
-        dict(zip(names, combination, strict=True))
-        for combination in itertools.product(*(texts for _, texts in options))
-    ]
+    combinations = itertools.product(*(texts for _, texts in options))
+    return [dict(zip(names, combination, strict=True)) for combination in combinations]
 
 
 def to_options(varied: Mapping[str, str]) -> list[str]:

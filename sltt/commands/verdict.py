@@ -99,9 +99,8 @@ def answers(results: Gathered) -> list[str]:
             return [best_of(comparison["rows"], comparison["metric"], comparison["higher_is_better"])]
     rules = verdicts(results)
     reference = next((verdict for verdict in rules if verdict.rule == "BPTT"), rules[0] if rules else None)
-    sentences = [
-        _sentence(verdict, reference) for verdict in rules if reference is not None and verdict is not reference
-    ]
+    others = [verdict for verdict in rules if verdict is not reference]
+    sentences = [_sentence(verdict, reference) for verdict in others if reference is not None]
     if reference is not None and reference.score is not None and sentences:
         sentences.append(_take(rules, reference))
     return [text for text in sentences if text] or [
@@ -120,9 +119,7 @@ def _take(rules: Sequence[Verdict], reference: Verdict) -> str:
     """Name the rule that needs least memory of those within the margin; say how sure this is, and on what it rests."""
     exact, basis = reference.rule, reference.rests_on()
     apart = f"{basis} do not separate it from {exact}."
-    cheaper = sorted(
-        (verdict for verdict in rules if LESS * verdict.peak <= reference.peak), key=lambda verdict: verdict.peak
-    )
+    cheaper = sorted((rule for rule in rules if LESS * rule.peak <= reference.peak), key=lambda rule: rule.peak)
     *_, words, enough = zip(*(_judge(verdict, reference) for verdict in cheaper), strict=True) if cheaper else ((), ())
     place = enough.index(True) if True in enough else len(cheaper)
     doubtful = [verdict.rule for verdict, word in zip(cheaper[:place], words, strict=False) if word == UNSURE]
@@ -178,9 +175,8 @@ def _judge(verdict: Verdict, reference: Verdict) -> tuple[str, str, str, bool]:
         text = f"{name} {points} below {other}" if lost > MARGIN else text
     else:
         margin, measured = OF_AN_ERROR * abs(reference.score), f"±{score_text(verdict.metric, noise)}"
-        text = (
-            f"{name} {score_text(verdict.metric, verdict.score)}, {other} {score_text(verdict.metric, reference.score)}"
-        )
+        reached, beside = (score_text(verdict.metric, score) for score in (verdict.score, reference.score))
+        text = f"{name} {reached}, {other} {beside}"
     safe = SAFE if lost <= margin and noise <= 2 * margin else UNSURE
     word = UNSAFE if verdict.died or lost > max(margin, noise) else safe
     return text, "" if math.isinf(noise) else measured, word, not verdict.died and lost <= margin
