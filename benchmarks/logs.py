@@ -2,9 +2,9 @@
 
     python benchmarks/logs.py [--compare [COUNT]] [--compare-costs [TURNS]]
 
-`docs/results/measured.json` has for each log the machine, and a digest of the code that changes what it measures,
-without docstrings and comments. `write` makes the entry. A log to which an older version contributed has none: delete
-the log, and measure it whole.
+`docs/results/measured.json` has for each log the machine, and a digest of the code that changes what it measures:
+docstrings, comments, layout and names of locals do not count. `write` makes the entry. A log to which an older version
+contributed has none: delete the log, and measure it whole.
 
 Accuracies and gradients take hours. `--compare` runs the version that wrote such a log beside this one, on so many
 random networks (tests/versions.py). Where logits, losses, gradients and statistics of all rules are the same, the log
@@ -21,17 +21,16 @@ import ast
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import math
 import subprocess
 import sys
 import tempfile
-import tokenize
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from turns import EndedError, Worker, hardware, in_turns, quotient
@@ -39,6 +38,7 @@ from turns import EndedError, Worker, hardware, in_turns, quotient
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("docs", "results")
 MEASURED = "measured.json"
+SCOPES = ast.FunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
 GRADIENTS = "sltt/rules", "sltt/neurons", "sltt/sequence", "sltt/losses.py", "sltt/surrogates.py"
 COST = "sltt/kernels", "sltt/memory.py", *GRADIENTS
 TRAINED = "sltt/training", "sltt/models", "sltt/data", "sltt/recipes", *GRADIENTS
@@ -111,15 +111,48 @@ def digest(sources: Sequence[str], root: Path) -> str:
 
 @functools.cache
 def code_of(text: str) -> str:
-    """Return Python's code without docstrings, comments and empty lines."""
-    lines = text.splitlines()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
-    for token in tokenize.generate_tokens(io.StringIO("\n".join(lines)).readline):
-        if token.type == tokenize.COMMENT:
-            lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]
-    return "\n".join(line.rstrip() for line in lines if line.strip())
+    """Return what Python's code does: its syntax tree, without docstrings, and with numbers for names of locals."""
+    return syntax(ast.parse(text), {})
+
+
+def syntax(node: Any, names: dict[str, str]) -> str:
+    """Return a part of a syntax tree as text; `names` has the locals of the scopes around it."""
+    if isinstance(node, list):
+        return f"[{','.join(syntax(child, names) for child in node if not is_docstring(child))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    if isinstance(node, SCOPES):
+        names = names | {name: f"local {len(names) + i}" for i, name in enumerate(bound(node))}
+    texts = []
+    for field, value in ast.iter_fields(node):
+        if field in ("id", "arg") and not isinstance(node, ast.keyword):
+            texts.append(names.get(value, value))
+        elif field not in ("ctx", "kind", "type_comment") and value not in (None, []):  # others are new in some Pythons
+            texts.append(f"{field}={syntax(value, names)}")
+    return f"{type(node).__name__}({','.join(texts)})"
+
+
+def bound(scope: ast.AST) -> list[str]:
+    """Return the names that a function or comprehension binds, those inside of others left out."""
+    names, outer, nodes = [], set(), [*ast.iter_child_nodes(scope)]
+    while nodes:
+        node = nodes.pop(0)
+        if isinstance(node, ast.arg):
+            names.append(node.arg)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.append(node.id)
+        elif isinstance(node, ast.Global | ast.Nonlocal):
+            outer.update(node.names)
+        if not isinstance(node, SCOPES):
+            nodes += ast.iter_child_nodes(node)
+        elif not isinstance(node, ast.FunctionDef | ast.Lambda):  # := in a comprehension binds a name around it
+            names += [inner.target.id for inner in ast.walk(node) if isinstance(inner, ast.NamedExpr)]
+    return [name for name in dict.fromkeys(names) if name not in outer]
+
+
+def is_docstring(node: Any) -> bool:
+    """Return whether a statement is a string alone."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def marks(root: Path = ROOT) -> dict[str, dict[str, str]]:

@@ -81,14 +81,20 @@ def test_the_tables_of_the_documentation_are_those_of_the_results():
     assert set(tables.TABLES) <= names
 
 
-def test_a_log_is_of_older_code_if_the_code_changes_not_its_docstrings_or_comments(tmp_path):
+def test_a_log_is_of_older_code_if_what_the_code_does_changes(tmp_path):
     logs, file = load("logs"), tmp_path / "a.py"
 
-    def digest(doc, comment, value):
-        file.write_text(f'def f():\n    """{doc}"""\n    x = "# {value}"  # {comment}\n')
+    def digest(doc="", comment="", local="x", other="y", value=1, part="1:"):
+        file.write_text(f'''
+def f({local}, z=3):  # {comment}
+    """{doc}"""
+    {other} = [{local} for {local} in range({value})]
+    return lambda: ({local}, {other}, z[{part}])
+''')
         return logs.digest(["a.py"], tmp_path)
 
-    assert digest("One.", "one", 1) == digest("Two,\n\n    lines.", "two", 1) != digest("One.", "one", 2)
+    assert digest() == digest("Two,\n\n    lines.", "two", "first", "second")
+    assert len({digest(), digest(value=2), digest(other="x"), digest(other="z"), digest(part=":1")}) == 5
 
 
 def test_two_rules_are_equal_where_two_one_sided_tests_say_so():

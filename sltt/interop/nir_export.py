@@ -101,8 +101,7 @@ class _Export:
         if isinstance(module, Delay):
             nodes = {n: nir.Delay(np.full(call.inputs[0].shape[1:], n * self.dt)) for n in module.taps}
             branches = [self._connect(f"{call.path}.{n}", node, sources) if n else sources for n, node in nodes.items()]
-            if len(branches) > 1:
-                self.parts[call] = [(branch, call.inputs[0].shape[1]) for branch in branches]
+            self.parts |= {call: [(b, call.inputs[0].shape[1]) for b in branches]} if len(branches) > 1 else {}
             return branches[0]
         if isinstance(module, Recurrent):
             back = self.names[f"{call.path}.layer"]
