@@ -63,7 +63,7 @@ def to_python(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if type(value) is dict:  # not a state_dict, which has attributes
-        return {key: to_python(one) for key, one in value.items()}
+        return {key: to_python(item) for key, item in value.items()}
     return type(value)(map(to_python, value)) if type(value) in (list, tuple) else value
 
 
@@ -116,9 +116,9 @@ _BOUNDS = {
 
 def _check_range(name: str, value: Any, remedy: str, **bounds: float | None) -> None:
     """Raise ValueError for a value outside the bounds, which are named as in `number`."""
-    given = [(*_BOUNDS[key], bound) for key, bound in bounds.items() if bound is not None]
-    if not all(holds(value, bound) for _, holds, bound in given):
-        expected = " and ".join(f"{words} {bound}" for words, _, bound in given)
+    limits = [(*_BOUNDS[key], bound) for key, bound in bounds.items() if bound is not None]
+    if not all(holds(value, bound) for _, holds, bound in limits):
+        expected = " and ".join(f"{words} {bound}" for words, _, bound in limits)
         raise ValueError(_message(name, expected, value, remedy))
 
 

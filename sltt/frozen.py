@@ -22,12 +22,12 @@ class Frozen:
 
 def arguments_of(kind: type) -> dict[str, inspect.Parameter]:
     """Return the arguments of a class, with those that it passes on to its base class."""
-    found: dict[str, inspect.Parameter] = {}
+    parameters: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__:
         if "__init__" not in vars(base) or base is object:
             continue
         own = list(inspect.signature(base.__init__).parameters.values())[1:]
-        found = {one.name: one for one in own} | found
-        if not any(one.kind is one.VAR_KEYWORD for one in own):
+        parameters = {parameter.name: parameter for parameter in own} | parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
             break
-    return {name: one for name, one in found.items() if one.kind is not one.VAR_KEYWORD}
+    return {name: parameter for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}

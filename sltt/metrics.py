@@ -107,8 +107,8 @@ class ConfusionMatrix:
         if prediction.isnan().any():
             raise ValueError("expected predictions that are numbers, got NaN: look for NaN in the weights")
         pairs = (target * classes + prediction.argmax(1)).flatten()
-        found = pairs.bincount(minlength=classes**2).view(classes, classes)
-        self.counts = found if self.counts is None else self.counts + found
+        counts = pairs.bincount(minlength=classes**2).view(classes, classes)
+        self.counts = counts if self.counts is None else self.counts + counts
 
     def compute(self) -> Tensor:
         """Return the counts; raise ValueError without samples."""
@@ -160,8 +160,8 @@ def name_of(metric: Callable[..., Any]) -> str:
 
 def higher_is_better(metric: Callable[..., Any]) -> bool:
     """Return whether more is better; true for a metric that does not say, unless it is a loss of PyTorch."""
-    found = getattr(metric, "higher_is_better", None)
-    return not isinstance(metric, _Loss) if found is None else bool(found)
+    flag = getattr(metric, "higher_is_better", None)
+    return not isinstance(metric, _Loss) if flag is None else bool(flag)
 
 
 def is_share(name: str) -> bool:
@@ -176,4 +176,4 @@ def score_text(name: str, score: float) -> str:
 
 def finite_scores(scores: Sequence[float | None]) -> list[float]:
     """Return the scores without those that are no number: NaN, which JSON keeps as null."""
-    return [one for one in scores if one is not None and math.isfinite(one)]
+    return [score for score in scores if score is not None and math.isfinite(score)]

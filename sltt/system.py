@@ -32,8 +32,8 @@ def is_own(path: Path) -> bool:
 
 def is_private(path: Path) -> bool:
     """Return whether a file and its folder are this user's or root's, and nobody else may write there."""
-    found = [one.stat() for one in (path, path.parent)]
-    return sys.platform == "win32" or all(one.st_uid in (os.getuid(), 0) and not one.st_mode & 0o022 for one in found)
+    stats = [place.stat() for place in (path, path.parent)]
+    return sys.platform == "win32" or all(s.st_uid in (os.getuid(), 0) and not s.st_mode & 0o022 for s in stats)
 
 
 def count_cores() -> int:

@@ -19,9 +19,9 @@ def options() -> CommandOptions:
 
 def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
-    known = options().parse_args(words)
-    _, _, content = load_run("sltt pack", folder, known.code, known.checkpoint)
-    out = known.out or Path(f"{folder.rstrip('/')}.sltt")
+    args = options().parse_args(words)
+    _, _, content = load_run("sltt pack", folder, args.code, args.checkpoint)
+    out = args.out or Path(f"{folder.rstrip('/')}.sltt")
     if out.exists():
         raise FileExistsError(f"{out} exists, and may be of another run: remove it, or name another file by --out")
     kept = {name: content.get(name) for name in ("task", "config", "progress", "names", "statistics", "sample")}

@@ -166,16 +166,16 @@ def layer_table(result: Mapping[str, Any]) -> Table:
         if layer["operations"] is None:
             cells = {"firing rate": number(layer["firing_rate"], ".3f"), "spikes": number(layer["spikes"], ",.0f")}
         else:
-            one = LayerOperations(**layer["operations"])
-            operations = f"{one.synaptic_operations:,.0f}{' MAC' if one.macs else ''}"
+            counts = LayerOperations(**layer["operations"])
+            operations = f"{counts.synaptic_operations:,.0f}{' MAC' if counts.macs else ''}"
             cells = {
-                "Dense": number(one.dense, ",.0f"),
-                "activity": number((one.effective_macs + one.effective_acs) / max(one.dense, 1), ".1%"),
-                "operations": Cell(operations, one.synaptic_operations),
-                "nJ": number(one.picojoules / 1e3, ",.1f"),
+                "Dense": number(counts.dense, ",.0f"),
+                "activity": number((counts.effective_macs + counts.effective_acs) / max(counts.dense, 1), ".1%"),
+                "operations": Cell(operations, counts.synaptic_operations),
+                "nJ": number(counts.picojoules / 1e3, ",.1f"),
             }
         rows.append({"layer": layer["name"], **cells})
-    most = max(one["steps"] for one in result["costs"])
+    most = max(cost["steps"] for cost in result["costs"])
     network = "with the weights given" if result["trained"] else "untrained; --weights RUN takes those of a run"
     return Table(rows, "layers", f"one sample, T = {most}, {network}")
 
@@ -229,7 +229,7 @@ def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]
     model = ready.model.train(built.weights is None)
     with firing_rates(model) as rates:
         energy = measure_energy(model, x, steps=ready.repeat, lengths=lengths_of(y))
-    paths = [vars(one) for one in layer_paths(model, x, steps=ready.repeat)]
+    paths = [vars(path) for path in layer_paths(model, x, steps=ready.repeat)]
     columns: dict[str, dict[str, Any]] = {
         "operations": {path.name: vars(path) for path in energy.layers},
         "firing_rate": rates.by_layer(),

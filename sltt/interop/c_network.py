@@ -289,12 +289,12 @@ class Network:
 
     def keep(self, compute: bool) -> "Network":
         """Return the network of a static input, which it keeps; or, with `compute`, what it computes before states."""
-        operations, bounds, known = [copy.copy(op) for op in self.operations], dict(self.bounds), {self.input}
+        operations, bounds, computed = [copy.copy(op) for op in self.operations], dict(self.bounds), {self.input}
         first: list[Operation] = []
         for op in operations if compute else ():
-            if known.issuperset(op.inputs) and not isinstance(op, Fire | Taps) and op.output is not self.output:
+            if computed.issuperset(op.inputs) and not isinstance(op, Fire | Taps) and op.output is not self.output:
                 first.append(op)
-                known.add(op.output)
+                computed.add(op.output)
         rest, begin = [op for op in operations if op not in first], [*first]
         for value, maker in [(self.input, None), *((op.output, op) for op in first)]:
             if not (readers := [op for op in rest if value in op.inputs]):

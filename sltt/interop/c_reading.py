@@ -72,7 +72,7 @@ class _Reader:
         if kind == "cat":
             return self._add(c_network.Join(name, inputs, Value(_image(call.shape), all(x.spikes for x in inputs))))
         require(len(inputs) == 1, "")
-        (x,), given = inputs, call.inputs[0].shape
+        (x,), in_shape = inputs, call.inputs[0].shape
         if kind == "output":
             return x
         if kind == "image":
@@ -87,7 +87,7 @@ class _Reader:
             require(layer not in self.seen, ", which runs twice in a time step")
             self.seen.add(layer)
         if isinstance(layer, Recurrent):
-            return self._recurrent(name, layer, x, given)
+            return self._recurrent(name, layer, x, in_shape)
         if isinstance(layer, Neuron):
             return self._neuron(name, layer, x)
         if isinstance(layer, Delay):
@@ -96,8 +96,8 @@ class _Reader:
             return self._add(Taps(name, [x], late, layer.taps, layer.depth)) if layer.depth else x
         require(kind is not None, "")
         if kind is nn.Flatten:
-            last = len(given) - 1
-            require((layer.start_dim, layer.end_dim % len(given)) == (1, last), ", which keeps a dimension")
+            last = len(in_shape) - 1
+            require((layer.start_dim, layer.end_dim % len(in_shape)) == (1, last), ", which keeps a dimension")
             return x
         if kind in reading.NORMS:
             require(layer.running_mean is not None, ", which has no running statistics")
@@ -106,7 +106,7 @@ class _Reader:
             shift = (0 if layer.bias is None else layer.bias) - layer.running_mean * gain
             return self._affine(name, x, gain, shift)
         if kind in reading.WEIGHTS:
-            return self._add(_weights(name, layer, x, given, Value(_image(call.shape))))
+            return self._add(_weights(name, layer, x, in_shape, Value(_image(call.shape))))
         return self._add(_pool(name, layer, kind in reading.MAXIMA, x, Value(_image(call.shape))))
 
     def _add(self, operation: Operation) -> Value:
@@ -143,25 +143,25 @@ class _Reader:
         require(type(module) in _NEURONS and not own_forward(module, Neuron), "")
         surrogate: Any = type(module.surrogate)
         require(surrogate.fires in (Surrogate.fires, Above.fires), ", which fires in a way of its own")
-        given = module.arguments()
-        counts = {value.numel() for value in given.values() if isinstance(value, Tensor)}
+        values = module.arguments()
+        counts = {value.numel() for value in values.values() if isinstance(value, Tensor)}
         x = x if counts <= {1, x.shape[0]} else self.vector(x)
-        reset_to, decay = given.get("v_reset"), _flat(given["decay"])
+        reset_to, decay = values.get("v_reset"), _flat(values["decay"])
         rest = reset_to or 0.0
-        threshold, subtract = _flat(given.get("threshold", given.get("v_threshold"))) - rest, given.get("subtract")
+        threshold, subtract = _flat(values.get("threshold", values.get("v_threshold"))) - rest, values.get("subtract")
         if isinstance(module, IntegerLIF):
             threshold, subtract = threshold / 2, threshold
         if isinstance(module.surrogate, Above):
             threshold = torch.nextafter(threshold.float(), torch.tensor(torch.inf)).double()
-        if (gain := 1 - decay if given.get("decay_input") else _flat(given.get("gain", 1.0))).ne(1).any():
+        if (gain := 1 - decay if values.get("decay_input") else _flat(values.get("gain", 1.0))).ne(1).any():
             x = self._affine(name, x, gain, torch.zeros(1))
         fire = Fire(name, [x], _spikes(x, module), decay, threshold, _flat(module.first_states()["v"]) - rest)
         fire.hard, fire.negative = reset_to is not None, isinstance(module, TernaryLIF)
         fire.subtract = None if subtract is None else _flat(subtract)
         if isinstance(module, CubaLIF):
-            fire.synapse = _flat(given["synaptic_decay"])
+            fire.synapse = _flat(values["synaptic_decay"])
         if isinstance(module, ALIF):
-            fire.adaptation, fire.rise = _flat(given["threshold_decay"]), _flat(given["beta"])
+            fire.adaptation, fire.rise = _flat(values["threshold_decay"]), _flat(values["beta"])
         return self._add(fire)
 
 

@@ -43,8 +43,8 @@ class Program:
         self.each = {name for name, tensor in parameters if len(tensor) > 1} - {"start"}  # those given by channel
         self.has = {name for name, _ in parameters} | {"shift" for op in network.neurons if op.shift}
         self.has |= {"levels" for op in network.neurons if op.output.levels}
-        given = f", const {name}_input *input"
-        at_reset, at_step = (given, "") if network.once else ("", given)
+        input_argument = f", const {name}_input *input"
+        at_reset, at_step = (input_argument, "") if network.once else ("", input_argument)
         self.reset = f"{name}_reset({name}_net *net{at_reset})"
         self.step = f"{name}_step({name}_net *net{at_step}, {name}_logit *logits)"
         self.fused = find_fused(network)

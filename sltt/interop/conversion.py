@@ -73,8 +73,8 @@ def _translate_module(
 def _translate(module: nn.Module) -> nn.Module:
     role = role_of(type(module))
     if role.translate:
-        given = f"what translate of sltt.register gives for {type(module).__name__}"
-        return instance(given, role.translate(module), nn.Module)
+        source = f"what translate of sltt.register gives for {type(module).__name__}"
+        return instance(source, role.translate(module), nn.Module)
     if emits_spikes(module) and not isinstance(module, Stateful):
         raise ConversionError("is of a type that is registered without translate=…")
     return module

@@ -107,8 +107,8 @@ def _surrogate(p: Any) -> surrogates.Surrogate:
         return surrogates.Above(surrogates.FastSigmoid(1.0, scale=2.0))
     if p.method == "triangle" and p.alpha == 1:
         return surrogates.Above(surrogates.Triangle())
-    given = f"{p.method} of alpha = {float(p.alpha):g}"
-    raise ConversionError(f"has the surrogate {given}, which is not in sltt.surrogates")
+    surrogate = f"{p.method} of alpha = {float(p.alpha):g}"
+    raise ConversionError(f"has the surrogate {surrogate}, which is not in sltt.surrogates")
 
 
 def _refuse_spiking(module: Any) -> nn.Module:
@@ -167,8 +167,8 @@ def _advance(keeper: KeepState) -> Any:
             if not passes[i]:
                 x = module(x)
                 continue
-            if cells[i] and (found := cells[i](x, steps, cut, states[i])) is not None:
-                x, states[i] = found
+            if cells[i] and (stepped := cells[i](x, steps, cut, states[i])) is not None:
+                x, states[i] = stepped
             else:
                 outputs: list[Tensor] = []
                 for part in x.chunk(steps):

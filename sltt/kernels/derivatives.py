@@ -18,12 +18,12 @@ def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Any) -> Any:
         with torch.no_grad():
-            found = backward(ctx, *grads)
+            gradients = backward(ctx, *grads)
         if not torch.is_grad_enabled():
-            return found
+            return gradients
         # what they depend on, so that every way to differentiate them comes by here
         of = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, Tensor) and t.requires_grad]
-        return tuple(_Once.apply(g, *of) if isinstance(g, Tensor) else g for g in found)
+        return tuple(_Once.apply(g, *of) if isinstance(g, Tensor) else g for g in gradients)
 
     return run
 

@@ -225,8 +225,8 @@ def _compiler() -> str:
     if platform.machine() not in _PROCESSORS or sys.platform != "linux":
         raise _AbsentError(f"no kernels are compiled on {sys.platform}, {platform.machine()}: wheels may have some")
     for name in (os.environ.get("CXX"), "g++", "clang++"):
-        if name and (found := shutil.which(name)):
-            return found
+        if name and (path := shutil.which(name)):
+            return path
     raise _AbsentError("there is no C++ compiler (apt install g++)")
 
 

@@ -59,7 +59,7 @@ def using(**changes: Any) -> Iterator[None]:
             as one bit each (True or False). `sparse`: compute on active inputs only, where it is faster ("auto"),
             wherever possible ("on") or never ("off"); it needs bits, and images with the channels last in memory.
             `fold_memory`: bytes that the further time steps of a call may take where a rule chooses their number; None
-            is the larger of 16 MB and half the weights; on a GPU, an eighth of its memory.
+            is the larger of 16 MB and of weights and gradients; on a GPU, an eighth of its memory.
 
     Raises:
         ValueError: an unknown value. With compile="on", a kernel on a device without a compiler raises it.

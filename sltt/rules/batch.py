@@ -36,7 +36,7 @@ class Fold(NamedTuple):
 
     trained: int = 1  # with a graph
     forward: int = 1  # without one
-    why: str | None = None  # why it is one; None if the network's layers are large, or if there are several
+    why: str | None = None  # why it is one, where that is not by size, option or rule
 
 
 @dataclass

@@ -41,8 +41,8 @@ class Biases:
 
     def _may_leave_out(self, module: Any, norm: Any) -> bool:
         run = self._run
-        layer, after = (run.layout.layers.get(one) for one in (module, norm))
-        if not run.drops_biases or not all(one and one.is_known and not one.compiled for one in (layer, after)):
+        layer, after = (run.layout.layers.get(m) for m in (module, norm))
+        if not run.drops_biases or not all(part and part.is_known and not part.compiled for part in (layer, after)):
             return False
         weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
         if layer.role.kind != "weight" or type(weight) is not nn.Parameter or type(bias) is not nn.Parameter:
@@ -57,21 +57,21 @@ class Biases:
 
     def bounds(self) -> list[Tensor]:
         """Return the largest values of the biases: not finite where one is not."""
-        found = [module.bias.detach() for (module, _), calls in self._calls.items() if calls]
-        return [*_foreach_norm(found, math.inf)] if found else []
+        biases = [module.bias.detach() for (module, _), calls in self._calls.items() if calls]
+        return [*_foreach_norm(biases, math.inf)] if biases else []
 
     @torch.no_grad()
     def finish(self) -> None:
         """Add the biases to running means, and give them a gradient of zero where the weights have one."""
-        found: list[Any] = [(*pair, calls) for pair, calls in self._calls.items() if calls]
+        pairs: list[Any] = [(*pair, calls) for pair, calls in self._calls.items() if calls]
         shares = []
-        for _, norm, calls in found:
+        for _, norm, calls in pairs:
             left, n = 1 - norm.momentum, self._run.counted[norm]
             shares.append(sum(left ** (n - before - steps) - left ** (n - before) for before, steps in calls))
-        if found:
-            moved = _foreach_mul([module.bias for module, *_ in found], shares)
-            add_to_each([norm.running_mean for _, norm, _ in found], [*moved])
-        learned = [m for m, *_ in found if m.bias.requires_grad and m.bias.grad is None and m.weight.grad is not None]
+        if pairs:
+            moved = _foreach_mul([module.bias for module, *_ in pairs], shares)
+            add_to_each([norm.running_mean for _, norm, _ in pairs], [*moved])
+        learned = [m for m, *_ in pairs if m.bias.requires_grad and m.bias.grad is None and m.weight.grad is not None]
         for module in learned:
             module.bias.grad = torch.empty_like(module.bias)
         if learned:

@@ -1,6 +1,7 @@
 """A BatchNorm and the neurons that alone read it, which may be one operation, see `Step.pair`.
 
-They are known to be neighbours in an `nn.Sequential`, and where a network calls `normalise_and_fire`.
+They are known to be neighbours in an `nn.Sequential`, where a network calls `normalise_and_fire`, and where the
+operations of a forward show it (`find_pairs` of `sltt.rules.operations`).
 """
 
 from collections.abc import Iterable, Iterator

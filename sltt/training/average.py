@@ -47,7 +47,7 @@ class Average:
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Give the model the averaged weights and statistics."""
-        tensors = (chain(one.parameters(), one.buffers()) for one in (model, self.module))
+        tensors = (chain(net.parameters(), net.buffers()) for net in (model, self.module))
         for own, average in zip(*tensors, strict=True):
             own.copy_(average)
 
@@ -55,8 +55,8 @@ class Average:
 def _tensors_to_average(model: nn.Module) -> list[Tensor]:
     """List the tensors that have an average: an index or a mask in a buffer has none."""
     norms = (m for m in model.modules() if isinstance(m, _NormBase))
-    found = [*model.parameters(), *(b for m in norms for b in m.buffers(recurse=False))]
-    return [one for one in found if one.is_floating_point() or one.is_complex()]
+    tensors = [*model.parameters(), *(b for m in norms for b in m.buffers(recurse=False))]
+    return [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
 
 
 def select_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -144,7 +144,7 @@ class BatchLoop:
             bad = ~(numbers[0].isfinite() & numbers[1].isfinite())
             for gradient in gradients:  # no weight changes by a NaN, though the host does not know of it yet
                 gradient.masked_fill_(bad, 0.0)
-            numbers = [torch.as_tensor(one).to("cpu", non_blocking=True) for one in (*numbers, score())]
+            numbers = [torch.as_tensor(figure).to("cpu", non_blocking=True) for figure in (*numbers, score())]
             score, copied = numbers.pop, torch.Event(out.loss.device)
             copied.record()
 

@@ -59,10 +59,10 @@ def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None
         rule.choose_fold(Run(model, sequence, rule.step()))
     if sequence.batch < 2 or any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules()):
         return  # what normalises by the statistics of the batch, in evaluation too, is not judged
-    if found := _find_mixing(model, sequence):
+    if mixing := _find_mixing(model, sequence):
         warnings.warn(
-            f"{found} mixes the samples of a batch, in evaluation mode too: what a sample gives depends on the others. "
-            "Attention is among tokens, [B, N, E] and not [N, B, E]; a sum over dimension 0 is one over samples",
+            f"{mixing} mixes the samples of a batch, in evaluation mode too: what a sample gives depends on the others."
+            " Attention is among tokens, [B, N, E] and not [N, B, E]; a sum over dimension 0 is one over samples",
             stacklevel=4,
         )
 
@@ -191,7 +191,7 @@ def _find_mixing(model: nn.Module, sequence: Sequence) -> str | None:
         twin = _copy(model)
         # the same once more with other random numbers: what they change is not judged
         calls = (x, 0), (x, 1), (changed, 0)
-        before, again, after = (_run(twin, one, seed) for one, seed in calls)
+        before, again, after = (_run(twin, inputs, seed) for inputs, seed in calls)
     except Exception:  # of any kind: it is the user's code
         return None
     if len({tuple(name for name, *_ in seen) for seen in (before, again, after)}) > 1:
@@ -207,7 +207,7 @@ def _run(model: nn.Module, x: Tensor, seed: int) -> list[ModuleCall]:
     seen: list[ModuleCall] = []
 
     def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        read, gave = (_first_row(one, len(x)) for one in (inputs[0] if inputs else None, output))
+        read, gave = (_first_row(tensor, len(x)) for tensor in (inputs[0] if inputs else None, output))
         seen.append((f"{name or 'the model'} ({type(module).__name__})", read, gave))
 
     hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules()]

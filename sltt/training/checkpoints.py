@@ -87,7 +87,7 @@ def load_optimizer(optim: Any, state: dict[str, Any], path: Path) -> None:
     options = [set(group) for group in optim.param_groups]
     try:
         optim.load_state_dict(state)
-        lost = {key for known, group in zip(options, optim.param_groups, strict=True) for key in known - set(group)}
+        lost = {key for keys, group in zip(options, optim.param_groups, strict=True) for key in keys - set(group)}
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(
             f"the optimizer's state in {path} is of other parameters, or of another norm_weight_decay or norm_bias_lr: "

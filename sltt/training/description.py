@@ -41,15 +41,15 @@ def describe(value: Any, untold: list[str], place: str, within: tuple[int, ...] 
     within = *within, id(value)
     if isinstance(value, list | tuple | Set):
         items = [*value] if len(value) <= MOST else [len(value), *[*value][:: len(value) - 1]]
-        told = [describe(one, untold, f"{place}.{i}", within) for i, one in enumerate(items)]
+        told = [describe(item, untold, f"{place}.{i}", within) for i, item in enumerate(items)]
         told = sorted(told, key=repr) if isinstance(value, Set) else told
         return told if len(told) < 20 else f"{len(told)} items {hashlib.sha256(repr(told).encode()).hexdigest()[:16]}"
-    parts = {str(key): one for key, one in value.items()} if isinstance(value, Mapping) else _parts(value)
+    parts = {str(key): part for key, part in value.items()} if isinstance(value, Mapping) else _parts(value)
     if parts.get("class") is None and not isinstance(value, Mapping):
         untold.append(place)
     return {
-        name: describe(one, untold, f"{place}.{name}", within)
-        for name, one in parts.items()
+        name: describe(part, untold, f"{place}.{name}", within)
+        for name, part in parts.items()
         if name not in PLACES or not place.startswith("data")
     }
 
@@ -69,7 +69,7 @@ def _parts(value: Any) -> dict[str, Any]:
         taken = [*arguments_of(type(value))]
     except (TypeError, ValueError):  # of a class that is not written in Python
         taken = [""]
-    if all(hasattr(value, one) and not inspect.isroutine(getattr(kind, one, None)) for one in taken):
+    if all(hasattr(value, attribute) and not inspect.isroutine(getattr(kind, attribute, None)) for attribute in taken):
         return {"class": name if taken or hasattr(value, "__dict__") else None, **{k: getattr(value, k) for k in taken}}
     held = {k: v for k, v in getattr(value, "__dict__", {}).items() if k != "_loaded"}
     if isinstance(value, nn.Module):

@@ -37,8 +37,8 @@ Split = Literal["train", "validation", "test"]
 def check_metrics(metric: Any) -> list[Any]:
     """Return the metric, or the metrics, as a list; raise ValueError unless their names differ."""
     metrics = list(metric) if isinstance(metric, list | tuple) else [metric]
-    for one in metrics:
-        check_metric(one)
+    for name in metrics:
+        check_metric(name)
     if len(names := set(map(name_of, metrics))) < len(metrics) or not metrics:
         raise ValueError(f"expected one metric or several of different names, got {', '.join(names) or 'none'}")
     return metrics
@@ -75,13 +75,13 @@ def evaluate(settings: Evaluation) -> Metrics:
     Raises:
         ValueError: the split is empty, or `mirror` or `shift` is given and the samples are no images.
     """
-    steps, known = settings.steps, getattr(settings.model, "trained", None)
-    if isinstance(known, Trained):
-        steps = known.steps if steps is None else steps
-        if prediction_of(settings.loss) != known.prediction:
+    steps, trained = settings.steps, getattr(settings.model, "trained", None)
+    if isinstance(trained, Trained):
+        steps = trained.steps if steps is None else steps
+        if prediction_of(settings.loss) != trained.prediction:
             log.warning(
                 "the network was trained with a loss that predicts by %s, and is measured with one that predicts by "
-                "%s: give evaluate its loss", known.prediction, prediction_of(settings.loss)
+                "%s: give evaluate its loss", trained.prediction, prediction_of(settings.loss)
             )  # fmt: skip
     settings = replace(settings, steps=4 if steps is None else steps)
     with session(settings) as here:
@@ -108,9 +108,9 @@ def measure_split(here: Session, settings: Any, split: Split, mirror: bool = Fal
     before = [*plain_tensors(model)]
     look = partial(views, static=splits.static, mirror=mirror, shift=shift)
     with finish_loaders(loader):
-        found = measure(here, net, loader, splits, loss, metrics, steps, look, selects=False, memory=memory)
+        metrics_of_split = measure(here, net, loader, splits, loss, metrics, steps, look, selects=False, memory=memory)
     warn_of_leftovers(model, before, (splits.sizes[split] - 1) % size + 1)
-    return found
+    return metrics_of_split
 
 
 def measure(
@@ -139,9 +139,9 @@ def measure(
     waiting = deque[Callable[[], None]]()  # the batch before, whose numbers are read while a GPU works on the next one
 
     def finish(read: Callable[[], list[Any]], counted: int, y: Any) -> None:
-        value, *found = read()
-        for score, one in zip(scores.values(), found, strict=True):
-            score.add(one, counted)
+        value, *totals = read()
+        for score, total in zip(scores.values(), totals, strict=True):
+            score.add(total, counted)
         state.count(float(value), counted, y)
 
     with evaluation_mode(net), firing_rates(net.module) as firing, torch.no_grad():
@@ -191,10 +191,10 @@ def views(x: Tensor, static: bool, mirror: bool, shift: int) -> list[tuple[float
         raise ValueError(f"{name} needs images [C, H, W] as samples of a time step, got a batch {list(x.shape)}")
     if shift and shift >= min(x.shape[-2:]):
         raise ValueError(f"shift must be less than the {min(x.shape[-2:])} pixels of the images, got {shift}")
-    found = [(1.0, x)]
+    weighted = [(1.0, x)]
     if shift:
-        found = [(0.5, x), *((0.25, shift_image(x, pixels)) for pixels in (-shift, shift))]
-    return [(w / 2, one) for w, view in found for one in (view, view.flip(-1))] if mirror else found
+        weighted = [(0.5, x), *((0.25, shift_image(x, pixels)) for pixels in (-shift, shift))]
+    return [(w / 2, image) for w, view in weighted for image in (view, view.flip(-1))] if mirror else weighted
 
 
 def shift_image(x: Tensor, pixels: int) -> Tensor:

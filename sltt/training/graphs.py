@@ -135,7 +135,7 @@ class Graphs:
             self.problem = "sequences have several lengths"
         if self.problem or isinstance(y, Padded):
             return iteration(x, y)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-        form = [(one.shape, one.dtype, one.stride()) for one in (x, y)]
+        form = [(tensor.shape, tensor.dtype, tensor.stride()) for tensor in (x, y)]
         if form != self._form:
             self._form, self._ran, self._graph = form, 0, CudaGraph(self.device)
             self._replays: dict[Hashable, Replay | None] = {}
@@ -234,10 +234,10 @@ def graphed(
         p.grad = gradient
 
     def step(x: Tensor, y: Tensor) -> Output:
-        for name, given, captured in (("x", x, replay.x), ("y", y, replay.y)):
-            if given.shape != captured.shape:
+        for name, sample, captured in (("x", x, replay.x), ("y", y, replay.y)):
+            if sample.shape != captured.shape:
                 raise ValueError(
-                    f"the graph takes {name} of shape {list(captured.shape)}, got {list(given.shape)}: use "
+                    f"the graph takes {name} of shape {list(captured.shape)}, got {list(sample.shape)}: use "
                     "DataLoader(…, drop_last=True), or call the rule itself for this batch"
                 )
         return Output(*(value.clone() for value in replay(x, y)))
@@ -256,7 +256,7 @@ def make_graphs(here: Session, settings: Settings, rule: Rule, steps: int) -> Gr
     if several and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         problem = problem or "processes exchange tensors within a batch"
     if mode == "auto" and not problem:
-        kinds = [type(one) for one in (rule, *(settings.callbacks or ()))]
+        kinds = [type(part) for part in (rule, *(settings.callbacks or ()))]
         own = next((kind.__name__ for kind in kinds if not kind.__module__.startswith("sltt.")), None)
         problem = f"{own} may do what a graph does not repeat (graph='on' if not)" if own else model_problem(model)
     return Graphs(model, device, problem, mode == "on")
@@ -293,23 +293,23 @@ def watch(model: nn.Module, run: Callable[[], Any], device: torch.device) -> tup
 @contextmanager
 def _waits(device: torch.device) -> Iterator[list[str]]:
     """List the lines of Python in which the host waits for a CUDA device."""
-    found: list[str] = []
+    lines: list[str] = []
     if device.type != "cuda":
-        yield found
+        yield lines
         return
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield found
+            yield lines
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-    for one in caught:
-        if "called a synchronizing CUDA operation" in str(one.message):
-            found.append(f"{one.filename}:{one.lineno}")
-        elif "Synchronization debug mode" not in str(one.message):
-            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    for warning in caught:
+        if "called a synchronizing CUDA operation" in str(warning.message):
+            lines.append(f"{warning.filename}:{warning.lineno}")
+        elif "Synchronization debug mode" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 class _HostTraffic(DispatchMode):

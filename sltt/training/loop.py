@@ -130,9 +130,9 @@ class Loop:
     def _validate(self, stage: Stage, loader: DataLoader[Any] | None) -> Metrics | None:
         if loader is None:
             return None
-        one, given = self.learner, (self.splits, self.learner.loss, [self.settings.metric], stage.steps)
-        with self._locate_errors(lambda: "validation"), one.round_weights():
-            return measure(one.session, one.averaged, loader, *given)
+        learner, arguments = self.learner, (self.splits, self.learner.loss, [self.settings.metric], stage.steps)
+        with self._locate_errors(lambda: "validation"), learner.round_weights():
+            return measure(learner.session, learner.averaged, loader, *arguments)
 
     def _end_epoch(self, training: Metrics, validation: Metrics | None) -> dict[str, Any]:
         """Save an epoch; returns its row in the table of metrics."""
@@ -154,7 +154,7 @@ class Loop:
         content = {
             **self.learner.state_dict(),
             "rules": [stage.rule.state_dict() for stage in self.stages],
-            "callbacks": [[_describe_callback(one), one.state_dict()] for one in self.callbacks],
+            "callbacks": [[_describe_callback(callback), callback.state_dict()] for callback in self.callbacks],
             "progress": vars(self.state.sum_over(self.processes)),
             "fingerprint": self.fingerprint,
             "task": {
@@ -182,7 +182,7 @@ class Loop:
                 f"the run {self.folder} was trained on the split {checkpoint['fingerprint']}, but the data now gives "
                 f"{self.fingerprint}: restore its samples and settings, or start a new run with --weights"
             )
-        before, now = [name for name, _ in saved_callbacks], [_describe_callback(one) for one in self.callbacks]
+        before, now = [name for name, _ in saved_callbacks], [_describe_callback(c) for c in self.callbacks]
         if before != now:
             raise CheckpointError(
                 f"the run {self.folder} was trained with callbacks {', '.join(before) or 'none'}, and is to go on with "
@@ -190,8 +190,8 @@ class Loop:
             )
         for stage, state in zip(self.stages, checkpoint["rules"], strict=False):
             stage.rule.load_state_dict(state)
-        for callback, (_, state) in zip(self.callbacks, saved_callbacks, strict=True):
-            callback.load_state_dict(state)
+        for c, (_, state) in zip(self.callbacks, saved_callbacks, strict=True):
+            c.load_state_dict(state)
         self.state = Progress(**checkpoint["progress"]).take_part(self.processes.rank)
         self.learner.load(checkpoint, self.folder / LAST)
 
@@ -205,7 +205,7 @@ class Loop:
 
     def _show(self, row: dict[str, Any], training: Metrics) -> None:
         self.report.row(row)
-        losses = [one["train_loss"] for one in self.state.history[self.state.first :]]
+        losses = [row["train_loss"] for row in self.state.history[self.state.first :]]
         rises = [] if self.rose else rising_loss(losses, stage_at(self.stages, self.state.epoch - 1).rule)
         self.rose = self.rose or bool(rises)  # which is said once
         for warning in extreme_layers(training.layers) + rises:

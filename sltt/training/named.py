@@ -62,20 +62,20 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, Mapping | list | tuple):
-        for name, one in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _texts(one, str(name))
+        for name, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _texts(item, str(name))
 
 
 def _check_module(run: Path, parts: list[str], code: Path | None, is_class: bool) -> None:
     """Raise ValueError for a module that a run may not name. Text that is no class is one if it can be imported."""
     first, name = parts[0], ".".join(parts)
     paths = [Path(code, *parts[: i + 1]) for i in range(len(parts))] if code else []
-    if file := next((p for one in paths for p in (one, one.with_suffix(".py")) if _lies_within(run, p)), None):
+    if file := next((p for path in paths for p in (path, path.with_suffix(".py")) if _lies_within(run, p)), None):
         raise ValueError(f"the settings of {run} name {file}, which lies within the run: a run is data, and no code")
     # a file of the working directory, which Python may have on its path, is none of these packages
     ours = first in PACKAGES and (first in sys.modules or not PathFinder.find_spec(first, [os.getcwd()]))
-    known = ours or (name in sys.modules and first not in sys.stdlib_module_names)
-    if "__main__" not in parts[1:] and (known or (code and PathFinder.find_spec(first, [str(code)]))):
+    allowed = ours or (name in sys.modules and first not in sys.stdlib_module_names)
+    if "__main__" not in parts[1:] and (allowed or (code and PathFinder.find_spec(first, [str(code)]))):
         return
     if is_class or find_spec(first):
         raise ValueError(
@@ -87,7 +87,7 @@ def _check_module(run: Path, parts: list[str], code: Path | None, is_class: bool
 def _lies_within(run: Path, path: Path) -> bool:
     """Return whether a file or folder is there and part of a run, by its name or by where a link leads."""
     names = os.path.abspath, os.path.realpath
-    return path.exists() and any(Path(one(path)).is_relative_to(one(run)) for one in names)
+    return path.exists() and any(Path(form(path)).is_relative_to(form(run)) for form in names)
 
 
 def _check_kind(run: Path, path: str, value: Any) -> None:
@@ -102,7 +102,7 @@ def _check_kind(run: Path, path: str, value: Any) -> None:
     if isinstance(kind, type) and issubclass(kind, KINDS):
         return
     file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None or any(one in file for one in OURS):
+    if file is None or any(folder in file for folder in OURS):
         raise ValueError(
             f"the settings of {run} name {path}, which is no network, data set, loss, rule, optimizer, schedule, "
             "metric, callback or logger: a run names no other code of an installed package"

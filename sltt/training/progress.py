@@ -114,7 +114,7 @@ class Progress:
         self.batch, self.loss, self.terms, self.seconds, self.firing, self.score = 0, 0.0, 0, 0.0, {}, {}
         if validation is None:
             return False
-        score = [-math.inf if math.isnan(one) else one for one in (sign * validation.score, -validation.loss)]
+        score = [-math.inf if math.isnan(figure) else figure for figure in (sign * validation.score, -validation.loss)]
         if self.best and score <= self.best:
             return False
         self.best, self.best_epoch = score, self.epoch

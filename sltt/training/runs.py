@@ -162,19 +162,19 @@ def write_table(run: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_atomically(run / METRICS, lambda file: file.write(text.getvalue().encode()))
 
 
-def check_config(run: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
+def check_config(run: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raise ValueError where settings are others than those in a checkpoint of the run; some may change."""
-    if found := list_changes(saved, given):
+    if changes := list_changes(saved, settings):
         raise ValueError(
-            f"the settings of {run} are not those that it was trained with: {'; '.join(found)}. Restore them, or start "
-            f"a new run with --weights {quote(str(run))}."
+            f"the settings of {run} are not those that it was trained with: {'; '.join(changes)}. Restore them, or "
+            f"start a new run with --weights {quote(str(run))}."
         )
 
 
-def list_changes(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
+def list_changes(saved: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """List changed settings, beyond those that a resumed run may change. None saved means none to compare."""
-    both = ({**one, "data": describe(one.get("data"), [], "data")} for one in (saved, saved | given))
-    before, now = (yaml.safe_load(yaml.safe_dump(one)) for one in both)  # as files give them back
+    both = ({**config, "data": describe(config.get("data"), [], "data")} for config in (saved, saved | settings))
+    before, now = (yaml.safe_load(yaml.safe_dump(config)) for config in both)  # as files give them back
     return list(_differences(before, now)) if saved else []
 
 
@@ -183,29 +183,29 @@ def describe_layers(model: nn.Module) -> dict[str, str]:
 
     Of neurons that learn, the constants may be learned: there is their class alone.
     """
-    neurons, found = {*spiking_layers(model).values()}, dict[str, str]()
-    for name, one in model.named_modules():
-        if one in neurons or not any(True for _ in one.children()):
-            learns = one in neurons and any(True for _ in one.parameters())
-            found[name] = type(one).__name__ if learns else re.sub(" at 0x[0-9a-f]+", "", repr(one))
-    return found
+    neurons, texts = {*spiking_layers(model).values()}, dict[str, str]()
+    for name, module in model.named_modules():
+        if module in neurons or not any(True for _ in module.children()):
+            learns = module in neurons and any(True for _ in module.parameters())
+            texts[name] = type(module).__name__ if learns else re.sub(" at 0x[0-9a-f]+", "", repr(module))
+    return texts
 
 
-def _differences(saved: Mapping[Any, Any], found: Mapping[Any, Any], path: str = "") -> Iterator[str]:
-    other_class = "class" in saved and saved["class"] != found.get("class")  # whose other arguments say nothing
-    for key in ["class"] if other_class else [*saved, *(key for key in found if key not in saved)]:
+def _differences(saved: Mapping[Any, Any], settings: Mapping[Any, Any], path: str = "") -> Iterator[str]:
+    other_class = "class" in saved and saved["class"] != settings.get("class")  # whose other arguments say nothing
+    for key in ["class"] if other_class else [*saved, *(key for key in settings if key not in saved)]:
         name = f"{path}{key}"
         if name in RESUMABLE and name != "data":
             continue
-        before, now = (dict(enumerate(v)) if isinstance(v := one.get(key), list) else v for one in (saved, found))
-        if key not in found:
+        before, now = (dict(enumerate(v)) if isinstance(v := part.get(key), list) else v for part in (saved, settings))
+        if key not in settings:
             yield f"{name} is missing"
         elif key not in saved:
             yield f"{name} is new"
         elif isinstance(before, dict) and isinstance(now, dict):
             yield from _differences(before, now, f"{name}.")
         elif before != now:
-            yield f"{name} was {saved[key]!r} and is {found[key]!r}"
+            yield f"{name} was {saved[key]!r} and is {settings[key]!r}"
 
 
 def _make(path: Path, config: dict[str, Any], exist_ok: bool = False) -> Path:

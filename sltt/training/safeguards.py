@@ -19,12 +19,12 @@ SAMPLES = 5  # that are looked at before a training; a number that few other dim
 
 def extreme_layers(rates: dict[str, float]) -> list[str]:
     """Return a warning for each layer that never fired, or always, in a whole epoch."""
-    known = {
+    extreme = {
         0.0: ("never", "lower v_threshold, or check the normalisation before it"),
         1.0: ("always", "raise v_threshold"),
     }
     said = "layer {} {} fired in this epoch, so nothing passes it: {}".format
-    return [said(name, *known[rate]) for name, rate in rates.items() if rate in known]
+    return [said(name, *extreme[rate]) for name, rate in rates.items() if rate in extreme]
 
 
 def rising_loss(losses: Sequence[float], rule: Rule) -> list[str]:
@@ -101,7 +101,7 @@ def check_length(x: Tensor, y: Any, splits: Splits, steps: int) -> None:
 def check_mean(loss: Any) -> None:
     """Raise ValueError for a loss that adds up over samples: those of the parts of a batch are averaged."""
     parts = loss.modules() if isinstance(loss, nn.Module) else [loss]
-    if summed := [one for one in parts if getattr(one, "reduction", None) == "sum"]:
+    if summed := [part for part in parts if getattr(part, "reduction", None) == "sum"]:
         raise ValueError(
             f"{type(summed[0]).__name__}(reduction='sum') adds up over samples, and a part of a batch has a share of "
             "them: set reduction='mean', or leave accumulate and devices at 1"

@@ -61,12 +61,12 @@ def write_sample(loop: Loop) -> None:
     arrays = {
         "x": (x if splits.static else x[:, 0]).float(),
         "logits": so_far.float(),
-        **{f"rate.{name}": one.float().mean() for name, one in spikes.items()},
-        **{f"spikes.{name}": one[:, :: -(-one.shape[1] // NEURONS)] for name, one in spikes.items()},
+        **{f"rate.{name}": fired.float().mean() for name, fired in spikes.items()},
+        **{f"spikes.{name}": fired[:, :: -(-fired.shape[1] // NEURONS)] for name, fired in spikes.items()},
     }
     if splits.classes is not None and target_of(y).numel() == 1:
         arrays["label"] = torch.as_tensor(int(target_of(y)))
-    kept: dict[str, Any] = {name: one.cpu().numpy() for name, one in arrays.items()}
+    kept: dict[str, Any] = {name: array.cpu().numpy() for name, array in arrays.items()}
     write_atomically(loop.folder / SAMPLE, lambda file: np.savez_compressed(file, **kept))
 
 

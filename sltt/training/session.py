@@ -75,8 +75,8 @@ class Session:
             x, y = self.fabric.to_device((x, y))
         if stream:  # while the device works on the batch before
             (now := torch.accelerator.current_stream(self.fabric.device)).wait_stream(stream)
-            for one in (x, target_of(y)):
-                one.record_stream(now)
+            for tensor in (x, target_of(y)):
+                tensor.record_stream(now)
         if self.settings.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         elif self.settings.channels_last and x.ndim == 5:
@@ -87,10 +87,10 @@ class Session:
         """Return a function that waits for values, and for no work of a GPU behind them, and gives them."""
         if self.copies is None:
             return lambda: values
-        found = [one.to("cpu", non_blocking=True) if isinstance(one, Tensor) else one for one in values]
+        copies = [v.to("cpu", non_blocking=True) if isinstance(v, Tensor) else v for v in values]
         copied = torch.Event(self.fabric.device)
         copied.record()
-        return lambda: (copied.synchronize(), found)[1]
+        return lambda: (copied.synchronize(), copies)[1]
 
     def console(self, console: Console | None) -> Console:
         """Return where this process prints: the first one to `console`, the others nowhere."""

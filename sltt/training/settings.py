@@ -39,23 +39,23 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 
-def check_optimizer(given: Any) -> None:
+def check_optimizer(factory: Any) -> None:
     """Raise ValueError, with the line to write, for an optimizer in place of a function that makes one."""
-    if isinstance(given, Optimizer):
-        name = type(given).__name__
+    if isinstance(factory, Optimizer):
+        name = type(factory).__name__
         raise ValueError(
             f"optimizer must be a function of the parameters, got an instance of {name}, which a resumed run could not "
             f"make again: optimizer=functools.partial({name}, lr=…)"
         )
-    other = isinstance(given, nn.Module) or (isinstance(given, type) and not issubclass(given, Optimizer))
-    if other or not callable(given):
+    other = isinstance(factory, nn.Module) or (isinstance(factory, type) and not issubclass(factory, Optimizer))
+    if other or not callable(factory):
         raise ValueError(
             "optimizer must be a function of the parameters, such as functools.partial(torch.optim.SGD, lr=0.1), "
-            f"got {given!r:.80}"
+            f"got {factory!r:.80}"
         )
     parameter = nn.Parameter(torch.zeros(2, 2))
     try:
-        make: Any = given
+        make: Any = factory
         made: Any = make([parameter])
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
@@ -115,11 +115,11 @@ class Execution:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batch_size", batch_size_of(self.data, self.batch_size))
-        for one in fields(self):
-            value = to_python(getattr(self, one.name))  # a number of NumPy fits in no file of settings
-            if one.name != "data":
-                _check(one, value)
-            object.__setattr__(self, one.name, value)
+        for setting in fields(self):
+            value = to_python(getattr(self, setting.name))  # a number of NumPy fits in no file of settings
+            if setting.name != "data":
+                _check(setting, value)
+            object.__setattr__(self, setting.name, value)
         object.__setattr__(self, "data", as_data(self.data, self.size))
 
     @property
@@ -203,9 +203,11 @@ class Settings(Execution):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for one in self.callbacks or ():
-            if (type(one).on_batch, type(one).on_epoch) == (Callback.on_batch, Callback.on_epoch):
-                raise ValueError(f"{type(one).__name__} defines neither on_batch nor on_epoch, which a training calls")
+        for callback in self.callbacks or ():
+            if (type(callback).on_batch, type(callback).on_epoch) == (Callback.on_batch, Callback.on_epoch):
+                raise ValueError(
+                    f"{type(callback).__name__} defines neither on_batch nor on_epoch, which a training calls"
+                )
         if self.quantised and self.ema is not None:
             raise ValueError("quantised trains the weights that are rounded, and ema averages others: leave one out")
 
@@ -227,17 +229,17 @@ RESUMABLE = tuple(one.name for one in fields(Settings) if one.metadata.get("resu
 
 def names_of(kind: type[Execution], *groups: str | None) -> list[str]:
     """List the settings of these groups; None are those of no group."""
-    return [one.name for one in fields(kind) if one.metadata.get("group") in groups]
+    return [setting.name for setting in fields(kind) if setting.metadata.get("group") in groups]
 
 
 def texts_of(kind: type[Execution]) -> dict[str, str]:
     """Return what each setting does, with those of `Execution` last."""
     texts = {
-        one.arg_name: one.description or "" for part in kind.__mro__[:-1] for one in parse_from_object(part).params
+        doc.arg_name: doc.description or "" for part in kind.__mro__[:-1] for doc in parse_from_object(part).params
     }
-    shared = {one.name for one in fields(Execution)}
-    order = sorted(fields(kind), key=lambda one: one.kw_only and one.name in shared)
-    return {one.name: " ".join(texts[one.name].split()) for one in order}
+    shared = {setting.name for setting in fields(Execution)}
+    order = sorted(fields(kind), key=lambda setting: setting.kw_only and setting.name in shared)
+    return {setting.name: " ".join(texts[setting.name].split()) for setting in order}
 
 
 def takes(kind: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R]]:
@@ -251,16 +253,16 @@ def takes(kind: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R]]:
         made: Any = call
         made.__signature__ = inspect.signature(kind).replace(return_annotation=function.__annotations__["return"])
         texts = (f"{name}: {text}" for name, text in texts_of(kind).items())  # pyright: ignore[reportArgumentType]
-        lines = (textwrap.fill(one, 120, initial_indent=" " * 8, subsequent_indent=" " * 12) for one in texts)
+        lines = (textwrap.fill(words, 120, initial_indent=" " * 8, subsequent_indent=" " * 12) for words in texts)
         made.__doc__ = (function.__doc__ or "").replace("Returns:", "\n".join(["Args:", *lines, "\n    Returns:"]))
         return made
 
     return decorate
 
 
-def _check(one: Field[Any], value: Any) -> None:
+def _check(setting: Field[Any], value: Any) -> None:
     """Raise ValueError for a value of a setting that is not of its kind, or out of its bounds."""
-    name, kind, about = one.name, cast(Any, one.type), {**one.metadata}
+    name, kind, about = setting.name, cast(Any, setting.type), {**setting.metadata}
     check, remedy = about.pop("check", None), about.pop("remedy", "")
     bounds = {key: about[key] for key in about.keys() & {"above", "least", "below", "most"}}
     if get_origin(kind) in (UnionType, Union):

@@ -112,15 +112,15 @@ def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: S
     """
     instance("model", model, nn.Module, "such as sltt.load(run)")
     instance("x", x, Tensor)
-    by, known = "mean", getattr(model, "trained", None)
-    if isinstance(known, Trained):
-        by = known.prediction
-        if steps is None and known.static:
-            steps = known.steps
-        elif not known.static and len(x) != known.steps and known.steps in x.shape[1:2]:
+    by, trained = "mean", getattr(model, "trained", None)
+    if isinstance(trained, Trained):
+        by = trained.prediction
+        if steps is None and trained.static:
+            steps = trained.steps
+        elif not trained.static and len(x) != trained.steps and trained.steps in x.shape[1:2]:
             log.warning(
                 "the input %s is %d time steps of %d samples, and the network was trained on %d time steps: if the "
-                "batch comes first in it, give x.transpose(0, 1)", list(x.shape), *x.shape[:2], known.steps
+                "batch comes first in it, give x.transpose(0, 1)", list(x.shape), *x.shape[:2], trained.steps
             )  # fmt: skip
     if lengths is not None:
         sequence = time_steps(x, steps)

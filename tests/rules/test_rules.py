@@ -18,7 +18,7 @@ def test_output_is_that_of_the_forward_loop(rule, neurons):
     assert not out.loss.requires_grad
     assert not out.logits.requires_grad
     if getattr(rule, "steady", False):
-        pytest.skip("its logits are those of steady currents, not of the time steps: test_rate_steady.py")
+        pytest.skip("its logits are those of steady currents, not of the time steps: test_rate.py")
     logits = sltt.unroll(model, x)
     assert torch.equal(out.logits, logits)
     of_mean = isinstance(rule, sltt.RateBased)

@@ -160,7 +160,7 @@ def _tag_layer(
     dtype, casts = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
     def run_again(x: Tensor) -> Tensor:
-        weight, bias = (None if one is None else restore(one) for one in kept)
+        weight, bias = (None if tensor is None else restore(tensor) for tensor in kept)
         assert weight is not None
         if call is not None:
             return call.forward(x, weight, bias)

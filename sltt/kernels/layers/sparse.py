@@ -165,6 +165,6 @@ def strides_of(weight: Tensor) -> Any:
 
 def library() -> ctypes.CDLL:
     """Return the native kernels, which are there."""
-    found = native.library()
-    assert found is not None, "ask `native.problem` before"
-    return found
+    loaded = native.library()
+    assert loaded is not None, "ask `native.problem` before"
+    return loaded

@@ -133,11 +133,11 @@ def _multiplied_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, axes: A
     (rows, columns), (height, width) = weight.shape[2:], grad.shape[2:]
     outputs = grad.movedim(1, -1).flatten(0, -2).T.contiguous()  # oneDNN takes twice as long for a transposed view
     padded = F.pad(x.movedim(1, -1), (0, 0, left, left, above, above))
-    found = grad.new_empty(len(weight), rows, columns, x.shape[1])
+    gradient = grad.new_empty(len(weight), rows, columns, x.shape[1])
     for i, j in itertools.product(range(rows), range(columns)):
         read = padded[:, i : i + down * height : down, j : j + right * width : right]
-        torch.mm(outputs, read.flatten(0, 2), out=found[:, i, j])
-    return found.movedim(-1, 1)
+        torch.mm(outputs, read.flatten(0, 2), out=gradient[:, i, j])
+    return gradient.movedim(-1, 1)
 
 
 def _large_layer(x: Tensor, weight: Tensor, axes: Axes, groups: int) -> LayerSizes | None:
@@ -177,11 +177,11 @@ def is_ordinary(tensor: Any) -> bool:
 
 def axes_in(settings: Sequence[Any], dims: int) -> Axes | None:
     """Stride, padding and dilation in a convolution's settings, for each axis; None where PyTorch refuses one."""
-    found = []
+    axes = []
     for value, least in zip(settings, (1, 0, 1), strict=False):
         values = list(value) if isinstance(value, tuple | list) else [value]
         values = values * dims if len(values) == 1 else values
-        if len(values) != dims or not all(isinstance(one, int) and one >= least for one in values):
+        if len(values) != dims or not all(isinstance(value, int) and value >= least for value in values):
             return None
-        found.append(values)
-    return found[0], found[1], found[2]
+        axes.append(values)
+    return axes[0], axes[1], axes[2]

@@ -122,16 +122,16 @@ class _CustomStep(torch.autograd.Function):
             goes_on = needs_states if before is every[0] else not ctx.cut
             of_states = [torch.empty_like(v) for v in before] if goes_on else []
             of_parameters = [torch.empty_like(p) for p in compress(parameters, learned)]
-            given = [grad_s_t, *after]
-            backward = _backward_kernel(step, goes_on, learned, tuple(g is not None for g in given))
+            of_outputs = [grad_s_t, *after]
+            backward = _backward_kernel(step, goes_on, learned, tuple(g is not None for g in of_outputs))
             seen = seen_as(x_t, step.by_channel)
             outputs = *map(seen, (grad_x_t, *of_states)), *map(as_parameter, of_parameters)
             inputs = *map(seen, (x_t, *before)), *map(as_parameter, parameters)
-            backward(*outputs, *inputs, *(seen(g) for g in given if g is not None))
+            backward(*outputs, *inputs, *(seen(g) for g in of_outputs if g is not None))
             after = of_states or [None] * step.states
             totals = [g if sum_ is None else sum_ + g for sum_, g in zip(totals, of_parameters, strict=True)]
-        found = iter(totals)
-        return [grad_x if needs_x else None, *after, *(next(found) if learns else None for learns in learned)]
+        sums = iter(totals)
+        return [grad_x if needs_x else None, *after, *(next(sums) if learns else None for learns in learned)]
 
 
 class FunctionKernel(Kernel):
@@ -191,11 +191,11 @@ def _backward_kernel(
             results = compress(step(x, others[: step.states], others[step.states :]), given)
             pairs = [(r, g.to(r.dtype)) for r, g in zip(results, grads, strict=True) if r.requires_grad]
             leaves = list(compress(leaves, wanted))
-            found: Any = [None] * len(leaves)
+            gradients: Any = [None] * len(leaves)
             if pairs:
                 of, grads_of = zip(*pairs, strict=True)
-                found = torch.autograd.grad(of, leaves, grads_of, allow_unused=True)
-        return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True))
+                gradients = torch.autograd.grad(of, leaves, grads_of, allow_unused=True)
+        return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients, strict=True))
 
     return FunctionKernel(backward, sum(wanted))
 

@@ -44,9 +44,9 @@ class NativeStep:
     """A step in native code."""
 
     def __init__(self, library: ctypes.CDLL, step: NeuronStep, decay: float):
-        above, found = describe(step.surrogate, SURROGATES)
-        self.differentiates = found is not None
-        number, a, b = found or (0, 1.0, 1.0)
+        above, index = describe(step.surrogate, SURROGATES)
+        self.differentiates = index is not None
+        number, a, b = index or (0, 1.0, 1.0)
         inverse = 1 / a if a > 0 and math.frexp(a)[0] == 0.5 else 0.0
         gain = 1 - decay if step.decay_input else 1.0
         soft = step.v_reset is None
@@ -87,9 +87,9 @@ class NativeStep:
         channels = 0 if factors is None else factors.shape[-1]
         affine = None if factors is None else factors.new_empty(2, channels)
         tensors = factors, grad_s, grad_v, kept, spikes, bits, x, out, out_v, affine
-        norm, *given = [None if one is None else one.data_ptr() for one in tensors]
+        norm, *pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         self.library.sltt_neuron_gradient(
-            self.constants, norm, channels, of_batch, x_dtype == torch.bfloat16, out.dtype == torch.bfloat16, *given,
+            self.constants, norm, channels, of_batch, x_dtype == torch.bfloat16, out.dtype == torch.bfloat16, *pointers,
             out.numel() // steps, steps, cut, torch.get_num_threads(),
         )  # fmt: skip
         return (None, None) if affine is None else (affine[0], affine[1])
@@ -131,7 +131,7 @@ def steady_means(
     native.library.sltt_steady(
         native.constants, x.dtype == torch.bfloat16, x, start, steps, *means, x.numel(), torch.get_num_threads()
     )
-    return tuple(one for one in means if one is not None)
+    return tuple(mean for mean in means if mean is not None)
 
 
 _constant_step = functools.lru_cache(maxsize=1024)(NativeStep)

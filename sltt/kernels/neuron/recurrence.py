@@ -122,8 +122,8 @@ class _Recurrence(torch.autograd.Function):
         if not cut and steps > 1:
             of_v = _through_time(ctx, grad, grad_v, kept, weight, delta, gain)
         else:
-            given = grad, grad_v, kept, ctx.spikes, kept.dtype, None, False, kept
-            kernel.gradient(delta, of_v, *given, steps, cut)
+            arguments = grad, grad_v, kept, ctx.spikes, kept.dtype, None, False, kept
+            kernel.gradient(delta, of_v, *arguments, steps, cut)
         of_decay = _decay_gradient(ctx, delta, kept, v, decay) if needs_decay else None
         if gain != 1:
             delta.mul_(gain)
@@ -131,7 +131,7 @@ class _Recurrence(torch.autograd.Function):
         of_bias = None
         if needs_bias:
             ones = [1.0] if ctx.ones is None else ctx.ones  # what stands for 1 in each time step
-            of_bias = sum(d.flatten(0, -2).sum(0) * one for d, one in zip(delta.chunk(len(ones)), ones, strict=True))
+            of_bias = sum(d.flatten(0, -2).sum(0) * row for d, row in zip(delta.chunk(len(ones)), ones, strict=True))
         of_s = delta[: ctx.first] @ weight if needs_s else None
         return delta if needs_x else None, of_s, of_v if needs_v else None, of_weight, of_bias, of_decay, None
 
@@ -141,14 +141,12 @@ def _through_time(
 ) -> Tensor | None:
     """Write ∂L/∂u of all time steps, from the last to the first; return ∂L/∂v before the first."""
     steps, width = ctx.call.steps, len(weight)
-    parts = zip(
-        *(one.chunk(steps) for one in (grad.view(-1, width), kept, ctx.spikes, delta.view(-1, width))), strict=True
-    )
+    parts = zip(*(t.chunk(steps) for t in (grad.view(-1, width), kept, ctx.spikes, delta.view(-1, width))), strict=True)
     after, of_s = None, torch.empty_like(kept[: ctx.first]).view(-1, width)
     states = [torch.empty_like(kept[: ctx.first]) for _ in range(2)]  # in turn before and after a time step
     for grad_t, kept_t, s_t, out in reversed([*parts]):
-        given = grad_t if after is None else torch.addmm(grad_t, after, weight, alpha=gain, out=of_s)
-        ctx.call.kernel.gradient(out, states[0], given, grad_v, kept_t, s_t, kept.dtype, None, False, kept_t, 1, False)
+        total = grad_t if after is None else torch.addmm(grad_t, after, weight, alpha=gain, out=of_s)
+        ctx.call.kernel.gradient(out, states[0], total, grad_v, kept_t, s_t, kept.dtype, None, False, kept_t, 1, False)
         after, grad_v, states = out, states[0], states[::-1]
     return grad_v
 

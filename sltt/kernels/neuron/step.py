@@ -221,20 +221,20 @@ class _NeuronStep(torch.autograd.Function):
                 s = ctx.bits if fast and whole else unpack(ctx.bits, 1.0, ctx.x_dtype).as_strided(*ctx.layout)
             of_decay, of_weight, of_bias = None, None, None
             if in_triton:
-                given = grad_s, grad_v, kept, s, v, x, decay
-                of_decay, parts = fast.gradient(out, before, *given, needs_decay, steps, cut, factors)
+                arguments = grad_s, grad_v, kept, s, v, x, decay
+                of_decay, parts = fast.gradient(out, before, *arguments, needs_decay, steps, cut, factors)
                 of_decay = None if of_decay is None else of_decay.reshape(decay.shape).to(decay.dtype)
                 if parts is not None:
                     assert factors is not None
                     out, of_weight, of_bias = triton_norm.gradients(out, x, factors, of_batch, parts)
             elif fast:
-                given = grad_s, grad_v, kept, s, ctx.x_dtype, factors, of_batch, x
-                of_weight, of_bias = fast.gradient(out, before, *given, steps, cut)
+                arguments = grad_s, grad_v, kept, s, ctx.x_dtype, factors, of_batch, x
+                of_weight, of_bias = fast.gradient(out, before, *arguments, steps, cut)
             else:
                 assert factors is None, "there was one in the forward"
                 _plain_gradient(call, out, before, grad_s, grad_v, kept, s, decay)
             if of_u and needs_decay:
-                parts = (unfold(one, steps) for one in (out, kept, s))
+                parts = (unfold(tensor, steps) for tensor in (out, kept, s))
                 of_decay = _decay_gradient(step, decay, v, unfold(x, steps), *parts)
             if of_u and needs_x:
                 out = (out * (1 - step.rate(decay) if step.decay_input else 1.0)).to(ctx.x_dtype)
@@ -247,7 +247,7 @@ def _plain_gradient(
 ) -> None:
     """Write ∂L/∂u of all time steps, and ∂L/∂v before the first if wanted."""
     _, backward = _kernels(call.step)
-    of_u, of_s, ks, ss = (unfold(one, call.steps) for one in (out, grad_s, kept, s))
+    of_u, of_s, ks, ss = (unfold(tensor, call.steps) for tensor in (out, grad_s, kept, s))
     for t in reversed(range(call.steps)):
         before = out_v if t == 0 else None if call.cut else torch.empty_like(ks[0])
         backward(of_u[t], before, of_s[t], grad_v, ks[t], ss[t], decay)

@@ -7,7 +7,7 @@ None is not read or written, and compiled away.
 With values for each channel, the memory is a matrix [n / width, width]: its columns are the channels where these are
 last in memory, else its rows are the channels of each sample. A block is then a tile of it, of TILE columns.
 
-The equations, and the order in which they round, are those of step.py. They round so if they are launched with
+The equations, and the order in which they round, are those of equations.py. They round so if they are launched with
 `enable_fp_fusion=False`, without fused multiply-adds. All is computed in float32; with a membrane potential of 16 bits,
 the results of single operations are rounded to its type, STATE, as PyTorch does. Gradients are not rounded in between.
 """

@@ -27,9 +27,9 @@ class TritonStep:
     def __init__(self, step: NeuronStep):
         from sltt.kernels.neuron import triton_kernels  # imports Triton
 
-        above, found = describe(step.surrogate, SURROGATES)
-        self.differentiates = found is not None
-        number, a, b = found or (0, 1.0, 1.0)
+        above, index = describe(step.surrogate, SURROGATES)
+        self.differentiates = index is not None
+        number, a, b = index or (0, 1.0, 1.0)
         soft, decay = step.v_reset is None, 0.0 if step.decay is None else step.decay
         self._kernels = triton_kernels
         named = {"decay": decay, "gain": 1 - decay, "threshold": step.v_threshold, "rest": step.v_reset or 0}
@@ -85,26 +85,26 @@ class TritonStep:
         shape = tiles.parts if by_channel(decay) else (tiles.programs,)
         of_decay = out.new_empty(shape, dtype=torch.float32) if learns else None
         of_norm = None if factors is None else out.new_empty(steps, *tiles.parts, dtype=torch.float32)
-        written, given = (out, out_v, of_decay, of_norm), (grad_s, grad_v)
-        known = {"parts": tiles.parts[0], "BY_CHANNEL": by_channel(decay), "CUT": cut, "num_warps": WARPS}
+        written, read = (out, out_v, of_decay, of_norm), (grad_s, grad_v)
+        constants = {"parts": tiles.parts[0], "BY_CHANNEL": by_channel(decay), "CUT": cut, "num_warps": WARPS}
         if kept is None:
             self._launch(
-                self._kernels.steps_replayed, tiles, *written, *given, v, x, decay, factors, n,
-                **self._replayed, **known, T=steps,
+                self._kernels.steps_replayed, tiles, *written, *read, v, x, decay, factors, n,
+                **self._replayed, **constants, T=steps,
             )  # fmt: skip
         else:
             s = s if self._shared["SOFT"] else None
             self._launch(
-                self._kernels.steps_backward, tiles, *written, *given, kept, s, v, x, decay, factors, n,
-                **self._backward, **known, steps=steps, FLOWS=grad_v is not None or (steps > 1 and not cut),
+                self._kernels.steps_backward, tiles, *written, *read, kept, s, v, x, decay, factors, n,
+                **self._backward, **constants, steps=steps, FLOWS=grad_v is not None or (steps > 1 and not cut),
             )  # fmt: skip
         return None if of_decay is None else of_decay.sum(0), of_norm
 
     def _launch(self, kernel: Any, tiles: "Tiles", like: Tensor, *tensors: Any, **constants: Any) -> None:
         """Run a kernel, whose first tensor is `like`."""
         with torch.cuda.device_of(like):
-            given = self._constants | constants | tiles.arguments
-            kernel[(tiles.programs,)](like, *tensors, **given, enable_fp_fusion=False)
+            arguments = self._constants | constants | tiles.arguments
+            kernel[(tiles.programs,)](like, *tensors, **arguments, enable_fp_fusion=False)
 
 
 class Tiles:
@@ -153,8 +153,8 @@ def triton_step(
         return None
     if decay is not None and (decay.dtype != dtype or decay.device != like.device):
         return None
-    known = fires_as_usual(step.surrogate) and step.subtract is None and step.most == 1
-    if not known or options().compile == "off" or problem(like.device):
+    usual = fires_as_usual(step.surrogate) and step.subtract is None and step.most == 1
+    if not usual or options().compile == "off" or problem(like.device):
         return None
     return _constant_step(step)
 

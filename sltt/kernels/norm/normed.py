@@ -44,16 +44,16 @@ def prepare_norm(norm: Any, x: Tensor, bias: Tensor | None = None, steps: int = 
     tracked = not norm.training or norm.track_running_stats
     running = (norm.running_mean, norm.running_var) if tracked else (None, None)
     dims = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}  # of others, PyTorch says so
-    known = any(isinstance(norm, kind) and x.ndim in takes for kind, takes in dims.items())
-    if not known or not _fits(x, (*running, norm.weight, norm.bias), training, steps):
+    takes_it = any(isinstance(norm, kind) and x.ndim in takes for kind, takes in dims.items())
+    if not takes_it or not _fits(x, (*running, norm.weight, norm.bias), training, steps):
         return None
     triton = in_triton(x)
     if triton and (norm.momentum is None or (norm.weight is None) != (norm.bias is None)):
         return None
     _, momenta = batch_statistics(norm, steps)
     if triton:
-        given = (norm.weight, bias), running, training, momenta[0], norm.eps, steps
-        factors = triton_norm.factors_of(x.detach(), *given)
+        arguments = (norm.weight, bias), running, training, momenta[0], norm.eps, steps
+        factors = triton_norm.factors_of(x.detach(), *arguments)
     else:
         library, channels = native.library(), x.shape[1]
         assert library is not None
@@ -90,5 +90,5 @@ def _fits(x: Any, others: Sequence[Any], training: bool, steps: int) -> bool:
 
 def _is_vector(vector: Any, x: Tensor) -> bool:
     """Return whether kernels can read and write a value for each channel of x."""
-    known = type(vector) in (Tensor, nn.Parameter) and vector.device == x.device and not vector.is_inference()
-    return known and vector.dtype == torch.float32 and vector.shape == x.shape[1:2] and vector.is_contiguous()
+    plain = type(vector) in (Tensor, nn.Parameter) and vector.device == x.device and not vector.is_inference()
+    return plain and vector.dtype == torch.float32 and vector.shape == x.shape[1:2] and vector.is_contiguous()

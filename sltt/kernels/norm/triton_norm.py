@@ -59,8 +59,8 @@ def gradients(grad: Tensor, x: Tensor, factors: Tensor, training: bool, parts: T
     grid, n = (tiles.programs, steps), first.numel()
     if parts is None:
         parts = x.new_empty(steps, *tiles.parts, dtype=torch.float32)
-        given = {"parts": tiles.parts[0], "steps": steps, **tiles.arguments}
-        launch("gradient_parts", grid, x, grad, parts, factors, n, **given)
+        arguments = {"parts": tiles.parts[0], "steps": steps, **tiles.arguments}
+        launch("gradient_parts", grid, x, grad, parts, factors, n, **arguments)
     sums = parts.sum(1)
     of_bias, of_weight = sums[0] if steps == 1 else sums.sum(0)
     share = channels / n if training else 0.0

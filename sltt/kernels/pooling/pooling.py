@@ -81,7 +81,7 @@ def running_max(
     summed = torch.empty_like(x, dtype=torch.float32)
     most = torch.empty_like(largest, dtype=torch.float32)
     gained = torch.empty_like(largest, dtype=x.dtype)
-    half, half_total = (one.dtype == torch.bfloat16 for one in (x, total))
+    half, half_total = (tensor.dtype == torch.bfloat16 for tensor in (x, total))
     library.sltt_running_max(
         ctypes.byref(windows), half, half_total, x, total, largest, summed, most, gained, torch.get_num_threads()
     )
@@ -91,11 +91,11 @@ def running_max(
 def _native_form(pool: Any, x: Tensor) -> tuple[ctypes.CDLL, _Windows] | None:
     """Return the kernels and the windows of a pooling; None where windows do not lie side by side in native images."""
     axes = 1 if isinstance(pool, nn.MaxPool1d) else 2
-    known = axes == 1 or isinstance(pool, nn.MaxPool2d)
-    if not known or pool.return_indices or pool.ceil_mode or not _is_channels_last(x):
+    supported = axes == 1 or isinstance(pool, nn.MaxPool2d)
+    if not supported or pool.return_indices or pool.ceil_mode or not _is_channels_last(x):
         return None
     settings = pool.kernel_size, pool.stride, pool.padding, pool.dilation
-    size, stride, padding, dilation = ((one,) * axes if isinstance(one, int) else one for one in settings)
+    size, stride, padding, dilation = ((s,) * axes if isinstance(s, int) else s for s in settings)
     if not isinstance(size, tuple) or (size, padding, dilation) != (stride, (0,) * axes, (1,) * axes):
         return None
     if len(size) != axes:
@@ -108,7 +108,7 @@ def _native_form(pool: Any, x: Tensor) -> tuple[ctypes.CDLL, _Windows] | None:
 
 
 def _fits(total: Tensor, largest: Tensor, x: Tensor) -> bool:
-    if torch.is_grad_enabled() and any(one.requires_grad for one in (total, largest, x)):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (total, largest, x)):
         return False
     if total.dtype != largest.dtype or total.dtype not in (torch.float32, x.dtype):
         return False

@@ -118,8 +118,8 @@ def tag_sum(x: Tensor, seen: deque[Tensor]) -> None:
     That is a residual connection: on a CPU the values show it, elsewhere the graph, which does not wait. Those that
     were seen have tags, or are saved in any case: as x is if it gets no tag.
     """
-    others = [one for one in seen if one is not x]
-    same = [one for one in others if one.shape == x.shape and one.dtype == x.dtype]
+    others = [operand for operand in seen if operand is not x]
+    same = [operand for operand in others if operand.shape == x.shape and operand.dtype == x.dtype]
     if tag_of(x) is None and len(same) == 2 and _is_sum(x, *same):
         kept, tag = save(same[1].detach()), tag_of(same[1])
         tag_made(x, same[0], lambda first: first + restore(kept), tag.layers if tag else 0)
@@ -133,7 +133,7 @@ def _is_sum(x: Tensor, a: Tensor, b: Tensor) -> bool:
     node: Any = x.grad_fn
     if node is None or node.name() != "AddBackward0" or node._saved_alpha != 1 or x._version:
         return False
-    return {*node.next_functions} == {(one.grad_fn, one.output_nr) for one in (a, b)}
+    return {*node.next_functions} == {(operand.grad_fn, operand.output_nr) for operand in (a, b)}
 
 
 @contextmanager
