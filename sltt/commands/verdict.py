@@ -136,7 +136,7 @@ def _take(rules: Sequence[Verdict], reference: Verdict) -> str:
 def _sentence(verdict: Verdict, reference: Verdict) -> str:
     reached, noise, word, _ = _judge(verdict, reference)
     parts = [reached] if reached else []
-    if saved := _saved(verdict, reference):
+    if saved := _memory_ratios(verdict, reference):
         parts.append(" and ".join(f"{_times(ratio)} memory{f' at T = {t}' if t else ''}" for t, ratio in saved))
     if verdict.seconds and reference.seconds:
         parts.append(f"{_ratio(verdict.seconds, reference.seconds)} × the time")
@@ -150,7 +150,7 @@ def _sentence(verdict: Verdict, reference: Verdict) -> str:
     return f"{verdict.rule}: {', '.join(parts)}.{safe}{seeds}" if parts else ""
 
 
-def _saved(verdict: Verdict, reference: Verdict) -> list[tuple[int | None, float]]:
+def _memory_ratios(verdict: Verdict, reference: Verdict) -> list[tuple[int | None, float]]:
     """Return the reference's memory over that of a rule, for the two largest T at which both are known."""
     both = sorted((steps for steps in verdict.memory if steps in reference.memory), key=lambda steps: steps or 0)
     return [(steps, reference.memory[steps] / verdict.memory[steps]) for steps in both[-2:] if verdict.memory[steps]]

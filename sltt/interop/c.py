@@ -15,7 +15,7 @@ from sltt.interop.c_integers import in_integers
 from sltt.interop.c_network import Fire, Network, Operation
 from sltt.interop.c_reading import read
 from sltt.interop.c_writing import Program, lines_of
-from sltt.interop.conversion import check_finite
+from sltt.interop.conversion import check_exportable
 from sltt.rules import unroll
 from sltt.sequence.copies import copy_model
 from sltt.sequence.steps import time_steps
@@ -90,7 +90,7 @@ def to_c(
     folder = checks.folder("folder", folder)
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another folder, or remove this one")
-    check_finite(model)
+    check_exportable(model)
     if not example.numel():
         raise ValueError(f"the example is empty, {list(example.shape)}: give some samples")
     x = torch.stack([sequence.input(range(t, t + 1)) for t in range(sequence.steps)]).float().cpu()

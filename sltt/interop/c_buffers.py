@@ -38,7 +38,7 @@ def kind_of(network: Network, value: Value) -> str:
     return "small" if counts and value is not network.output else "values"
 
 
-def padded(network: Network, op: Weights) -> int:
+def count_padded(network: Network, op: Weights) -> int:
     """Return how many sums a layer writes for a pixel: in integers, C takes four weights at a time."""
     return -(-len(op.bias) // 4) * 4 if network.integers and op.groups == 1 else len(op.bias)
 
@@ -55,11 +55,11 @@ def plan(network: Network, fused: dict[Operation, Weights]) -> tuple[list[Buffer
         # also where it is read in the next step
         persistent = isinstance(op, Keep) or any(value in other.inputs for other in operations[: i + 1])
         until = float("inf") if persistent else last.get(value, i)
-        wider = isinstance(op, Weights) and padded(network, op) > value.shape[0]
+        wider = isinstance(op, Weights) and count_padded(network, op) > value.shape[0]
         if value is network.output and not (persistent or wider):
             continue
         size = -(-value.size // 32) if value.spikes else value.shape[0] if op in fused.values() else value.size
-        size += padded(network, op) - value.shape[0] if isinstance(op, Weights) else 0
+        size += count_padded(network, op) - value.shape[0] if isinstance(op, Weights) else 0
         free = [b for b in buffers if b.until < i and b.kind == kind and not persistent]
         if isinstance(op, Affine | Sum) and not persistent:  # in place of an input that nobody reads any more
             in_place = [places[x] for x in op.inputs if x in places and places[x].until == i and places[x].kind == kind]

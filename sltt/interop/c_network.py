@@ -190,7 +190,7 @@ class Sum(Operation):
 
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         terms = [
-            x if factor is None else _scaled(_channels(factor) * x)
+            x if factor is None else _rescale(_channels(factor) * x)
             for x, factor in zip(inputs, self.factors, strict=True)
         ]
         return torch.stack(terms).sum(0)
@@ -351,7 +351,7 @@ def _channels(vector: Tensor) -> Tensor:
     return vector.view(-1, 1, 1)
 
 
-def _scaled(x: Tensor) -> Tensor:
+def _rescale(x: Tensor) -> Tensor:
     return _shift_right(x, SHIFT) if x.dtype is torch.float64 else x
 
 

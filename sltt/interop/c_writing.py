@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sltt.interop import c_network
-from sltt.interop.c_buffers import find_fused, kind_of, padded, plan
+from sltt.interop.c_buffers import count_padded, find_fused, kind_of, plan
 from sltt.interop.c_network import Affine, Fire, Keep, Network, Operation, Pool, Spread, Sum, Taps, Value, Weights
 
 _WORDS = ("input", "number", "weight", "row", "factor", "state")
@@ -273,16 +273,16 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             of = {"out_height": op.output.shape[1], "out_width": op.output.shape[2], "largest": int(op.largest)}
             factor = _literal(op.factor, self.types["number"])
             layer = self._layer("pool_layer", op, **_window(op, op.kernel), **of, factor=factor)
-            return [f"{self._function('pool', x, op.output)}({layer}, {self._given(x)}, {out});"]
+            return [f"{self._function('pool', x, op.output)}({layer}, {self._pointers(x)}, {out});"]
         if isinstance(op, Fire):
             states = {s: f"net->{self.names[op]}_{s}" for s in op.states}
-            states_given = [states.get(s, "NULL") for s, has in (("i", "synapse"), ("a", "rise")) if has in self.has]
+            more_states = [states.get(s, "NULL") for s, has in (("i", "synapse"), ("a", "rise")) if has in self.has]
             layer = self._layer("neuron_layer", op, channels=channels, **self._parameters(op))
             before = self.fused.get(op)
             currents = places[0] + offset * (before is None)
             function = self._function("graded", x, op.output) if op.output.levels else self._function("lif", x, x)
-            states_given = [] if op.output.levels else states_given
-            call = f"{function}({', '.join([layer, currents, 'i', out, *states_given, states['v']])});"
+            more_states = [] if op.output.levels else more_states
+            call = f"{function}({', '.join([layer, currents, 'i', out, *more_states, states['v']])});"
             return _for_each(size // channels, [self._pixel(before, places[0]), call] if before else [call])
         if isinstance(op, Keep):
             if x is self.network.input:
@@ -315,7 +315,7 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         """Return the statement that computes pixel i of a layer with weights."""
         outputs, inside, height, width = op.weight.shape
         grouped = op.weight.view(op.groups, outputs // op.groups, inside, height, width).permute(3, 4, 0, 2, 1)
-        kind, row, more = "weight", outputs // op.groups, padded(self.network, op) - outputs
+        kind, row, more = "weight", outputs // op.groups, count_padded(self.network, op) - outputs
         if op.groups == 1 and self.network.integers:  # four in a word
             kind, row = "row", (outputs + more) // 4
             four = pad(grouped + 128, (0, more), value=128).unflatten(-1, (row, 4))
@@ -325,9 +325,9 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         fields |= {"dilation_y": op.dilation[0], "dilation_x": op.dilation[1]} | _window(op, (height, width))
         layer = self._layer("conv_layer", op, **fields, bias=self._constant(op, "bias", pad(op.bias, (0, more))))
         function = self._function("conv" if op.groups == 1 else "grouped", op.inputs[0], op.output)
-        return f"{function}({layer}, {weights}, {self._given(op.inputs[0])}, i, {out});"
+        return f"{function}({layer}, {weights}, {self._pointers(op.inputs[0])}, i, {out});"
 
-    def _given(self, x: Value) -> str:
+    def _pointers(self, x: Value) -> str:
         """Return the arguments for bits and for values, of which a function reads one."""
         return f"{self._place(x)}, NULL" if x.spikes else f"NULL, {self._place(x)}"
 

@@ -129,7 +129,7 @@ def has_hooks(module: nn.Module, backward: bool = False) -> bool:
     return any(not (type(h).__module__.startswith("torch.nn.utils") or hasattr(h, "sees_folds")) for h in hooks)
 
 
-def check_finite(model: nn.Module) -> None:
+def check_exportable(model: nn.Module) -> None:
     """Raise ValueError for a weight, or a statistic of BatchNorm, that is NaN or infinite."""
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():

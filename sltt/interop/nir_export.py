@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sltt.checks import instance, number
 from sltt.interop import reading
-from sltt.interop.conversion import add_remedies, check_finite, require
+from sltt.interop.conversion import add_remedies, check_exportable, require
 from sltt.interop.reading import Call, pair
 from sltt.neurons import IF, LI, LIF, PLIF, CubaLIF, Delay, IntegrateAndFire, Neuron, Recurrent
 from sltt.sequence.copies import copy_model
@@ -52,7 +52,7 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
         ValueError: naming every layer and operation that NIR has no counterpart for.
     """
     instance("x", x, Tensor)
-    check_finite(instance("model", model, nn.Module))
+    check_exportable(instance("model", model, nn.Module))
     model = copy_model(model).eval()
     if x.dtype in (torch.bfloat16, torch.float16):  # NumPy has no bfloat16, and folding would round to 16 bits
         model, x = model.float(), x.float()

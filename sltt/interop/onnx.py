@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import folder, instance
-from sltt.interop.conversion import check_finite, check_names, describe
+from sltt.interop.conversion import check_exportable, check_names, describe
 from sltt.interop.reading import ONE_TENSOR
 from sltt.kernels import using
 from sltt.neurons import Delay, Neuron, Recurrent
@@ -44,7 +44,7 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path, *, sequence: bool = F
     """
     instance("model", model, nn.Module)
     instance("x", x, Tensor)
-    check_finite(model)
+    check_exportable(model)
     check_names(model)
     path = folder("path", path, "a file")
     frame = x[0] if sequence else x
