@@ -17,10 +17,10 @@ from tests.kernels.exact import NATIVE
 pytestmark = NATIVE
 ROUNDING = 1e-4
 NETWORKS = {
-    "ResNet": (lambda: models.ResNet((1, 1), in_channels=2, neuron=lambda: sltt.LIF(tau=1.5)), 8),
+    "ResNet": (lambda: models.ResNet((1, 1, 1, 1), in_channels=2, neuron=lambda: sltt.LIF(tau=1.5)), 8),
     "VGG": (lambda: models.VGG(((16, 16), (32, 32), (64,)), in_channels=2, dropout=0.1), 16),
     "DigitsNet": (lambda: models.DigitsNet(in_channels=2), 8),
-    "NFResNet": (lambda: models.NFResNet((1, 1), False, 2, neuron=lambda: sltt.LIF(v_threshold=0.4)), 32),
+    "NFResNet": (lambda: models.NFResNet((1, 1, 1, 1), False, 2, neuron=lambda: sltt.LIF(v_threshold=0.4)), 32),
 }
 
 

@@ -7,12 +7,12 @@ import torch
 
 import sltt
 from sltt.neurons import inspection
-from tests.conftest import RULES, batch, each_kind, gradients, small_network
+from tests.conftest import KINDS as RULE_KINDS, RULES, batch, gradients, small_network
 from tests.neurons.plain import OwnLIF, alone, plain
 from tests.neurons.test_custom import Graded
 from tests.references import measured
 
-RULES = {name: rule for name, rule in RULES.items() if not isinstance(rule, sltt.RateBased)}
+RULES = {name: RULES[name] for name in RULE_KINDS if not isinstance(RULES[name], sltt.RateBased)}
 TRIANGLE = sltt.surrogates.Triangle()
 
 
@@ -147,7 +147,7 @@ def network(*kinds):
     return small_network(lambda: (KINDS | {"Graded": lambda width: Graded()})[next(made)](next(widths)))
 
 
-@each_kind
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize(
     "kinds", [("CubaLIF", "ALIF"), ("ChannelLIF", "IntegerLIF"), ("TernaryLIF", "Graded")], ids="+".join
 )
