@@ -7,7 +7,8 @@ import torch
 
 import sltt
 from sltt.neurons import inspection
-from tests.conftest import KINDS as RULE_KINDS, RULES, batch, gradients, small_network
+from tests.conftest import KINDS as RULE_KINDS
+from tests.conftest import RULES, batch, gradients, small_network
 from tests.neurons.plain import OwnLIF, alone, plain
 from tests.neurons.test_custom import Graded
 from tests.references import measured
