@@ -44,7 +44,7 @@ def draw(log: Path) -> Path:
     """Draw a panel for each network, beside the log if it is not that of docs."""
     found = json.loads(log.read_text())
     works = list(dict.fromkeys(row["work"].partition("@")[0] for row in found["rows"]))
-    widths = all("/" in row["work"] for row in found["rows"])
+    widths = sorted({int(width) for row in found["rows"] if (width := row["work"].partition("/")[2])})
     figure = Figure(figsize=(1 + 3.4 * len(works), 3.6), layout="constrained")
     (axes,) = figure.subplots(1, len(works), sharey=True, squeeze=False)
     for axis, work in zip(axes, works, strict=True):
@@ -56,6 +56,9 @@ def draw(log: Path) -> Path:
         axis.axhline(1, color=INK, linestyle=":", linewidth=1)
         title, xlabel = (work.removesuffix("-256"), "width of hidden layers") if widths else (work, "firing rate, %")
         axis.set(title=title, xlabel=xlabel, ylim=(0, None), xscale="log" if widths else "linear")
+        if widths:
+            axis.set_xticks(widths, map(str, widths), minor=False)
+            axis.set_xticks([], minor=True)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("ratio of times")
     handles, labels = axes[0].get_legend_handles_labels()
