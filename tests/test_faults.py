@@ -99,7 +99,7 @@ def test_a_neuron_of_a_network_within_the_network_may_run_in_every_inner_step():
     sltt.SLTT()(Outer().double(), *batch(), LOSS)
 
 
-def test_two_threads_get_the_gradients_of_each_alone():
+def test_two_threads_get_the_gradients_of_each_alone(uncollected):
     """One folds and saves no bits, the other does neither; each has a network and a rule of its own."""
     settings = [(sltt.SLTT(fold=2), {"bits": False}), (sltt.BPTT(), {"bits": True})]
     x, y = batch(steps=4)
