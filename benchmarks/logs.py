@@ -58,7 +58,7 @@ SEQUENCES = [
 ]
 COSTS: dict[str, list[tuple[str, ...]]] = {
     "sequences": SEQUENCES,
-    "[rw]*s": [case for case in SEQUENCES if case[1] in ("mlp", "recurrent-256")],  # rates, widths
+    **{name: [case for case in SEQUENCES if case[1] in ("mlp", "recurrent-256")] for name in ("rates", "widths")},
     "rules": [(*DIGITS, case) for case in ("BPTT", "SLTT", "SLTT, k = 1", "OTTT", "RateBased", "Mixed")],
     "recall-memory": [(*DIGITS, case) for case in ("BPTT", "SLTT", "OTTT", "RateBased")],
     "own-neuron": [(*RESNET, case) for case in ("SLTT, compiled", "SLTT, own neuron", "SLTT, ALIF")],

@@ -1,4 +1,4 @@
-"""Predict the classes of files by a trained run: images, recordings of events, .wav, .csv or .npy, a sample each.
+"""Predict files by a trained run: images, recordings of events, .wav, .csv or .npy, a sample each.
 
 They are read as the test samples of the run are. With --stream N, FILE (or - for standard input) is one sequence: a
 time step in each line, its numbers in row-major order. A decision is printed after every N time steps.
