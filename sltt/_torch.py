@@ -4,6 +4,10 @@ No other file imports any. Other files use some attributes of objects where they
 """
 
 # ruff: noqa: F401
+import gc
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +44,43 @@ class DispatchMode(TorchDispatchMode):
 
 FABRIC = "_forward_module."  # what Fabric puts before the names of modules and parameters
 WRAPPERS = FABRIC, "_orig_mod.", "module."  # and what torch.compile and DistributedDataParallel do
+_switching_collector = threading.Lock()
+
+
+def get_rng_states(devices: Iterable[torch.device] = ()) -> dict[torch.device, torch.Tensor]:
+    """Return the states of the global random generators of the CPU and of those devices that are GPUs of CUDA.
+
+    No garbage is collected meanwhile. PyTorch holds a generator's lock while it makes the tensor of its state, and
+    garbage gives up the GIL: another thread that holds it and waits for the lock would wait for ever.
+    """
+    with _switching_collector:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            states = {torch.device("cpu"): torch.get_rng_state()}
+            return states | {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
+        finally:
+            if collects:
+                gc.enable()
+
+
+def set_rng_states(states: dict[torch.device, torch.Tensor]) -> None:
+    """Set the global random generators to such states."""
+    for device, state in states.items():
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)
+
+
+@contextmanager
+def fork_rng(*devices: torch.device) -> Iterator[None]:
+    """Leave the global random generators of the CPU and of these devices as they were."""
+    states = get_rng_states(devices)
+    try:
+        yield
+    finally:
+        set_rng_states(states)
 
 
 def compile_errors() -> tuple[type[Exception], ...]:

@@ -1,6 +1,5 @@
 import copy
 import functools
-import gc
 import importlib.metadata
 import itertools
 import os
@@ -96,14 +95,6 @@ def neurons(request):
 @pytest.fixture(params=RULES.values(), ids=RULES.keys())
 def rule(request):
     return request.param
-
-
-@pytest.fixture
-def uncollected():
-    """No garbage is collected: in `torch.get_rng_state` of one thread, it waits for another that is in there too."""
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What would give wrong gradients, or keep memory, without a word."""
 
 import copy
+import gc
 import threading
 
 import pytest
@@ -99,7 +100,18 @@ def test_a_neuron_of_a_network_within_the_network_may_run_in_every_inner_step():
     sltt.SLTT()(Outer().double(), *batch(), LOSS)
 
 
-def test_two_threads_get_the_gradients_of_each_alone(uncollected):
+@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.BPTT(segment=2)], ids=repr)
+def test_no_garbage_is_collected_while_the_state_of_a_generator_is_read(rule, monkeypatch):
+    """PyTorch holds the generator's lock then, and garbage lets another thread run, which may wait for that lock."""
+    read, collects = torch.get_rng_state, []
+    monkeypatch.setattr(torch, "get_rng_state", lambda: (collects.append(gc.isenabled()), read())[1])
+    gradients(small_network(dropout=0.5), rule, *batch(steps=4))
+    assert collects
+    assert not any(collects)
+    assert gc.isenabled()
+
+
+def test_two_threads_get_the_gradients_of_each_alone():
     """One folds and saves no bits, the other does neither; each has a network and a rule of its own."""
     settings = [(sltt.SLTT(fold=2), {"bits": False}), (sltt.BPTT(), {"bits": True})]
     x, y = batch(steps=4)

@@ -58,7 +58,8 @@ def layer_paths(model: nn.Module, x: Tensor, *, steps: int | None = None) -> lis
         if operation is None:  # always dense
             return
         with torch.enable_grad():  # as in a training
-            call = kernels.spike_call(operation, x, layout[layer].role.weight(layer), layer.bias, kernels.Weights())
+            operands = operation, x, layout[layer].role.weight(layer)
+            call = kernels.spike_call(*kernels.as_images(*operands) or operands, layer.bias, kernels.WeightCache())
         if call is None:  # dense
             return
         path.sparse_forward += call.sparse_forward

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sltt._torch import fork_rng
 from sltt.checks import instance, number
 from sltt.data.base import Data, Mapped, Splits
 from sltt.frozen import Frozen
@@ -150,6 +151,6 @@ class _Fixed(Mapped):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         x, target = self.samples[index]
-        with torch.random.fork_rng(devices=[]):
+        with fork_rng():
             torch.default_generator.manual_seed(index)
             return self.change(torch.as_tensor(x)), target

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt._torch import transforms_active
-from sltt.interop.conversion import ConversionError, describe
+from sltt.interop.conversion import ConversionError, layer_title
 from sltt.neurons import CubaLIF, IntegrateAndFire
 from sltt.sequence.hooks import count_hooks, own_forward
 
@@ -140,7 +140,7 @@ class BeforeReset(AfterReset):
 
 def find_own_code(model: nn.Module) -> list[str]:
     """Name the neurons of other libraries that their own code has run, with the reason."""
-    return [f"{describe(name, m)} {_reasons[m]}" for name, m in model.named_modules() if m in _reasons]
+    return [f"{layer_title(name, m)} {_reasons[m]}" for name, m in model.named_modules() if m in _reasons]
 
 
 def _value(constant: Tensor) -> Any:

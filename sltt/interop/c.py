@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sltt import checks
 from sltt.interop.c_integers import in_integers
 from sltt.interop.c_network import Fire, Network, Operation
-from sltt.interop.c_reading import read
+from sltt.interop.c_reading import read_network
 from sltt.interop.c_writing import Program, lines_of
 from sltt.interop.conversion import check_exportable
 from sltt.rules import unroll
@@ -96,7 +96,7 @@ def to_c(
     x = torch.stack([sequence.input(range(t, t + 1)) for t in range(sequence.steps)]).float().cpu()
     model = copy_model(model).float().cpu().eval()
     expected = unroll(model, x)
-    network = read(model, x[0], sequence.steps)
+    network = read_network(model, x[0], sequence.steps)
     margin = torch.empty(x.shape[1])
     network.unroll(x, margin)
     if weights == "int8":

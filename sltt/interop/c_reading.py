@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sltt.interop import c_network, reading
 from sltt.interop.c_network import Affine, Fire, Network, Operation, Pool, Spread, Sum, Taps, Value, Weights
-from sltt.interop.conversion import add_remedies, describe, require
+from sltt.interop.conversion import add_remedies, layer_title, require
 from sltt.interop.reading import Call, pair
 from sltt.neurons import ALIF, IF, LI, LIF, PLIF, ChannelLIF, CubaLIF, Delay, IntegerLIF, Neuron, Recurrent, TernaryLIF
 from sltt.sequence.hooks import own_forward
@@ -18,7 +18,7 @@ from sltt.surrogates import Above, Surrogate
 _NEURONS = (LIF, IF, PLIF, ChannelLIF, CubaLIF, ALIF, IntegerLIF, TernaryLIF)
 
 
-def read(model: nn.Module, x: Tensor, steps: int) -> Network:
+def read_network(model: nn.Module, x: Tensor, steps: int) -> Network:
     """Read a network of T = `steps`, in evaluation mode, from its forward on a frame x [B, ...].
 
     Raises:
@@ -82,7 +82,7 @@ class _Reader:
         if kind in ("factor", "shift"):
             gain, shift = (layer, 0.0) if kind == "factor" else (1.0, layer)
             return self._affine(name, x, torch.tensor([gain]), torch.tensor([shift]))
-        name = describe(name, layer)
+        name = layer_title(name, layer)
         if isinstance(call.layer, Stateful):
             require(layer not in self.seen, ", which runs twice in a time step")
             self.seen.add(layer)
@@ -128,7 +128,8 @@ class _Reader:
         x = self.vector(x) if isinstance(module.layer, nn.Linear) else x
         before, total = _spikes(x, module.neuron), Value(x.shape)
         path = name.removesuffix(" (Recurrent)")
-        back = self._add(_weights(describe(f"{path}.layer", module.layer), module.layer, before, shape, Value(x.shape)))
+        title = layer_title(f"{path}.layer", module.layer)
+        back = self._add(_weights(title, module.layer, before, shape, Value(x.shape)))
         self._add(Sum(f"{path}.sum", [x, back], total, [None, None]))
         spikes = self._neuron(name, module.neuron, total)
         for op in self.operations:

@@ -60,10 +60,10 @@ def _translate_module(
     try:
         new = translate(module)
     except ConversionError as reason:
-        refused[module] = f"{describe(path, module)}, which {reason}"
+        refused[module] = f"{layer_title(path, module)}, which {reason}"
         return
     if new is not module and has_hooks(module, backward=True):
-        refused[module] = f"{describe(path, module)}, which has hooks that ours would not run"
+        refused[module] = f"{layer_title(path, module)}, which has hooks that ours would not run"
     for name, child in new.named_children():
         _translate_module(child, f"{path}.{name}".lstrip("."), translate, copies, refused)
     if new is not module:
@@ -108,7 +108,7 @@ def read_constant(name: str, value: Any) -> float:
     return float(value.flatten()[0])
 
 
-def describe(path: str, layer: Any) -> str:
+def layer_title(path: str, layer: Any) -> str:
     """Return how messages name a layer."""
     return f"{path or 'the model'} ({type(layer).__name__})"
 

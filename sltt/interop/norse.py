@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sltt import surrogates
 from sltt.checks import instance
 from sltt.interop.adapted import Adapter, make_adapter
-from sltt.interop.conversion import ConversionError, describe, leaky, read_constant, require, synaptic
+from sltt.interop.conversion import ConversionError, layer_title, leaky, read_constant, require, synaptic
 from sltt.neurons import CubaLIF
 from sltt.sequence.hooks import own_forward, runs_hooks
 from sltt.sequence.spikes import show
@@ -47,7 +47,7 @@ class KeepState(Stateful):
             raise ValueError(f"expected a module of Norse that is called with (input, state), got {got}")
         for name, inner in module.named_modules():
             if isinstance(inner, nn.RNNBase | _WHOLE):
-                raise ValueError(f"{describe(name, inner)} takes all time steps in one call: use its cell")
+                raise ValueError(f"{layer_title(name, inner)} takes all time steps in one call: use its cell")
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:

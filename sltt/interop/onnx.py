@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt.checks import folder, instance
-from sltt.interop.conversion import check_exportable, check_names, describe
+from sltt.interop.conversion import check_exportable, check_names, layer_title
 from sltt.interop.reading import ONE_TENSOR
 from sltt.kernels import using
 from sltt.neurons import Delay, Neuron, Recurrent
@@ -79,7 +79,7 @@ class _OneStep(nn.Module):
         super().__init__()
         self.model = model
         unknown = [
-            describe(name, m)
+            layer_title(name, m)
             for name, m in model.named_modules()
             if state_names(m) and not (isinstance(m, _KEEPERS) or getattr(m, "timeless", False))
         ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from sltt.interop.conversion import check_names, describe, has_hooks, require
+from sltt.interop.conversion import check_names, has_hooks, layer_title, require
 from sltt.neurons.dropout import Dropout
 from sltt.sequence.hooks import own_forward
 from sltt.sequence.state import Stateful, reset
@@ -101,10 +101,10 @@ class _Reader(fx.Interpreter):
             inputs = [self.calls[node] for node in n.all_input_nodes if node in self.calls]
             kind, layer = self._layer(n, inputs, value.shape)
             if n.op == "call_module":
-                path, place = str(n.target), describe(str(n.target), layer)
+                path, place = str(n.target), layer_title(str(n.target), layer)
             else:
                 path, caller = n.name if n.op.startswith("call") else kind, calling_module(n)
-                place = f"the operation {path} in {describe(caller, self.paths[caller])}"
+                place = f"the operation {path} in {layer_title(caller, self.paths[caller])}"
                 while path in self.paths:
                     path += "_"
             # a mean drops the dimensions that pooling keeps
@@ -181,7 +181,7 @@ def trace(model: nn.Module) -> fx.Graph:
 
 def check_hooks(modules: Iterable[tuple[str, nn.Module]], what: str) -> None:
     """Raise ValueError naming those modules with hooks, which `what` would not run."""
-    if hooked := [describe(path, module) for path, module in modules if has_hooks(module)]:
+    if hooked := [layer_title(path, module) for path, module in modules if has_hooks(module)]:
         remedy = "write what they do into a forward, or remove them by the handles that their registration gave"
         raise ValueError(f"{what} would not run the hooks of {', '.join(hooked)}: {remedy}")
 

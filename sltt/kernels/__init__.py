@@ -8,9 +8,9 @@ with kernels.using(compile="off", bits=False):  # how to switch both off
 # ruff: noqa: F401
 
 from sltt.kernels.derivatives import differentiable_once
-from sltt.kernels.layers.layers import Operation, is_small, operation_of, run_layer, spike_call
+from sltt.kernels.layers.layers import LayerFunction, as_images, is_small, operation_of, run_layer, spike_call
 from sltt.kernels.layers.values import convolution_gradients
-from sltt.kernels.layers.weights import Weights
+from sltt.kernels.layers.weights import WeightCache
 from sltt.kernels.native import origin as library_origin
 from sltt.kernels.native import problem as library_problem
 from sltt.kernels.neuron.custom import CustomStep, custom_step

@@ -79,7 +79,7 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
 
-class Sum(nn.Module):
+class Residual(nn.Module):
     """main(x) + shortcut(x), both spikes."""
 
     def __init__(self, main: nn.Module, shortcut: nn.Module):
@@ -153,7 +153,7 @@ def spikformer(
         after = channels // 2 ** (3 - i)
         stem += [*_layer(before, after, 3, neuron), *([_pool()] if i >= 4 - pooled else [])]
         before = after
-    position = Sum(nn.Sequential(*_layer(channels, channels, 3, neuron)), nn.Identity())
+    position = Residual(nn.Sequential(*_layer(channels, channels, 3, neuron)), nn.Identity())
     blocks = [Block(SelfAttention(channels, heads, neuron), channels, neuron) for _ in range(depth)]
     return SpikingTransformer(nn.Sequential(*stem), nn.Sequential(position, *blocks), channels, patch, inside, classes)
 
@@ -195,7 +195,7 @@ def qkformer(
         width = channels // 2 ** (2 - stage)
         if small and stage == 0:
             main, shortcut = _layer(width // 2, width, 3, neuron), _layer(width // 2, width, 1, neuron)
-            blocks.append(Sum(nn.Sequential(*main), nn.Sequential(*shortcut)))
+            blocks.append(Residual(nn.Sequential(*main), nn.Sequential(*shortcut)))
         else:
             blocks.append(_merge(width, neuron, pool_last=small))
         blocks.extend(Block(attention(width, heads, neuron), width, neuron) for _ in range(depths[stage]))
@@ -209,7 +209,7 @@ def _merge(channels: int, neuron: NeuronFactory, pool_last: bool) -> nn.Module:
         *_layer(channels, channels, 3, neuron, pool=pool_last),
     ]
     shortcut = _layer(channels // 2, channels, 1, neuron, stride=2)
-    return Sum(nn.Sequential(*main), nn.Sequential(*shortcut))
+    return Residual(nn.Sequential(*main), nn.Sequential(*shortcut))
 
 
 def _layer(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sltt._torch import has_own_operations, transforms_active
 from sltt.checks import instance
-from sltt.kernels import Weights, recurrent_steps, runs_recurrence
+from sltt.kernels import WeightCache, recurrent_steps, runs_recurrence
 from sltt.neurons.base import Neuron
 from sltt.neurons.leaky import IntegrateAndFire
 from sltt.sequence.hooks import own_forward, runs_hooks
@@ -83,7 +83,7 @@ class Recurrent(Stateful):
         if neuron.kernel_step()[0] is None or "weight" not in layer._parameters:  # it is computed, as by a norm
             return None
 
-        def advance(x: Tensor, steps: int, cut: bool, weights: Weights, trace: Any = None) -> Tensor | None:
+        def advance(x: Tensor, steps: int, cut: bool, weights: WeightCache, trace: Any = None) -> Tensor | None:
             (step, decay), weight = neuron.kernel_step(), layer.weight
             takes_kernel = step is not None and type(weight) is nn.Parameter and x.shape[-1] == layer.out_features
             if not takes_kernel or runs_hooks(neuron, layer) or has_own_operations():

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt import kernels
-from sltt._torch import DispatchMode, _disable_current_modes, _DropoutNd, wrapped_module
+from sltt._torch import DispatchMode, _disable_current_modes, _DropoutNd, fork_rng, get_rng_states, wrapped_module
 from sltt.neurons.dropout import Dropout
 from sltt.rules.batch import Batch, Fold
 from sltt.sequence.copies import copy_model
@@ -69,9 +69,9 @@ class _ReadsAndDraws(DispatchMode):
         if not self.ours and torch.Tag.data_dependent_output in func.tags:
             self.found = "decides by the value of a tensor"
         may_draw = not self.ours and torch.Tag.nondeterministic_seeded in func.tags
-        before = torch.get_rng_state() if may_draw else None
+        before = get_rng_states() if may_draw else {}
         result = func(*args, **(kwargs or {}))
-        if before is not None and not torch.equal(before, torch.get_rng_state()):
+        if any(not torch.equal(state, get_rng_states()[device]) for device, state in before.items()):
             self.found = "draws random numbers"
         return result
 
@@ -95,7 +95,7 @@ class _Opened(Step):
         return y
 
 
-def run_steps(run: Run, fold: int) -> Tensor:
+def run_cut(run: Run, fold: int) -> Tensor:
     """Run the time steps of a sequence, each with a backward of its own; return the logits."""
     batch = Batch(run, torch.arange(run.sequence.steps), ProbeLoss(), fold=Fold(fold, fold))
     for t in range(0, batch.steps, fold):
@@ -116,7 +116,7 @@ def find_difference(run: Run, fold: int, make_step: Callable[[], Step], run_rule
     for precise in (True, False):
         try:
             difference = _compare(run, fold, make_step, run_rule, precise)
-            return difference or _compare(run, fold, _Opened, run_steps, precise)
+            return difference or _compare(run, fold, _Opened, run_cut, precise)
         except PlainError:
             if not precise:
                 raise
@@ -135,7 +135,7 @@ def apart_from_user(device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())  # which count operations, say
         stack.enter_context(kernels.without_modes())
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(fork_rng(device))
         stack.enter_context(kernels.using(compile="off"))
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())

@@ -23,7 +23,7 @@ from sltt import kernels
 from sltt.checks import whole_number
 from sltt.memory import call_memory
 from sltt.rules.batch import Fold
-from sltt.rules.fold_trial import PlainError, apart_from_user, copy_apart, find_difference, run_steps, unwrapped
+from sltt.rules.fold_trial import PlainError, apart_from_user, copy_apart, find_difference, run_cut, unwrapped
 from sltt.rules.operations import Sizes, takes_channels_last, watch_samples
 from sltt.sequence.hooks import put_forward, without_marked_hooks
 from sltt.sequence.layout import Layout
@@ -109,7 +109,7 @@ def _choose(run: Run, x: Tensor, fold: Any, kind: Any, rule: Any) -> Fold:
                 size = f"{weights / 1e6:.0f} MB of weights"
                 return Fold(why=f"{layout.unproved}, and {size} are too many to try it on copies")
             try:
-                layout.refused = find_difference(run, n, *((rule.step, rule.run_trial) if rule else (Step, run_steps)))
+                layout.refused = find_difference(run, n, *((rule.step, rule.run_trial) if rule else (Step, run_cut)))
             except PlainError:
                 return Fold()
     layout.tried[kind], layout.steady = n, layout.refused is None and (n > 1 or pairs is not None)

@@ -83,9 +83,6 @@ class Mixed(Rule):
                 waiting = None
         return batch.output()
 
-    def no_graph(self, steps: int) -> str | None:
-        return "saves and restores random generators"
-
     def step(self) -> Step:
         return _Cut()
 

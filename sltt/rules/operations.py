@@ -44,7 +44,7 @@ class UnknownError(Exception):
     """An operation of which it is not known that it leaves samples apart."""
 
 
-class Operations(DispatchMode):
+class SamplesWatch(DispatchMode):
     """Sees that the operations in its block leave samples apart; raises UnknownError for another.
 
     Weights and buffers are `constants`, which are the same for all samples.
@@ -178,7 +178,7 @@ class Sizes(Step):
 class _Watched(Sizes):
     """Such a time step whose operations are seen; layers of ours that keep a state are known."""
 
-    def __init__(self, operations: Operations):
+    def __init__(self, operations: SamplesWatch):
         super().__init__()
         self.operations = operations
         self._normalised: dict[int, str] = {}
@@ -252,7 +252,7 @@ def takes_channels_last(run: Run, model: nn.Module) -> bool:
 def _watch(model: nn.Module, x: Tensor, last: bool = False) -> tuple[list[Any], dict[str, str]]:
     """Run a network; return what it calls, and the pairs. Raises UnknownError if it may mix samples."""
     x = x.clone()
-    operations, layout = Operations(x, [*model.parameters(), *model.buffers()]), layout_of(model)
+    operations, layout = SamplesWatch(x, [*model.parameters(), *model.buffers()]), layout_of(model)
     inner = Run(model, Sequence(x, 1, True, last=last), step := _Watched(operations))
     with kernels.using(bits=False), without_marked_hooks(model.modules()), inner:
         # states that no neuron reads here: a forward that reads, changes or resets one does more
@@ -271,7 +271,7 @@ def _watch(model: nn.Module, x: Tensor, last: bool = False) -> tuple[list[Any], 
     return operations.called, step.find_pairs()
 
 
-def _check_gradient(y: Any, operations: Operations) -> None:
+def _check_gradient(y: Any, operations: SamplesWatch) -> None:
     if id(y) not in operations.samples:
         raise UnknownError("gives what is not of its input")
     for node in graph_nodes([y.grad_fn]):

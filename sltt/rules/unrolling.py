@@ -48,7 +48,7 @@ def run_steps(
         with network:
             network.resume(states or {})
             calls = [range(t, min(t + n, sequence.steps)) for t in range(0, sequence.steps, n)]
-            network.weights = kernels.Weights(len(calls))
+            network.weights = kernels.WeightCache(len(calls))
             logits = [network(network.sequence.input(call), len(call)).clone() for call in calls]
             (result,), states = network.result(torch.cat(logits)), network.states()
         if looks:

@@ -69,7 +69,7 @@ class Run:
         self.thread = threading.get_ident()
         repeats = repeats or self.layout.distributed or find_modes() is not None
         self._hoists, self._repeats, self._grad = hoist, repeats, grad
-        self.keep, self.weights, self.biases = keep, kernels.Weights(), Biases(self)
+        self.keep, self.weights, self.biases = keep, kernels.WeightCache(), Biases(self)
         self.seen: deque[Tensor] = deque(maxlen=2)  # with `recompute`, outputs that a sum may have
         self.fold = 1  # n, the time steps in the call in progress; 1 within a layer that takes them one after the other
         self.steps = 1  # n, within such a layer too

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sltt._torch import get_rng_states, set_rng_states
 from sltt.sequence.run import Run
 from sltt.sequence.state import map_tensors, state_names
 
@@ -38,16 +39,12 @@ class Surroundings:
 
     def __init__(self, run: Run):
         self.buffers = Buffers(run)
-        self.generator = torch.get_rng_state()
-        devices = {p.device for p in run.model.parameters() if p.device.type == "cuda"}
-        self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+        self.generators = get_rng_states({p.device for p in run.model.parameters()})
 
     def restore(self) -> None:
         """Set them back."""
         self.buffers.restore()
-        torch.set_rng_state(self.generator)
-        for device, state in self.cuda.items():
-            torch.cuda.set_rng_state(state, device)
+        set_rng_states(self.generators)
 
 
 class Snapshot:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from sltt._torch import end_workers
+from sltt._torch import end_workers, get_rng_states, set_rng_states
 from sltt.checks import whole_number
 from sltt.data import Splits
 from sltt.data.base import Collate
@@ -98,13 +98,13 @@ def keep_generators() -> Iterator[None]:
 @contextmanager
 def _keep_generators() -> Iterator[None]:
     """After this block the global generators of the CPU go on as if it had not been."""
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    states = random.getstate(), np.random.get_state(), get_rng_states()
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        torch.default_generator.set_state(states[2])
+        set_rng_states(states[2])
 
 
 def _seed_generators(seed: int) -> None:

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from sltt import kernels
-from sltt._torch import FABRIC, _BatchNorm
+from sltt._torch import FABRIC, _BatchNorm, fork_rng
 from sltt.checks import instance
 from sltt.rules import SLTT, Rule
 from sltt.rules.diagnosis import plain_tensors
@@ -96,7 +96,7 @@ def _check_call(model: nn.Module, sequence: Sequence) -> None:
         )
         with (
             keep_hooks(*attending), evaluation_mode(twin), torch.no_grad(), torch.compiler.set_stance("force_eager"),
-            torch.random.fork_rng([sequence.x.device] if sequence.x.is_cuda else []),
+            fork_rng(sequence.x.device),
             Run(twin, sequence, _Eager(), grad=False) as run, _Attention(samples),
         ):  # fmt: skip
             run.result(run(sequence.input(range(1))))
@@ -211,9 +211,8 @@ def _run(model: nn.Module, x: Tensor, seed: int) -> list[ModuleCall]:
         seen.append((f"{name or 'the model'} ({type(module).__name__})", read, gave))
 
     hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules()]
-    devices = [x.device] if x.is_cuda else []
     with (
-        keep_hooks(*hooks), evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices),
+        keep_hooks(*hooks), evaluation_mode(model), torch.no_grad(), fork_rng(x.device),
         kernels.using(sparse="off", compile="off"), Run(model, Sequence(x, 1, True), Step(), grad=False) as run,
     ):  # fmt: skip
         torch.manual_seed(seed)

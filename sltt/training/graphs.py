@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sltt._torch import DispatchMode, tree_leaves
+from sltt._torch import DispatchMode, fork_rng, get_rng_states, set_rng_states, tree_leaves
 from sltt.checks import instance
 from sltt.rules import Output, Rule
 from sltt.rules.base import StepLoss
@@ -153,7 +153,7 @@ class Graphs:
 
     def _capture(self, iteration: Iteration, x: Tensor, y: Tensor, drawn: Hashable) -> bool:
         """Make the graph of a draw; return whether it was made, if it is not demanded."""
-        first, state = next(filter(None, self._replays.values()), None), torch.get_rng_state()
+        first, state = next(filter(None, self._replays.values()), None), get_rng_states()
         graph, parameters = CudaGraph(self.device, self._graph) if first else self._graph, [*self.model.parameters()]
         try:
             self._replays[drawn] = Replay(graph, iteration, parameters, x, y, first)
@@ -165,7 +165,7 @@ class Graphs:
                 error = error.__context__  # type: ignore[assignment]
             self.problem = f"its capture failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         self._graph, self._replays = None, {}
-        torch.set_rng_state(state)
+        set_rng_states(state)
         for p in parameters:
             p.grad = None
         return False
@@ -218,7 +218,7 @@ def graphed(
 
     gradients = [p.grad for p in parameters]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+    with fork_rng(x.device):
         for _ in range(EAGER):
             if not batches.problem:
                 for p in parameters:

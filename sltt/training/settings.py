@@ -39,7 +39,7 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 
-def check_optimizer(factory: Any) -> None:
+def check_factory(factory: Any) -> None:
     """Raise ValueError, with the line to write, for an optimizer in place of a function that makes one."""
     if isinstance(factory, Optimizer):
         name = type(factory).__name__
@@ -142,7 +142,7 @@ class Settings(Execution):
     """the learning rule: SLTT, BPTT, TBPTT, OTTT, RateBased, Mixed, or a `Rule` of your own."""
     loss: nn.Module = setting(default=CrossEntropyMSE(), kw_only=False, check=check_loss)
     """of one time step, of logits [B, C] and targets [B, ...]; or one of `sltt.losses`."""
-    optimizer: OptimizerFactory = setting(default=partial(torch.optim.SGD, lr=0.1, momentum=0.9), check=check_optimizer)
+    optimizer: OptimizerFactory = setting(default=partial(torch.optim.SGD, lr=0.1, momentum=0.9), check=check_factory)
     """makes the optimizer from the parameters."""
     schedule: Schedule = setting(
         default=Cosine(),

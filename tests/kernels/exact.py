@@ -30,7 +30,7 @@ def near(a, b, dtype):
 
 def applied(layer, x):
     """What a layer of a network gives in a run."""
-    return kernels.run_layer(kernels.operation_of(layer), x, layer.weight, layer.bias, kernels.Weights())
+    return kernels.run_layer(kernels.operation_of(layer), x, layer.weight, layer.bias, kernels.WeightCache())
 
 
 def check_conv(x, channels, kernel, stride, padding, dtype=torch.float32, one=1.0):

@@ -116,7 +116,7 @@ def test_compiler_that_fails(cache, tmp_path, monkeypatch):
 
     def call():
         with kernels.using(sparse="on"):
-            return kernels.spike_call(kernels.operation_of(conv), x, conv.weight, conv.bias, kernels.Weights())
+            return kernels.spike_call(kernels.operation_of(conv), x, conv.weight, conv.bias, kernels.WeightCache())
 
     assert call() is None  # runs dense
     monkeypatch.undo()

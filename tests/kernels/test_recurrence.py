@@ -65,7 +65,7 @@ def test_forward_and_gradients(neuron, cut):
             leaves = [None if t is None else t.to(dtype).requires_grad_() for t in (x, s, v, weight, bias, decay)]
             if dtype == torch.float32:
                 with kernels.using(compile="on"):
-                    out = kernels.recurrent_steps(step, *leaves, kernels.Weights(), steps, cut)
+                    out = kernels.recurrent_steps(step, *leaves, kernels.WeightCache(), steps, cut)
                 assert out is not None
             else:
                 out = plain(neuron, *leaves, steps, cut)
@@ -84,7 +84,7 @@ def test_results_do_not_depend_on_threads_or_on_the_number_of_calls():
     neuron = sltt.LIF()
     step = kernel_step(sltt.LIF, neuron.decay(), **neuron.constants())
     x, weight, v = torch.randn(6 * 130, 300), torch.randn(300, 300) / 9, torch.zeros(130, 300)
-    given = weight, None, None, kernels.Weights()
+    given = weight, None, None, kernels.WeightCache()
     with torch.no_grad(), kernels.using(compile="on"):
         whole = kernels.recurrent_steps(step, x, None, v, *given, 6, True)
         with threads(3):

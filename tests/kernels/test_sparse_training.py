@@ -71,7 +71,7 @@ def test_spikes_differ_only_where_the_membrane_potential_is_the_threshold_but_fo
 
 
 @pytest.mark.parametrize("rule", [sltt.SLTT(recompute=True), sltt.BPTT()], ids=repr)
-def test_two_threads_that_train_give_the_gradients_of_one_after_the_other(rule, sparse_calls, uncollected):
+def test_two_threads_that_train_give_the_gradients_of_one_after_the_other(rule, sparse_calls):
     def trained(seed, start=lambda: None):
         model, (x, y) = copy.deepcopy(networks[seed]), batches[seed]
         optimizer, found = torch.optim.SGD(model.parameters(), lr=0.05), []

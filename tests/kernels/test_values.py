@@ -123,7 +123,7 @@ def test_negated_memory_is_read_right(taken):
     weight, operation = numbers.conj().imag, kernels.operation_of(nn.Conv2d(32, 32, 3, padding=1))
     assert weight.is_neg()
     x = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
-    (found,) = torch.autograd.grad(kernels.run_layer(operation, x, weight, None, kernels.Weights()).sum(), x)
+    (found,) = torch.autograd.grad(kernels.run_layer(operation, x, weight, None, kernels.WeightCache()).sum(), x)
     torch.testing.assert_close(found, nn.grad.conv2d_input(x.shape, weight, torch.ones(2, 32, 8, 8), padding=1))
 
 

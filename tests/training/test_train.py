@@ -86,7 +86,7 @@ def test_without_validation_the_last_epoch_counts(tmp_path):
         sltt.evaluate(model, Blobs(validation=0), "validation")
 
 
-def test_trainings_run_at_once_in_threads_which_measure_no_memory(tmp_path, uncollected):
+def test_trainings_run_at_once_in_threads_which_measure_no_memory(tmp_path):
     threads = [threading.Thread(target=train, args=(tmp_path / name,), kwargs={"epochs": 1}) for name in "ab"]
     for step in (threading.Thread.start, threading.Thread.join):
         for thread in threads:

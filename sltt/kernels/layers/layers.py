@@ -25,7 +25,7 @@ from sltt.kernels.layers.values import (
     run_on_values,
     runs_winograd,
 )
-from sltt.kernels.layers.weights import Weights
+from sltt.kernels.layers.weights import WeightCache
 from sltt.kernels.options import options
 from sltt.kernels.spikes.looks import Spikes, look
 from sltt.kernels.spikes.saved import can_tag, others_save, restore, save, tag_made
@@ -35,7 +35,7 @@ from sltt.kernels.spikes.saved import can_tag, others_save, restore, save, tag_m
 PRODUCTS_AT_MOST = 2048
 
 
-class Operation(NamedTuple):
+class LayerFunction(NamedTuple):
     """The function that a layer applies to its input, its weight and its bias."""
 
     function: Any  # F.linear, F.conv1d or F.conv2d
@@ -50,11 +50,11 @@ class Operation(NamedTuple):
         return _AXES[self.function]
 
 
-_LINEAR = Operation(F.linear)
+_LINEAR = LayerFunction(F.linear)
 _AXES = {F.linear: 0, F.conv1d: 1, F.conv2d: 2}
 
 
-def operation_of(module: nn.Module) -> Operation | None:
+def operation_of(module: nn.Module) -> LayerFunction | None:
     """Return the operation of a layer of PyTorch, as it is now; None for a padding that is no number."""
     if isinstance(module, nn.Linear):
         return _LINEAR
@@ -62,7 +62,7 @@ def operation_of(module: nn.Module) -> Operation | None:
         return None
     function = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
     padding = 0 if module.padding == "valid" else module.padding
-    return Operation(function, (module.stride, padding, module.dilation, module.groups))
+    return LayerFunction(function, (module.stride, padding, module.dilation, module.groups))
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class SpikeCall:
     sparse_forward: bool  # the forward touches active inputs only
     sparse_gradient: bool  # the weight gradient does
     axes: Axes
-    weights: Weights
+    weights: WeightCache
 
     def forward(self, x: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output; x, the spikes, is needed where the forward is dense, or else unpacked."""
@@ -130,17 +130,19 @@ class _OnSpikes(torch.autograd.Function):
 
 
 def run_layer(
-    operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, weights: Weights, recompute: bool = False
+    operation: LayerFunction,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: WeightCache,
+    recompute: bool = False,
 ) -> Tensor:
     """Return the output of a layer, computed on active inputs where that is faster.
 
     With `recompute`, it is made again in the backward, instead of being kept.
     """
-    signals = operation.axes == 1 and x.ndim == 3 and x.stride(1) == 1  # with their channels last in memory
-    if signals and (axes := axes_in(operation.settings[:3], 1)):  # are images of one row, whose format PyTorch keeps
-        (stride,), (padding,), (dilation,) = axes
-        images = Operation(F.conv2d, ((1, stride), (0, padding), (1, dilation), operation.settings[3]))
-        return run_layer(images, x.unsqueeze(2), weight.unsqueeze(2), bias, weights, recompute).squeeze(2)
+    if images := as_images(operation, x, weight):
+        return run_layer(*images, bias, weights, recompute).squeeze(2)
     if others_save():
         return run_on_values(operation, x, weight, bias, weights)  # which saves what PyTorch's layers save
     y: Any
@@ -153,8 +155,21 @@ def run_layer(
     return y
 
 
+def as_images(operation: LayerFunction, x: Tensor, weight: Tensor) -> tuple[LayerFunction, Tensor, Tensor] | None:
+    """Return a convolution of signals as one of images of one row, whose format PyTorch keeps.
+
+    None unless the signals' channels are last in memory.
+    """
+    signals = operation.axes == 1 and x.ndim == 3 and x.stride(1) == 1
+    if not signals or not (axes := axes_in(operation.settings[:3], 1)):
+        return None
+    (stride,), (padding,), (dilation,) = axes
+    images = LayerFunction(F.conv2d, ((1, stride), (0, padding), (1, dilation), operation.settings[3]))
+    return images, x.unsqueeze(2), weight.unsqueeze(2)
+
+
 def _tag_layer(
-    operation: Operation, y: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: SpikeCall | None
+    operation: LayerFunction, y: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: SpikeCall | None
 ) -> None:
     kept, device = [None if t is None else save(t.detach()) for t in (weight, bias)], x.device.type
     dtype, casts = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
@@ -171,7 +186,7 @@ def _tag_layer(
     tag_made(y, x, run_again, layers=1, spikes=call and call.spikes)
 
 
-def is_small(operation: Operation, x: Tensor, weight: Tensor) -> bool:
+def is_small(operation: LayerFunction, x: Tensor, weight: Tensor) -> bool:
     """Return whether a layer has too few products to run in another way than PyTorch's, whatever it reads."""
     if options().sparse == "on" or not x.is_cpu:
         return False
@@ -181,7 +196,7 @@ def is_small(operation: Operation, x: Tensor, weight: Tensor) -> bool:
 
 
 def spike_call(
-    operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None, weights: Weights
+    operation: LayerFunction, x: Tensor, weight: Tensor, bias: Tensor | None, weights: WeightCache
 ) -> SpikeCall | None:
     """Return how a layer runs on spikes; None where x is something else, or it is PyTorch's."""
     if (plan := plan_of(operation, x, weight, bias)) is None or native.problem():

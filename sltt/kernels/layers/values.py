@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sltt._torch import is_functorch_wrapped_tensor
 from sltt.kernels.layers import costs, sparse, winograd
 from sltt.kernels.layers.sparse import LayerSizes
-from sltt.kernels.layers.weights import Weights
+from sltt.kernels.layers.weights import WeightCache
 from sltt.kernels.options import options
 
 # Up to so many output pixels, products of the gradient with what each position of the kernel reads take about as long
@@ -31,7 +31,7 @@ Axes = tuple[list[int], list[int], list[int]]  # stride, padding and dilation, a
 class _OnValues(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axes: Axes, weights: Weights
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axes: Axes, weights: WeightCache
     ) -> Tensor:
         ctx.axes, ctx.dtypes = axes, (weight.dtype, None if bias is None else bias.dtype)
         weight = weights.cast(weight, x.dtype)
@@ -72,7 +72,7 @@ def plan_of(
     return None if layer is None else (layer, dtype, axes)
 
 
-def run_on_values(operation: Any, x: Tensor, weight: Tensor, bias: Tensor | None, weights: Weights) -> Any:
+def run_on_values(operation: Any, x: Tensor, weight: Tensor, bias: Tensor | None, weights: WeightCache) -> Any:
     """Return a layer on any values; the gradients of a convolution are computed in another way where that is faster."""
     able = operation.axes == 2 and torch.is_grad_enabled() and is_ordinary(x)
     if not able or (plan := plan_of(operation, x, weight, bias)) is None or not has_fast_gradients(*plan[:2]):

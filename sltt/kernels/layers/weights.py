@@ -12,7 +12,7 @@ from sltt.kernels.layers import sparse
 from sltt.kernels.layers.sparse import LayerSizes
 
 
-class Weights:
+class WeightCache:
     """Weights in the forms that layers read, kept as long as nothing can have changed them.
 
     Args:

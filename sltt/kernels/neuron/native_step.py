@@ -44,7 +44,7 @@ class NativeStep:
     """A step in native code."""
 
     def __init__(self, library: ctypes.CDLL, step: NeuronStep, decay: float):
-        above, index = describe(step.surrogate, SURROGATES)
+        above, index = surrogate_index(step.surrogate, SURROGATES)
         self.differentiates = index is not None
         number, a, b = index or (0, 1.0, 1.0)
         inverse = 1 / a if a > 0 and math.frexp(a)[0] == 0.5 else 0.0
@@ -142,7 +142,7 @@ def fires_as_usual(surrogate: Surrogate) -> bool:
     return type(surrogate).fires in (Surrogate.fires, Above.fires)
 
 
-def describe(surrogate: Surrogate, known: Known) -> tuple[bool, tuple[int, float, float] | None]:
+def surrogate_index(surrogate: Surrogate, known: Known) -> tuple[bool, tuple[int, float, float] | None]:
     """Return whether a neuron fires above its threshold only, and the number and constants of a `known` derivative."""
     above = type(surrogate).fires is Above.fires
     while type(surrogate) is Above:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sltt.kernels.derivatives import differentiable_once
 from sltt.kernels.layers import costs, sparse
-from sltt.kernels.layers.weights import Weights
+from sltt.kernels.layers.weights import WeightCache
 from sltt.kernels.neuron.native_step import NativeStep, native_step
 from sltt.kernels.neuron.step import NeuronStep
 from sltt.kernels.options import options
@@ -25,7 +25,7 @@ Trace = Callable[[Tensor], tuple[Tensor, list[Any]]]
 
 def recurrent_steps(
     step: NeuronStep, x: Tensor, s: Tensor | None, v: Tensor, weight: Tensor, bias: Tensor | None, decay: Tensor | None,
-    weights: Weights, steps: int, cut: bool, trace: Trace | None = None,
+    weights: WeightCache, steps: int, cut: bool, trace: Trace | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
     """Spikes of the time steps in x, those of the last one, and the membrane potential; None where no kernel does it.
 
@@ -65,7 +65,7 @@ class _RecurrentCall(NamedTuple):
 
     kernel: NativeStep
     step: NeuronStep
-    weights: Weights
+    weights: WeightCache
     steps: int
     cut: bool
     trace: Trace | None

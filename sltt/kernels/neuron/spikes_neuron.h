@@ -1,6 +1,6 @@
 // A neuron's step on a block of elements, a few plain loops while it is in the cache; the compiler makes vectors of each.
 //
-// The equations, and the order in which they round, are those of step.py.
+// The equations, and the order in which they round, are those of equations.py.
 #pragma once
 #include "../spikes.h"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sltt.kernels.neuron.equations import NeuronStep
-from sltt.kernels.neuron.native_step import SURROGATES, describe, fires_as_usual
+from sltt.kernels.neuron.native_step import SURROGATES, fires_as_usual, surrogate_index
 from sltt.kernels.options import compiler_problem, options
 from sltt.surrogates import Triangle
 
@@ -27,7 +27,7 @@ class TritonStep:
     def __init__(self, step: NeuronStep):
         from sltt.kernels.neuron import triton_kernels  # imports Triton
 
-        above, index = describe(step.surrogate, SURROGATES)
+        above, index = surrogate_index(step.surrogate, SURROGATES)
         self.differentiates = index is not None
         number, a, b = index or (0, 1.0, 1.0)
         soft, decay = step.v_reset is None, 0.0 if step.decay is None else step.decay
