@@ -5,9 +5,12 @@ No other file imports any. Other files use some attributes of objects where they
 
 # ruff: noqa: F401
 import gc
+import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -81,6 +84,54 @@ def fork_rng(*devices: torch.device) -> Iterator[None]:
         yield
     finally:
         set_rng_states(states)
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Keep PyTorch's compiler out of this block, unless it is in the process: its import takes seconds.
+
+    PyTorch's optimizers import it to tell it what not to trace, and Fabric for a class. They get a stand-in, and what
+    asks for more gets the compiler.
+    """
+    if "torch._dynamo" in sys.modules:
+        yield
+        return
+    stand_in: Any = ModuleType("torch._dynamo")
+    disabled: list[Any] = []
+
+    def end() -> None:
+        if sys.modules.get("torch._dynamo") is stand_in:
+            del sys.modules["torch._dynamo"]
+        while disabled:
+            vars(disabled.pop()).pop("__dynamo_disable", None)  # which PyTorch keeps on the function
+
+    def imported(name: str) -> Any:
+        if name == "__path__":  # asked for by `from torch._dynamo import`
+            raise AttributeError(name)
+        end()
+        return getattr(import_module("torch._dynamo"), name)
+
+    stand_in.disable = lambda function, *_, **__: (disabled.append(function), function)[1]
+    stand_in.graph_break, stand_in.OptimizedModule, stand_in.__getattr__ = (lambda: None), CompiledModule, imported
+    sys.modules["torch._dynamo"] = stand_in
+    try:
+        yield
+    finally:
+        end()
+
+
+class _Compiled(type):
+    def __instancecheck__(cls, module: Any) -> bool:
+        return hasattr(module, "_orig_mod")
+
+
+class CompiledModule(metaclass=_Compiled):
+    """Stands for the class of what `torch.compile` makes of a network."""
+
+
+def run_eagerly() -> AbstractContextManager[Any]:
+    """Run no code that `torch.compile` has made or would make."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def compile_errors() -> tuple[type[Exception], ...]:

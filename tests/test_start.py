@@ -13,7 +13,7 @@ def printed(code, *words):
     return done.stdout.splitlines()
 
 
-def test_every_name_is_there_and_a_batch_imports_no_heavy_library():
+def test_every_name_is_there_and_a_training_imports_no_heavy_library(tmp_path):
     code = """if True:
         import sys, torch
         before = {*sys.modules}
@@ -36,9 +36,21 @@ def test_every_name_is_there_and_a_batch_imports_no_heavy_library():
         model = torch.nn.Sequential(torch.nn.Linear(9, 8), LIF(), torch.nn.Linear(8, 7), Own())
         SLTT()(model, torch.rand(4, 2, 9), torch.tensor([1, 2]), torch.nn.functional.cross_entropy)
         print(*{*sys.argv[1].split()} & ({*sys.modules} - before))
-        sltt.devices.make_fabric("cpu")
-        print(*{"torchmetrics", "scipy", "matplotlib", "torchvision"} & sys.modules.keys())"""
-    assert printed(code, HEAVY) == ["", ""]
+        data = sltt.data.from_datasets([(torch.rand(9), i % 7) for i in range(20)], static=True)
+        sltt.fit(model, data, steps=4, epochs=2, run=sys.argv[2], device="cpu")
+        print(*{"torch._dynamo", "torchmetrics", "scipy", "matplotlib", "torchvision"} & sys.modules.keys())
+        from sltt._torch import without_compiler
+        add = torch.optim.Optimizer.add_param_group.__wrapped__
+        with without_compiler():
+            torch.optim.SGD(model.parameters(), lr=0.1)
+            assert "__dynamo_disable" in vars(add)
+            print(torch._dynamo.config.__name__)
+            assert "__dynamo_disable" not in vars(add)
+        assert sys.modules["torch._dynamo"].OptimizedModule
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        assert vars(add)["__dynamo_disable"] is not add"""
+    imported, *_, after_training, config = printed(code, HEAVY, str(tmp_path / "run"))
+    assert [imported, after_training, config] == ["", "", "torch._dynamo.config"]
 
 
 def test_the_command_line_starts_without_pytorch():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from sltt._torch import without_compiler
 from sltt.parallel.processes import control, disband
 from sltt.system import keep_freed_memory as keep_freed_memory
 
@@ -57,6 +58,7 @@ def make_fabric(device: Device = "auto", devices: int | None = None, precision: 
     return fabric
 
 
+@without_compiler()
 def _import_fabric() -> Any:
     """Import Fabric, but not torchmetrics: Fabric asks for its version, and it imports scipy and matplotlib."""
     if absent := not {"torchmetrics", "lightning_fabric"} & sys.modules.keys():

@@ -91,7 +91,7 @@ class BatchLoop:
         settings, loss_of, length = learner.settings, learner.loss, self.sampler.length
         place = state.batch + len(self._uncounted)
         set_rates(learner.optim, learner.initial, self.stage, settings.schedule, state.epoch + place / self.batches)
-        learner.optim.zero_grad()
+        learner.model.zero_grad()
         largest = min(settings.size, length)
         size = min(largest, length - place * settings.size)
         weight, count = share(size, processes.rank, processes.count)

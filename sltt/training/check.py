@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from sltt import kernels
-from sltt._torch import FABRIC, _BatchNorm, fork_rng
+from sltt._torch import FABRIC, _BatchNorm, fork_rng, run_eagerly
 from sltt.checks import instance
 from sltt.rules import SLTT, Rule
 from sltt.rules.diagnosis import plain_tensors
@@ -95,7 +95,7 @@ def _check_call(model: nn.Module, sequence: Sequence) -> None:
             if isinstance(module, nn.MultiheadAttention)
         )
         with (
-            keep_hooks(*attending), evaluation_mode(twin), torch.no_grad(), torch.compiler.set_stance("force_eager"),
+            keep_hooks(*attending), evaluation_mode(twin), torch.no_grad(), run_eagerly(),
             fork_rng(sequence.x.device),
             Run(twin, sequence, _Eager(), grad=False) as run, _Attention(samples),
         ):  # fmt: skip

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from sltt._torch import without_compiler
 from sltt.training.average import Average, select_weights
 from sltt.training.checkpoints import load_optimizer, load_weights
 from sltt.training.parameters import parameter_groups
@@ -24,6 +25,7 @@ class Learner:
         scaled: whether a scaler leaves out steps that are not finite.
     """
 
+    @without_compiler()
     def __init__(self, session: Session, settings: Settings):
         self.session, self.processes, self.settings = session, session.processes, settings
         self.model = model = settings.model
@@ -40,6 +42,7 @@ class Learner:
         """Round the weights inside a block, in a training that is quantised."""
         return round_weights(self.model) if self.settings.quantised else nullcontext()
 
+    @without_compiler()
     def update(self, check: bool = False) -> None:
         """Change the weights by their gradients; `check` if clipping is to look whether they are finite, and wait."""
         if (most := self.settings.clip_norm) is not None:
@@ -48,6 +51,7 @@ class Learner:
         self.optim.step()
         self.optim.zero_grad()
 
+    @without_compiler()
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
         weights = self.model.state_dict()
@@ -61,6 +65,7 @@ class Learner:
             "scaler": self.session.fabric.strategy.precision.state_dict(),
         }
 
+    @without_compiler()
     def load(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Take over the state in a checkpoint that lies at `path`."""
         load_weights(self.model, checkpoint["model"], path)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from sltt._torch import without_compiler
 from sltt.callbacks import Callback
 from sltt.checks import choice, flag, folder, instance, number, sequence, to_python, whole_number
 from sltt.data import Data
@@ -39,6 +40,7 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 
+@without_compiler()
 def check_factory(factory: Any) -> None:
     """Raise ValueError, with the line to write, for an optimizer in place of a function that makes one."""
     if isinstance(factory, Optimizer):
