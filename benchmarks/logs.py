@@ -66,6 +66,11 @@ COSTS: dict[str, list[tuple[str, ...]]] = {
     "exact": [
         (*one, case) for one in (RESNET, VGG) for case in ("SLTT", "BPTT", "BPTT, recompute", "BPTT, segment = 2")
     ],
+    "networks": [
+        ("networks.py", name, rule)
+        for name in ("resnet18-64", "vgg-64", "audio", "dvs-128", "transformer")
+        for rule in ("SLTT", "BPTT")
+    ],
     "vgg11*": [(*VGG, case) for case in ("SLTT", "SLTT, dense", "BPTT")],
     "resnet18-*": [
         (*RESNET, case) for case in ("SLTT", "SLTT, dense", "SLTT, k = 1", "BPTT", "OTTT", "SLTT, bf16", "evaluation")
@@ -259,15 +264,18 @@ def compare_costs(turns: int, root: Path = ROOT) -> None:
 
 
 def changes(case: tuple[str, ...], versions: Sequence[str], turns: int) -> list[float]:
-    """Return how a case changes from the first version to the second: its time, and its memory where that is asked."""
+    """Return how a case of this version's benchmarks changes from the first version of the library to the second.
+
+    Its time, and its memory where that is measured too.
+    """
     script, *arguments = case
     keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, f"{version}/benchmarks/{script}", "--serve", *arguments] for version in versions]
-    workers = [Worker(one, 600, PYTHONPATH=version, **keep) for one, version in zip(commands, versions, strict=True)]
+    command = [sys.executable, str(Path(__file__).with_name(script)), "--serve", *arguments]
+    workers = [Worker(command, 600, PYTHONPATH=version, **keep) for version in versions]
     try:
         old, new = in_turns([partial(worker.ask, "time") for worker in workers], turns)
         ratios = [quotient(new, old)[0]]
-        if script == "peers.py":
+        if script != "open_neuromorphic.py":
             before, now = (worker.ask("memory") for worker in workers)
             ratios.append(now / before)
     except EndedError:  # the older version has no such case

@@ -32,7 +32,7 @@ from peer_cases import reset
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from turns import hardware, in_turns, quotient, timed
+from turns import hardware, in_turns, quotient, serve, timed
 
 import sltt
 from sltt.analysis import peak_memory
@@ -409,6 +409,13 @@ def measure(name: str, batch: int, threads: int, repeats: int) -> dict[str, Any]
     }
 
 
+def work(name: str, rule: str) -> None:
+    """Measure a rule, in a process of its own."""
+    run = partial(Case(name, ours, 8).run, {"SLTT": sltt.SLTT(), "BPTT": sltt.BPTT()}[rule])
+    run()
+    serve({"time": timed(run, time.process_time), "memory": lambda: peak_memory(run)})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default=",".join(NETWORKS))
@@ -416,7 +423,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path, help="keeps the rows of other networks, batches and threads")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve:
+        return work(*options.serve)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
     sltt.devices.keep_freed_memory()  # for all cases: new pages would take a part of the time

@@ -5,14 +5,17 @@ No other file imports any. Other files use some attributes of objects where they
 
 # ruff: noqa: F401
 import gc
+import random
 import sys
 import threading
+from abc import ABC
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd import forward_ad
 
@@ -77,13 +80,15 @@ def set_rng_states(states: dict[torch.device, torch.Tensor]) -> None:
 
 
 @contextmanager
-def fork_rng(*devices: torch.device) -> Iterator[None]:
-    """Leave the global random generators of the CPU and of these devices as they were."""
-    states = get_rng_states(devices)
+def keep_generators(*devices: torch.device) -> Iterator[None]:
+    """Leave the global random generators as they were: Python's, NumPy's, PyTorch's of the CPU and of these devices."""
+    states = random.getstate(), np.random.get_state(), get_rng_states(devices)
     try:
         yield
     finally:
-        set_rng_states(states)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        set_rng_states(states[2])
 
 
 @contextmanager
@@ -112,6 +117,7 @@ def without_compiler() -> Iterator[None]:
         return getattr(import_module("torch._dynamo"), name)
 
     stand_in.disable = lambda function, *_, **__: (disabled.append(function), function)[1]
+    stand_in.set_stance = lambda *_, **__: nullcontext()
     stand_in.graph_break, stand_in.OptimizedModule, stand_in.__getattr__ = (lambda: None), CompiledModule, imported
     sys.modules["torch._dynamo"] = stand_in
     try:
@@ -120,18 +126,12 @@ def without_compiler() -> Iterator[None]:
         end()
 
 
-class _Compiled(type):
-    def __instancecheck__(cls, module: Any) -> bool:
-        return hasattr(module, "_orig_mod")
-
-
-class CompiledModule(metaclass=_Compiled):
+class CompiledModule(ABC):  # noqa: B024
     """Stands for the class of what `torch.compile` makes of a network."""
 
-
-def run_eagerly() -> AbstractContextManager[Any]:
-    """Run no code that `torch.compile` has made or would make."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    @classmethod
+    def __subclasshook__(cls, kind: type) -> bool:
+        return "OptimizedModule" in (base.__name__ for base in kind.__mro__)
 
 
 def compile_errors() -> tuple[type[Exception], ...]:

@@ -164,8 +164,6 @@ OTHER_CALLS = [
     ("ConfusionMatrix from 1", lambda: MATRIX.update(X[0], torch.tensor([1, 2, 3, 6, 1])), ValueError, "in 0 … 5, got"),
     ("Accuracy of floats", lambda: sltt.metrics.Accuracy()(X[0], torch.ones(5)), ValueError, "takes class indices"),
     ("ConfusionMatrix of NaN", lambda: MATRIX.update(X[0] * math.nan, Y), ValueError, "that are numbers, got NaN"),
-    ("iteration_seconds(other's)", partial(timed, analysis.iteration_seconds, SGD(network().parameters())), ValueError,
-     "has no parameter of the model: make it of these"),
     ("memory_parts(optimizer)", lambda: analysis.memory_parts(network(), X, Y, LOSS, sltt.SLTT(), SGD), ValueError,
      "optimizer must be a Optimizer"),
     ("Delta of NaN", lambda: data.Delta()(torch.full((4, 3), torch.nan), 4), ValueError, "expected a finite input"),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltt._torch import fork_rng
+from sltt._torch import keep_generators
 from sltt.checks import instance, sequence
 from sltt.rules import BPTT, OTTT, SLTT, TBPTT, Rule
 from sltt.rules.batch import StepLoss
@@ -120,7 +120,7 @@ class _Exact:
     def _gradients(self, rule: Rule) -> dict[str, Tensor]:
         twin = copy_model(self.model)
         twin.zero_grad(set_to_none=True)
-        with fork_rng(self.x.device):
+        with keep_generators(self.x.device):
             arguments = twin, self.x, self.target, self.loss
             how = {"backward": lambda value: (value * self.scale).backward(), "update": lambda: None}
             rule(*arguments, steps=self.steps, **how)

@@ -106,7 +106,7 @@ def memory_parts(
     """
     instance("rule", rule, Rule)
     if optimizer is not None:
-        check_optimizer(model, optimizer)
+        instance("optimizer", optimizer, torch.optim.Optimizer)
     at_marks: list[tuple[int, int]] = []  # gradients and states at each mark
 
     def run(mark: Any, seed: int) -> None:
@@ -169,7 +169,7 @@ def iteration_seconds(
         ValueError: there are not more batches than `warmup`.
     """
     instance("rule", rule, Rule)
-    check_optimizer(model, optimizer)
+    instance("optimizer", optimizer, torch.optim.Optimizer)
     warmup = whole_number("warmup", warmup, least=0)
     rows: list[tuple[float, ...]] = []
     spent = 0.0
@@ -200,15 +200,6 @@ def iteration_seconds(
     totals = [sum(row) for row in rows[warmup:]]
     medians = (statistics.median(part) for part in zip(*rows[warmup:], strict=True))
     return Seconds(*medians, least=min(totals), most=max(totals))
-
-
-def check_optimizer(model: nn.Module, optimizer: Any) -> None:
-    """Raise ValueError for what is no optimizer of a model's parameters."""
-    remedy = "such as torch.optim.SGD(model.parameters(), lr=0.1)"
-    instance("optimizer", optimizer, torch.optim.Optimizer, remedy)
-    own = set(map(id, instance("model", model, nn.Module).parameters()))
-    if own.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError(f"the optimizer has no parameter of the model: make it of these, {remedy}")
 
 
 def _device_time(device: torch.device) -> float:

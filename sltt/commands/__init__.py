@@ -53,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command!r}{suggest(command, COMMANDS)}")
-        from sltt.training.batches import keep_generators  # with PyTorch
+        from sltt.training.batches import keep_all_generators  # with PyTorch
 
-        with keep_generators():
+        with keep_all_generators():
             import_module(f"sltt.commands.{command}").run(rest)
     except KeyboardInterrupt as stop:
         return _exit_code(stop, 130)

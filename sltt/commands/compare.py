@@ -57,8 +57,7 @@ def run(words: Sequence[str]) -> None:
         recipe.build(*to_options(chosen), rule=rule).stages()
     report = Console(quiet=args.json)
     result = compared_json(
-        recipe,
-        [compare(rule, chosen, args.seeds, args.save, recipe, report) for rule, chosen in combinations],
+        recipe, [compare(rule, chosen, args.seeds, args.save, recipe, report) for rule, chosen in combinations]
     )
     give(result, args, "compare.json", lambda report: print_compared(result, report))
     tell_died(result["rows"])

@@ -21,13 +21,6 @@ REMEDIES = {
     r"DataLoader worker.* (exited|killed)": (
         "--workers 0 shows what ended it; where that works, memory was short: use fewer --workers"
     ),
-    r"No space left|Disk quota": "free some space, or choose a folder on another disk with --run or --save",
-    r"PermissionError|Read-only file system": (
-        "choose a folder that you may write to, with --run, --save or --out; for frames of events, with --data.cache"
-    ),
-    r"CUDA error|CUBLAS|cuDNN|device-side assert": (
-        "CUDA_LAUNCH_BLOCKING=1 shows the operation; --device cpu shows whether the network and the data are right"
-    ),
     r"gloo.*by peer|remote process exited": (
         "another process ended: its output says why, unless it was killed, as for want of memory"
     ),

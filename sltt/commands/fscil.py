@@ -111,12 +111,7 @@ def few_shots(task: Task, rules: Sequence[str], seeds: int, folder: Path, report
 def _row(rule: str, runs: Sequence[FewShot], errors: Sequence[str] = ()) -> dict[str, Any]:
     """Return lists over seeds of the accuracies after each session, and of each score; errors are of failed seeds."""
     scores = {name: [getattr(scored, name) for scored in runs] for name in SCORES}
-    return {
-        "rule": rule,
-        "accuracies": [scored.accuracies for scored in runs],
-        **scores,
-        "errors": list(errors),
-    }
+    return {"rule": rule, "accuracies": [scored.accuracies for scored in runs], **scores, "errors": list(errors)}
 
 
 def _classify(here: Session, task: Task, seed: int, built: Any, pixels: bool = False) -> FewShot:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltt._torch import fork_rng
+from sltt._torch import keep_generators
 from sltt.checks import instance, number
 from sltt.data.base import Data, Mapped, Splits
 from sltt.frozen import Frozen
@@ -151,6 +151,6 @@ class _Fixed(Mapped):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         x, target = self.samples[index]
-        with fork_rng():
+        with keep_generators():
             torch.default_generator.manual_seed(index)
             return self.change(torch.as_tensor(x)), target

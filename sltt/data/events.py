@@ -234,7 +234,7 @@ class CIFAR10DVS(_Events):
 
 
 class EventFolder(_Events):
-    """Any folder of recordings, `root/{train,test}/CLASS/*`: .bin (N-MNIST), .aedat, .aedat4, .dat, .npy or .npz.
+    """Any folder of recordings, `root/{train,test}/CLASS/*`: .bin (N-MNIST), .aedat, .aedat4, .npy or .npz.
 
     Args:
         root: folder of the data.

@@ -177,8 +177,6 @@ def _pair(name: str, sample: Any, columns: tuple[str, str] | None) -> tuple[Any,
         if missing := [key for key in columns if key not in sample]:
             raise ValueError(f"{name} has no {missing[0]!r} of columns; its keys are {keys}")
         return sample[columns[0]], sample[columns[1]]
-    if columns is not None:
-        raise ValueError(f"columns are keys of dictionaries, and {name} is a {type(sample).__name__}: leave them out")
     if not isinstance(sample, tuple | list) or len(sample) != 2:
         many = f" of {len(sample)}" if isinstance(sample, tuple | list) else ""
         raise ValueError(f"{name}: expected a pair (x, target), got a {type(sample).__name__}{many}")

@@ -31,9 +31,9 @@ def read(path: Path, sensor: tuple[int, int], slicing: Slicing, steps: int) -> R
     """Read and check a recording.
 
     Args:
-        path: `.bin` (N-MNIST), `.aedat` (version 2 or 3.1), `.aedat4` (with the package aedat), `.dat` (Prophesee),
-            `.npz` with arrays x, y, t, p, or `.npy` with fields of these names, t in microseconds, or with columns x,
-            y, p, t, t in milliseconds (tonic).
+        path: `.bin` (N-MNIST), `.aedat` (version 2 or 3.1), `.aedat4` (with the package aedat), `.npz` with arrays x,
+            y, t, p, or `.npy` with fields of these names, t in microseconds, or with columns x, y, p, t, t in
+            milliseconds (tonic).
         sensor: height and width of the camera, in pixels.
         slicing: frames of equal event count, or of equal time.
         steps: T, number of frames.
@@ -46,7 +46,6 @@ def read(path: Path, sensor: tuple[int, int], slicing: Slicing, steps: int) -> R
         ".bin": _read_bin,
         ".aedat": _read_aedat,
         ".aedat4": _read_aedat4,
-        ".dat": _read_dat,
         ".npy": _read_npy,
         ".npz": _read_npz,
     }
@@ -153,26 +152,6 @@ def _read_aedat4(path: Path) -> Recording:
     events = read_aedat4(str(path))
     names = dict(zip("txyp", events.dtype.names, strict=True))  # polarity is called `on`
     return Recording(*(events[names[name]].astype(np.int64) for name in "xytp"))
-
-
-def _read_dat(path: Path) -> Recording:
-    from expelliarmus import Wizard  # tonic comes with it
-
-    with path.open("rb") as file:
-        if file.read(1) != b"%":
-            raise RecordingError("not a DAT file: it does not begin with a line of text after %")
-        file.seek(0)
-        while (line := file.readline()).startswith(b"%"):
-            pass
-        kind, start = line[:2], file.tell() - len(line) + 2
-    if kind and kind not in (b"\x00\x08", b"\x0c\x08"):  # two kinds of change in brightness, in 8 bytes each
-        raise RecordingError(f"holds events of type {kind[0]} in {kind[-1]} bytes, expected type 0 or 12 in 8")
-    if (path.stat().st_size - start) % 8:
-        raise RecordingError("truncated: the data is no multiple of the 8 bytes of an event")
-    events = Wizard(encoding="dat").read(str(path))
-    if events is None:
-        raise RecordingError("expelliarmus finds no events in it")
-    return Recording(*(events[name].astype(np.int64) for name in "xytp"))
 
 
 def _read_npy(path: Path) -> Recording:

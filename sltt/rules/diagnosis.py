@@ -89,17 +89,16 @@ def _cause(run: Run) -> str | None:
     if leftover := next((kept for kept in plain_tensors(run.model) if kept[-1].grad_fn is not None), None):
         name, module, attribute, _ = leftover
         kind = type(module).__name__
-        remedy = (
-            f"add it to {kind}.states"
-            if isinstance(module, Stateful)
-            else f"make it a sltt.Stateful with states = ('{attribute}',), or call "
-            f"sltt.register({kind}, states=['{attribute}'])"
-        )
-        return (
-            f"{name or 'the model'} ({kind}) keeps a tensor in `.{attribute}` from step to step, which no rule knows "
-            f"of: {remedy}"
-        )
+        said = f"{name or 'the model'} ({kind}) keeps a tensor in `.{attribute}` from step to step"
+        return f"{said}, which no rule knows of: {to_state(module, attribute)}"
     return run.layout.find_unseen()
+
+
+def to_state(module: nn.Module, attribute: str) -> str:
+    """Return how a tensor that a module keeps becomes one of its states."""
+    kind = type(module).__name__
+    known = isinstance(module, Stateful)
+    return f"add it to {kind}.states" if known else f"say so, sltt.register({kind}, states=['{attribute}'])"
 
 
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from sltt import kernels
-from sltt._torch import DispatchMode, _disable_current_modes, _DropoutNd, fork_rng, get_rng_states, wrapped_module
+from sltt._torch import (
+    DispatchMode,
+    _disable_current_modes,
+    _DropoutNd,
+    get_rng_states,
+    keep_generators,
+    wrapped_module,
+)
 from sltt.neurons.dropout import Dropout
 from sltt.rules.batch import Batch, Fold
 from sltt.sequence.copies import copy_model
@@ -135,10 +142,8 @@ def apart_from_user(device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())  # which count operations, say
         stack.enter_context(kernels.without_modes())
-        stack.enter_context(fork_rng(device))
+        stack.enter_context(keep_generators(device))
         stack.enter_context(kernels.using(compile="off"))
-        stack.callback(random.setstate, random.getstate())
-        stack.callback(np.random.set_state, np.random.get_state())
         _seed()
         yield
 

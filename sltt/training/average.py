@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sltt._torch import _NormBase
@@ -20,17 +19,9 @@ class Average:
 
     by `update`, after each step of the optimizer; running statistics of BatchNorm likewise. Other buffers are copied.
     The first steps have a smaller d, so that the average soon leaves the weights before training.
-
-    Raises:
-        ValueError: the model has lazy weights, which are made by its first input.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        if any(is_lazy(p) for p in model.parameters()):
-            raise ValueError(
-                "ema copies the weights, and lazy layers have none before their first input: run model(x) once, and "
-                "then sltt.reset(model)"
-            )
         self.module, self.decay, self.step = copy_model(model), decay, 0
 
     @torch.no_grad()

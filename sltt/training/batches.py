@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from sltt._torch import end_workers, get_rng_states, set_rng_states
+from sltt._torch import end_workers, keep_generators
 from sltt.checks import whole_number
 from sltt.data import Splits
 from sltt.data.base import Collate
@@ -79,32 +79,18 @@ def by_length(order: list[int], lengths: Sequence[int], size: int, generator: to
 
 
 @contextmanager
-def keep_generators() -> Iterator[None]:
-    """Restore the global random generators at the end of this block, those of GPUs too."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+def keep_all_generators() -> Iterator[None]:
+    """Leave the global random generators as they were, those of all GPUs too."""
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count() * torch.cuda.is_initialized())]
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
-        with _keep_generators():
+        with keep_generators(*devices):
             yield
     finally:
-        if cuda is None:  # nothing was drawn before: they begin at the seed of the CPU
+        if not devices:  # nothing was drawn before: they begin at the seed of the CPU
             torch.cuda.manual_seed_all(torch.initial_seed())
-        else:
-            torch.cuda.set_rng_state_all(cuda)
         if mps is not None:
             torch.mps.set_rng_state(mps)
-
-
-@contextmanager
-def _keep_generators() -> Iterator[None]:
-    """After this block the global generators of the CPU go on as if it had not been."""
-    states = random.getstate(), np.random.get_state(), get_rng_states()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        set_rng_states(states[2])
 
 
 def _seed_generators(seed: int) -> None:
@@ -121,7 +107,7 @@ class _Seeded(Dataset[Any]):
         self.data, self.collate, self.crop = data, collate, crop
 
     def __getitems__(self, keys: Sequence[Key]) -> Any:
-        with _keep_generators():  # once a batch: keeping takes longer than seeding
+        with keep_generators():  # once a batch: keeping takes longer than seeding
             samples = [self._read(key) for key in keys]
             _seed_generators(keys[0][1] + 1)
             return self.collate(samples)

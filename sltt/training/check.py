@@ -12,10 +12,10 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from sltt import kernels
-from sltt._torch import FABRIC, _BatchNorm, fork_rng, run_eagerly
+from sltt._torch import FABRIC, _BatchNorm, keep_generators, without_compiler
 from sltt.checks import instance
 from sltt.rules import SLTT, Rule
-from sltt.rules.diagnosis import plain_tensors
+from sltt.rules.diagnosis import plain_tensors, to_state
 from sltt.sequence.copies import copy_model
 from sltt.sequence.hooks import keep_hooks
 from sltt.sequence.layout import Layout
@@ -95,8 +95,8 @@ def _check_call(model: nn.Module, sequence: Sequence) -> None:
             if isinstance(module, nn.MultiheadAttention)
         )
         with (
-            keep_hooks(*attending), evaluation_mode(twin), torch.no_grad(), run_eagerly(),
-            fork_rng(sequence.x.device),
+            keep_hooks(*attending), evaluation_mode(twin), torch.no_grad(), keep_generators(sequence.x.device),
+            without_compiler(), torch.compiler.set_stance("force_eager"),
             Run(twin, sequence, _Eager(), grad=False) as run, _Attention(samples),
         ):  # fmt: skip
             run.result(run(sequence.input(range(1))))
@@ -166,15 +166,11 @@ def warn_of_leftovers(model: nn.Module, before: list[Any], samples: int) -> None
         new = id(value) not in there and (name, attribute, value.shape) not in shapes  # or it is of that size anyway
         if value.ndim > 1 and len(value) == samples and new:
             kind = type(module).__name__
-            remedy = (
-                f"add it to {kind}.states. If it is not: give it a name that begins with _"
-                if isinstance(module, Stateful)
-                else f"say so: sltt.register({kind}, states=['{attribute}']). If it is not: sltt.register({kind}, "
-                "states=[])"
-            )
+            known = isinstance(module, Stateful)
+            other = "give it a name that begins with _" if known else f"sltt.register({kind}, states=[])"
             warnings.warn(
                 f"{name.removeprefix(FABRIC) or 'the model'} ({kind}) keeps a tensor of the batch in `.{attribute}` "
-                f"after the sequence. If it is a state, {remedy}",
+                f"after the sequence. If it is a state, {to_state(module, attribute)}; if it is not, {other}",
                 stacklevel=5,
             )
 
@@ -212,7 +208,7 @@ def _run(model: nn.Module, x: Tensor, seed: int) -> list[ModuleCall]:
 
     hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules()]
     with (
-        keep_hooks(*hooks), evaluation_mode(model), torch.no_grad(), fork_rng(x.device),
+        keep_hooks(*hooks), evaluation_mode(model), torch.no_grad(), keep_generators(x.device),
         kernels.using(sparse="off", compile="off"), Run(model, Sequence(x, 1, True), Step(), grad=False) as run,
     ):  # fmt: skip
         torch.manual_seed(seed)

@@ -8,7 +8,7 @@ from typing import Any
 from sltt.data import Splits
 from sltt.losses import is_per_step
 from sltt.training import runs, safeguards
-from sltt.training.batches import check_crop, keep_generators, seed_everything
+from sltt.training.batches import check_crop, keep_all_generators, seed_everything
 from sltt.training.card import write_card
 from sltt.training.check import check
 from sltt.training.checkpoints import load_checkpoint, load_selected, start_from
@@ -50,7 +50,7 @@ def fit(settings: Settings) -> Fit:
 
     When another process of the training fails or dies, this one ends too, with the exit code 1.
     """
-    with keep_generators(), session(settings) as here:
+    with keep_all_generators(), session(settings) as here:
         if settings.config is None:
             untold: list[str] = []
             settings = replace(settings, config=_config(settings, untold))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sltt._torch import DispatchMode, fork_rng, get_rng_states, set_rng_states, tree_leaves
+from sltt._torch import DispatchMode, get_rng_states, keep_generators, set_rng_states, tree_leaves
 from sltt.checks import instance
 from sltt.rules import Output, Rule
 from sltt.rules.base import StepLoss
@@ -197,8 +197,6 @@ def graphed(
     Raises:
         ValueError: x is not on a GPU, a rule or a network that a graph cannot repeat; when called, another shape.
     """
-    instance("rule", rule, Rule)
-    instance("model", model, nn.Module)
     for name, tensor in (("x", x), ("y", y)):
         instance(name, tensor, Tensor)
         if not CudaGraph.runs_on(tensor.device):
@@ -218,7 +216,7 @@ def graphed(
 
     gradients = [p.grad for p in parameters]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with fork_rng(x.device):
+    with keep_generators(x.device):
         for _ in range(EAGER):
             if not batches.problem:
                 for p in parameters:

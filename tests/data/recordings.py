@@ -77,14 +77,6 @@ def write_aedat4(path, recording):
     path.write_bytes(content)
 
 
-def write_dat(path, recording):
-    """Prophesee's DAT: lines of text, the type and the size of an event, then time, and x, y and polarity in bits."""
-    raw = np.empty((len(recording.t), 2), "<u4")
-    raw[:, 0] = recording.t
-    raw[:, 1] = recording.x | recording.y << 14 | recording.p << 28
-    path.write_bytes(b"% Data file containing CD events.\n% Version 2\n" + bytes([12, 8]) + raw.tobytes())
-
-
 def write_npy(path, recording):
     """tonic's DVS128 Gesture: x, y, p, and t in milliseconds."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sltt.data.recordings import Recording, RecordingError, frames, read
-from tests.data.recordings import events, write_aedat2, write_aedat3, write_aedat4, write_bin, write_dat, write_npy
+from tests.data.recordings import events, write_aedat2, write_aedat3, write_aedat4, write_bin, write_npy
 
 tonic_io = pytest.importorskip("tonic.io", reason="event data needs tonic")
 
@@ -16,10 +16,9 @@ tonic_io = pytest.importorskip("tonic.io", reason="event data needs tonic")
         (write_aedat2, ".aedat", (128, 128), None),
         (write_aedat3, ".aedat", (128, 128), None),
         (write_aedat4, ".aedat4", (128, 128), None),
-        (write_dat, ".dat", (128, 128), None),
         (write_npy, ".npy", (128, 128), None),
     ],
-    ids=["bin", "aedat 2", "aedat 3.1", "aedat 4", "dat", "npy"],
+    ids=["bin", "aedat 2", "aedat 3.1", "aedat 4", "npy"],
 )
 def test_recordings_are_read_as_tonic_reads_them(tmp_path, write, suffix, sensor, reference):
     if suffix == ".aedat4":
@@ -70,10 +69,6 @@ def test_smaller_frames_sum_the_events_of_their_pixels():
         ("a.npy", b"x", "cannot be read"),
         ("a.aedat", b"PK\x03\x04", "it does not begin with #!AER-"),
         ("a.aedat", b"#!AER-DAT2.0\r\n\x01\x02\x03", "truncated: the data is no multiple of the 8 bytes"),
-        ("a.dat", b"PK\x03\x04", "not a DAT file: it does not begin with"),
-        ("a.dat", b"% Version 2\n\x0c\x08\x01\x02\x03", "truncated: the data is no multiple of the 8 bytes"),
-        ("a.dat", b"% Version 2\n\x0c\x08", "finds no events"),
-        ("a.dat", b"% Version 2\n\x0e\x08" + bytes(16), "events of type 14 in 8 bytes, expected type 0 or 12"),
     ],
 )
 def test_a_file_of_another_format_is_named(tmp_path, name, content, message):

@@ -69,7 +69,7 @@ def network(layer):
     ("layer", "name", "remedy"),
     [
         (Plain(), "v", r"sltt.register\(Plain, states=\['v'\]\)"),
-        (History(), "past", r"states = \('past',\)"),
+        (History(), "past", r"sltt.register\(History, states=\['past'\]\)"),
         (Undeclared(detaches=False), "last", "add it to Undeclared.states"),
     ],
 )

@@ -28,13 +28,11 @@ def loss(logits, target):
     return nn.functional.cross_entropy(logits, target)
 
 
-LAZY = nn.Sequential(nn.LazyLinear(16), sltt.LIF(), nn.Linear(16, 3))
 HARD = network()
 HARD[2] = sltt.LIF(v_reset=0.0)
 SUM = nn.CrossEntropyLoss(reduction="sum")
 ONE = "BatchNorm needs two"
 REFUSED = [
-    ({"model": LAZY, "ema": 0.9}, "lazy layers have none before their first input"),
     ({"callbacks": [EarlyStopping]}, "callbacks"),
     ({"callbacks": ["EarlyStopping"]}, "callbacks"),
     ({"callbacks": EarlyStopping()}, "callbacks"),
