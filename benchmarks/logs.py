@@ -6,14 +6,14 @@
 docstrings, comments, layout and names of locals do not count. `write` makes the entry. A log to which an older version
 contributed has none: delete the log, and measure it whole.
 
-Accuracies and gradients take hours. `--compare` runs the version that wrote such a log beside this one, on so many
-random networks (tests/versions.py). Where logits, losses, gradients and statistics of all rules are the same, the log
-counts as measured now; its entry names that version. Only the logs of PENALTY need the same penalties on firing rates
-too. It does not see data sets and recipes: delete the logs of one that changes.
+Accuracies and gradients take hours. `--compare` runs the last version of which such a log was beside this one, on so
+many random networks (tests/versions.py). Where logits, losses, gradients and statistics of all rules are the same, the
+log counts as measured now; its entry names that version. Only the logs of PENALTY need the same penalties on firing
+rates too. It does not see data sets and recipes: delete the logs of one that changes.
 
-Times take hours too, of peers more than of this library. `--compare-costs` runs the cases of COSTS in both versions, in
-so many turns, with nothing beside it. Where a batch takes the same time to 5% (the median of the ratios) and the same
-memory to 2%, the log counts as measured now.
+Times take hours too, of peers more than of this library. `--compare-costs` runs the cases of COSTS in this version and
+in that which wrote the log, since many small steps would add up: in so many turns, with nothing beside it. Where a
+batch takes the same time to 5% (the median of the ratios) and the same memory to 2%, the log counts as measured now.
 """
 
 import argparse
@@ -192,6 +192,21 @@ def stale(root: Path = ROOT) -> dict[str, str]:
     return found
 
 
+def last_versions(root: Path, sources: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """The older logs with one of these sources, by the newest commit whose code they are of."""
+    known, of = marks(root), {}
+    names = [Path(file).with_suffix("").as_posix() for file in stale(root)]
+    names = [name for name in names if name in known and entry(name)[1] in sources]
+    log = ["git", "log", "--format=%h", "--", "sltt"]
+    for commit in subprocess.run(log, cwd=root, capture_output=True, text=True, check=True).stdout.split():
+        if names:
+            with checkout(commit, root) as old:
+                now = {tuple(source): digest(source, Path(old)) for source in sources}
+            of[commit] = [name for name in names if known[name]["sources"] == now[tuple(entry(name)[1])]]
+            names = [name for name in names if name not in of[commit]]
+    return {commit: found for commit, found in of.items() if found}
+
+
 def blob(path: Path) -> str:
     """Git's name of what a file has: with it, the first commit of a log is found, also where it went and came back."""
     return subprocess.run(["git", "hash-object", path], capture_output=True, text=True, check=True).stdout.strip()
@@ -228,8 +243,8 @@ def enter(names: Sequence[str], commit: str, root: Path) -> None:
 
 
 def compare(count: int, root: Path = ROOT) -> None:
-    """Enter the logs of accuracies and gradients whose version gives what this one does."""
-    for commit, all_names in written_by(root, (TRAINED, GRADIENTS)).items():
+    """Enter the logs of accuracies and gradients whose last version gives what this one does."""
+    for commit, all_names in last_versions(root, (TRAINED, GRADIENTS)).items():
         for penalty in (False, True):
             if not (names := [name for name in all_names if (name in PENALTY) == penalty]):
                 continue

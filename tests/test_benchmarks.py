@@ -127,6 +127,7 @@ def test_the_steps_on_a_gpu_measure_what_there_is(tmp_path):
     assert profiled["seconds"] >= profiled["host"] > 0
 
 
+@pytest.mark.slow
 def test_every_command_of_the_paper_is_one_that_sltt_takes():
     paper = load("paper")
     every = {**paper.COMMANDS, **paper.MAP, **paper.ADVICE}.values()

@@ -10,6 +10,7 @@ import pytest
 from tests.commands.tiny import TINY, environment
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
 def test_train_keeps_freed_memory_until_glibc_is_told_to_return_it():
     code = """

@@ -21,6 +21,7 @@ def test_every_surrogate_and_odd_sizes(surrogate):
             check_step(CONSTANTS[0], surrogate, False, n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("constants", "learnable"), [(CONSTANTS[0], False), (CONSTANTS[7], True)], ids=str)
 def test_the_compiled_step_equals_the_equations(constants, learnable):
     with compiling("on"):

@@ -90,7 +90,8 @@ def test_the_fused_step_equals_the_function(kind):
             check_fused(kind(), x)
 
 
-@pytest.mark.parametrize("last", [True, pytest.param(False, marks=pytest.mark.slow)])  # each compiles anew
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [True, False])  # each compiles anew
 def test_the_compiled_step_equals_the_function(last):
     with compiling("on"):
         for x in [*layouts(8)][2:3] if last else [*layouts(8)][::4]:

@@ -159,6 +159,7 @@ def test_observers_see_the_steps_under_a_steady_current():
     assert rates.by_layer()["1"] == pytest.approx(derivatives(model[1], [current.detach()] * 5)[0].mean().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("neuron", [Own(4), sltt.PLIF(tau=2.0, v_reset=0.0, decay_input=True)], ids=["own", "PLIF"])
 def test_compiled_with_channels_last_it_is_the_plain_one(neuron):
     x, y = 2 * torch.randn(4, 3, 2, 8, 8), torch.randint(3, (3,))
