@@ -108,7 +108,8 @@ def digest(sources: Sequence[str], root: Path) -> str:
     """Return twelve hexadecimal digits of a hash of files, and of all files in folders, without what explains them."""
     of = hashlib.sha256()
     files = (file for source in sources for file in [root / source, *(root / source).rglob("*")])
-    for file in sorted(file for file in files if file.suffix in (".py", ".cpp", ".c", ".h", ".yaml")):
+    kinds = ".py", ".cpp", ".c", ".h", ".yaml"
+    for file in sorted(file for file in files if file.suffix in kinds and file.is_file()):
         text = file.read_text(encoding="utf-8")
         of.update(f"{file.relative_to(root).as_posix()}\n{code_of(text) if file.suffix == '.py' else text}".encode())
     return of.hexdigest()[:12]
@@ -197,7 +198,7 @@ def last_versions(root: Path, sources: Sequence[Sequence[str]]) -> dict[str, lis
     known, of = marks(root), {}
     names = [Path(file).with_suffix("").as_posix() for file in stale(root)]
     names = [name for name in names if name in known and entry(name)[1] in sources]
-    log = ["git", "log", "--format=%h", "--", "sltt"]
+    log = ["git", "log", "--format=%h", "--max-count=200", "--", "sltt"]
     for commit in subprocess.run(log, cwd=root, capture_output=True, text=True, check=True).stdout.split():
         if names:
             with checkout(commit, root) as old:

@@ -129,7 +129,7 @@ class Energy:
         return {"energy": energy, "ratios": ratios}
 
 
-def show(value: float | str | None) -> str:
+def as_text(value: float | str | None) -> str:
     """Return what stands in a cell of these tables."""
     if isinstance(value, str):
         return value

@@ -21,7 +21,7 @@ from sltt.commands.failures import cause
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers
 from sltt.commands.prepared import Prepared
 from sltt.commands.results import Gathered, gather, give
-from sltt.commands.tables import Table, number
+from sltt.commands.tables import Table, numeral
 from sltt.commands.verdict import advice_on
 from sltt.data import Data
 from sltt.metrics import finite_scores, name_of
@@ -162,14 +162,14 @@ def agreement_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return how the gradient of each rule is beside that of BPTT."""
     cells = [
         {
-            "τ": number(row["tau"], "g", none="recipe's"),
-            "T": number(row["steps"]),
-            "epochs": number(row["epochs"]),
+            "τ": numeral(row["tau"], "g", none="recipe's"),
+            "T": numeral(row["steps"]),
+            "epochs": numeral(row["epochs"]),
             "rule": rule["rule"],
-            "cosine": number(rule["cosine"], ".4f"),
-            "worst": number(rule["least"], ".4f"),
-            "norm / BPTT": number(rule["norm_ratio"], ".3f"),
-            "dropped": number(rule["dropped"], ".1%"),
+            "cosine": numeral(rule["cosine"], ".4f"),
+            "worst": numeral(rule["least"], ".4f"),
+            "norm / BPTT": numeral(rule["norm_ratio"], ".3f"),
+            "dropped": numeral(rule["dropped"], ".1%"),
         }
         for row in rows
         for rule in row["agreement"]
@@ -180,7 +180,7 @@ def agreement_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def gradient_table(row: Mapping[str, Any]) -> Table:
     """Return the gradient of SLTT beside that of BPTT in each layer that has one."""
     layers = [
-        {"layer": name or "(model)", "cosine": number(cosine, ".4f"), "norm / BPTT": number(ratio, ".3f")}
+        {"layer": name or "(model)", "cosine": numeral(cosine, ".4f"), "norm / BPTT": numeral(ratio, ".3f")}
         for name, (cosine, ratio) in row["agreement"][0]["layers"].items()
         if finite_scores([cosine])
     ]

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from sltt.analysis import agreement, count_operations, measure_energy
-from sltt.analysis.energy import show
+from sltt.analysis.energy import as_text
 from sltt.commands.failures import cause
 from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_seed
 from sltt.commands.prepared import Prepared
 from sltt.commands.results import Gathered, give, rule_of, scores_cell
-from sltt.commands.tables import Cell, Row, Table, number
+from sltt.commands.tables import Cell, Row, Table, numeral
 from sltt.commands.vary import grid, label_row, to_options, values
 from sltt.commands.verdict import answers
 from sltt.data import Classes
@@ -189,13 +189,13 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
             cells = {metric: row["rule"], "validation": scores_cell(row["validation"], metric), "test": test}
         else:
             cells = {"rule": row["rule"], metric: test}
-        cells["s/epoch"] = number(row["seconds"], ".2f")
+        cells["s/epoch"] = numeral(row["seconds"], ".2f")
         # none where the training went well, and measuring it did not
-        cells["memory"] = Cell(megabytes(row["peak_memory"]), row["peak_memory"]) if operations else number(None)
+        cells["memory"] = Cell(megabytes(row["peak_memory"]), row["peak_memory"]) if operations else numeral(None)
         if not varied:
-            cells["mult. fwd"] = number(operations.get("forward"), ".2e")
-            cells["mult. bwd"] = number(operations.get("backward"), ".2e")
-            cells["cosine"] = number(row["cosine"], ".3f")
+            cells["mult. fwd"] = numeral(operations.get("forward"), ".2e")
+            cells["mult. bwd"] = numeral(operations.get("backward"), ".2e")
+            cells["cosine"] = numeral(row["cosine"], ".3f")
         table_rows.append(cells)
     return Table(table_rows, "comparison")
 
@@ -208,7 +208,7 @@ def ratio_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
         matched = zip(("matched", "+ neurons", "+ chip", "+ DRAM"), ratios, strict=True)
         cells = {"32 bits": ratios[0]["32 bits"], **{name: ratio["matched bits"] for name, ratio in matched}}
         cells["equal at rate"] = ratios[2]["equal at a firing rate of"]
-        table_rows.append({"rule": row["rule"], **{name: Cell(show(value), value) for name, value in cells.items()}})
+        table_rows.append({"rule": row["rule"], **{name: Cell(as_text(value), value) for name, value in cells.items()}})
     title = "energy, ANN / SNN: operations in 32 and in matched bits, + neurons, + memory"
     return [Table(table_rows, "ratios", title)] if table_rows else []
 

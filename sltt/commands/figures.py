@@ -125,7 +125,7 @@ def svg(figure: Figure, title: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
     """Write `name`.png and `name`.svg, on white."""
     with rc_context({**STYLE, "savefig.facecolor": "white"}):
         for kind, metadata in (("png", None), ("svg", {"Date": None})):

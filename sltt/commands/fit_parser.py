@@ -77,7 +77,7 @@ def make_parser(prog: str) -> ArgumentParser:
     for name in sltt.__all__:  # pyright: ignore[reportAttributeAccessIssue]  # the parser knows a class by its name once it is imported
         getattr(sltt, name)
     set_parsing_settings(import_path_denylist=[])  # a class_path never imports what the parser's own list denies
-    set_loader("sltt", yamltext.load, exceptions=(yaml.YAMLError,))
+    set_loader("sltt", yamltext.load_yaml, exceptions=(yaml.YAMLError,))
     parser = ArgumentParser(
         prog=prog,
         usage=f"{prog} [OPTION ...]",

@@ -20,7 +20,7 @@ from sltt.commands.compare import default_folder, tell_died, train_one
 from sltt.commands.failures import cause
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers, refuse_seed
 from sltt.commands.results import give, scores_text
-from sltt.commands.tables import Cell, Row, Table, number
+from sltt.commands.tables import Cell, Row, Table, numeral
 from sltt.data import Classes, Splits
 from sltt.data.classes import class_labels
 from sltt.metrics import name_of
@@ -157,6 +157,6 @@ def print_few_shots(result: Mapping[str, Any], report: Console) -> None:
     rows = []
     for row in result["rows"]:
         if row["accuracies"]:
-            means = (number(100 * statistics.mean(several), ".1f") for several in zip(*row["accuracies"], strict=True))
+            means = (numeral(100 * statistics.mean(several), ".1f") for several in zip(*row["accuracies"], strict=True))
             rows.append({"classes seen": row["rule"], **dict(zip(seen, means, strict=True))})
     Table(rows).show(report)

@@ -50,7 +50,7 @@ def write(parts: Sequence[Section], found: Gathered, folder: Path) -> Path:
             raise ValueError(f"{folder / name} is a link: remove it, or choose another folder by --out")
     for section in parts:
         for chart in section.charts:
-            figures.save(chart.figure, folder / "figures", _file_name(chart.name))
+            figures.save_figure(chart.figure, folder / "figures", _file_name(chart.name))
         for table in section.tables:
             path, text = folder / "data" / f"{_file_name(table.name)}.csv", table.csv()
             write_atomically(path, lambda file, text=text: file.write(text.encode()))

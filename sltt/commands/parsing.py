@@ -280,7 +280,7 @@ def _read(source: Path | str) -> dict[str, Any]:
     """Return the values of a recipe, or of the file or text of --config."""
     file = os.path.expanduser(source)
     try:
-        values = yamltext.load(yamltext.read(Path(file)) if os.path.isfile(file) else str(source))
+        values = yamltext.load_yaml(yamltext.read_text(Path(file)) if os.path.isfile(file) else str(source))
     except yaml.YAMLError as error:
         raise UsageError(f"{source} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sltt.commands.failures import UsageError
 from sltt.commands.parsing import CommandOptions, begin, count, load_run
-from sltt.commands.tables import Row, Table, number
+from sltt.commands.tables import Row, Table, numeral
 from sltt.losses import predict_from
 from sltt.rules.stream import Stream
 from sltt.training.console import Console, as_json
@@ -52,7 +52,7 @@ def run(words: Sequence[str]) -> None:
             columns = (
                 step,
                 decision.get("class", decision["prediction"]),
-                number(decision.get("probability"), ".1%").text,
+                numeral(decision.get("probability"), ".1%").text,
             )
             print(as_json(decision) if args.json else "\t".join(map(str, columns)), flush=True)
         return
@@ -96,5 +96,5 @@ def _row(prediction: dict[str, Any]) -> Row:
     return {
         "file": prediction["file"],
         "class": str(prediction["class"]),
-        "probability": number(prediction["probability"], ".1%"),
+        "probability": numeral(prediction["probability"], ".1%"),
     }

@@ -23,12 +23,12 @@ from sltt.analysis import (
     layer_paths,
     measure_energy,
 )
-from sltt.analysis.energy import LayerOperations, show
+from sltt.analysis.energy import LayerOperations, as_text
 from sltt.commands.failures import cause
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers
 from sltt.commands.prepared import Prepared
 from sltt.commands.results import give
-from sltt.commands.tables import Cell, Row, Table, bytes_cell, number
+from sltt.commands.tables import Cell, Row, Table, bytes_cell, numeral
 from sltt.interop.adapted import find_own_code
 from sltt.memory import available_memory, parse_bytes
 from sltt.rules import Mixed, Rule
@@ -117,7 +117,7 @@ def print_profile(result: Mapping[str, Any], report: Console) -> None:
 
 def energy_tables(rows_of: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Table]:
     """Return the tables of `Energy.tables`."""
-    cells = {name: [{k: Cell(show(v), v) for k, v in row.items()} for row in rows] for name, rows in rows_of.items()}
+    cells = {name: [{k: Cell(as_text(v), v) for k, v in row.items()} for row in rows] for name, rows in rows_of.items()}
     return [Table(rows, name, "estimate for 45 nm" if name == "energy" else "") for name, rows in cells.items()]
 
 
@@ -129,11 +129,11 @@ def cost_tables(result: Mapping[str, Any]) -> list[Table]:
         shares = {"memory": parts["batch"], "grads": parts["gradients"]}
         shares |= {name: parts[name] for name in ("states", "saved", "rest")} | {"weights": parts["parameters"]}
         shares |= {"optim": parts["optimizer"], "input": parts["input"], "all": parts["total"]}
-        name: Row = {"rule": cost["rule"], "T": number(cost["steps"])}
+        name: Row = {"rule": cost["rule"], "T": numeral(cost["steps"])}
         memory.append({**name, **{part: Cell(f"{share / 1e6:.2f}", share) for part, share in shares.items()}})
-        phases = {phase: number(cost["seconds"][phase], ".3f") for phase in PHASES}
-        forward, backward = (number(cost["operations"][key], ".2e") for key in ("forward", "backward"))
-        fold = number(cost["fold"]["trained"])
+        phases = {phase: numeral(cost["seconds"][phase], ".3f") for phase in PHASES}
+        forward, backward = (numeral(cost["operations"][key], ".2e") for key in ("forward", "backward"))
+        fold = numeral(cost["fold"]["trained"])
         seconds.append({**name, **phases, "mult. fwd": forward, "mult. bwd": backward, "fold": fold})
     tables = [
         Table(memory, "memory", "memory of a batch: grads + states + saved + rest; all at the peak; in MB"),
@@ -147,11 +147,11 @@ def fits_table(fits: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         {
             "rule": fit["rule"],
-            "batch": number(fit["batch"], ",", none="no limit"),
-            "T": number(fit["steps"], ",", none="no limit"),
+            "batch": numeral(fit["batch"], ",", none="no limit"),
+            "T": numeral(fit["steps"], ",", none="no limit"),
             "predicted": bytes_cell(fit["predicted"]) if fit["predicted"] else "",
             "measured": bytes_cell(fit["measured"]) if fit["measured"] else Cell("not run", None),
-            "error": number(fit["predicted"] / fit["measured"] - 1 if fit["measured"] else None, "+.1%", none=""),
+            "error": numeral(fit["predicted"] / fit["measured"] - 1 if fit["measured"] else None, "+.1%", none=""),
         }
         for fit in fits
     ]
@@ -164,15 +164,15 @@ def layer_table(result: Mapping[str, Any]) -> Table:
     rows = []
     for layer in result["layers"]:
         if layer["operations"] is None:
-            cells = {"firing rate": number(layer["firing_rate"], ".3f"), "spikes": number(layer["spikes"], ",.0f")}
+            cells = {"firing rate": numeral(layer["firing_rate"], ".3f"), "spikes": numeral(layer["spikes"], ",.0f")}
         else:
             counts = LayerOperations(**layer["operations"])
             operations = f"{counts.synaptic_operations:,.0f}{' MAC' if counts.macs else ''}"
             cells = {
-                "Dense": number(counts.dense, ",.0f"),
-                "activity": number((counts.effective_macs + counts.effective_acs) / max(counts.dense, 1), ".1%"),
+                "Dense": numeral(counts.dense, ",.0f"),
+                "activity": numeral((counts.effective_macs + counts.effective_acs) / max(counts.dense, 1), ".1%"),
                 "operations": Cell(operations, counts.synaptic_operations),
-                "nJ": number(counts.picojoules / 1e3, ",.1f"),
+                "nJ": numeral(counts.picojoules / 1e3, ",.1f"),
             }
         rows.append({"layer": layer["name"], **cells})
     most = max(cost["steps"] for cost in result["costs"])
@@ -184,7 +184,7 @@ def _path_table(result: Mapping[str, Any]) -> Table:
     rows: list[Row] = [
         {
             "layer": path["name"],
-            "inputs ≠ 0": number(path["density"], ".1%"),
+            "inputs ≠ 0": numeral(path["density"], ".1%"),
             "forward": _way(path["sparse_forward"], path["calls"]),
             "weight gradient": _way(path["sparse_gradient"], path["calls"]),
         }

@@ -15,7 +15,7 @@ def options() -> CommandOptions:
 
 def run(words: Sequence[str]) -> None:
     if name := options().parse_args(words).name:
-        print(yamltext.read(find_recipe(name)), end="")
+        print(yamltext.read_text(find_recipe(name)), end="")
         return
     report = Console()
     for name, path in shipped_recipes().items():

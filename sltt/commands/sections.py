@@ -13,7 +13,7 @@ from sltt.commands.fscil import score_table
 from sltt.commands.page import Chart, Section
 from sltt.commands.profile import cost_tables, energy_tables, layer_table
 from sltt.commands.results import Gathered, run_names, scores_text
-from sltt.commands.tables import Cell, Table, bytes_cell, number
+from sltt.commands.tables import Cell, Table, bytes_cell, numeral
 from sltt.commands.verdict import advice_on, answers, shared_steps, verdicts
 from sltt.metrics import is_share, score_text
 from sltt.training.console import metric_of
@@ -58,8 +58,8 @@ def _summary(results: Gathered) -> Section:
         {
             "rule": verdict.rule,
             f"test {metric}": Cell(scores_text(verdict.scores, verdict.metric), verdict.score),
-            heading: bytes_cell(verdict.memory[steps]) if verdict.memory.get(steps) else number(None),
-            unit: number(verdict.seconds and verdict.seconds[0], ".2f"),
+            heading: bytes_cell(verdict.memory[steps]) if verdict.memory.get(steps) else numeral(None),
+            unit: numeral(verdict.seconds and verdict.seconds[0], ".2f"),
         }
         for verdict in rules
     ]
@@ -96,11 +96,11 @@ def _training(results: Gathered, names: dict[Path, str], colours: dict[str, str]
             {
                 "run": run.name,
                 "rule": label if label != run.name else results.runs[run].rule,
-                "epochs": number(len(epochs)),
+                "epochs": numeral(len(epochs)),
                 f"best {metric}": Cell(score_text(metric, best[key]), best[key]),
-                "last loss": number(history[-1]["train_loss"], ".4f"),
-                "firing rate": number(history[-1]["firing_rate"], ".3f"),
-                "s / epoch": number(seconds, ".2f"),
+                "last loss": numeral(history[-1]["train_loss"], ".4f"),
+                "firing rate": numeral(history[-1]["firing_rate"], ".3f"),
+                "s / epoch": numeral(seconds, ".2f"),
             }
         )
     titles = {metric: metric.replace("_", " ") for metric in scores}

@@ -21,7 +21,7 @@ class Cell(NamedTuple):
 Row = Mapping[str, Cell | str]
 
 
-def number(value: float | None, form: str = "", none: str = "–") -> Cell:
+def numeral(value: float | None, form: str = "", none: str = "–") -> Cell:
     """Return a number in a format; another text where there is none."""
     return Cell(none if value is None else format(value, form), value)
 

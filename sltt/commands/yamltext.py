@@ -11,7 +11,7 @@ from sltt.commands.failures import UsageError
 MOST_NODES = 10_000  # a recipe has about a hundred
 
 
-def read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Read the text of a file; raises UsageError, which names it, for one that is no UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
@@ -19,7 +19,7 @@ def read(path: Path) -> str:
         raise UsageError(f"{path} is no YAML that can be read: {error}; save it as UTF-8") from None
 
 
-def load(text: str) -> Any:
+def load_yaml(text: str) -> Any:
     """Read YAML text as jsonargparse reads it.
 
     Raises yaml.YAMLError for a key that stands twice or is none of a class, and for aliases without end.

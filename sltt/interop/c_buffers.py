@@ -27,7 +27,7 @@ def find_fused(network: Network) -> dict[Operation, Weights]:
     }
 
 
-def kind_of(network: Network, value: Value) -> str:
+def memory_kind(network: Network, value: Value) -> str:
     """Return the kind of memory of a value."""
     if value.spikes:
         return "spikes"
@@ -43,7 +43,7 @@ def count_padded(network: Network, op: Weights) -> int:
     return -(-len(op.bias) // 4) * 4 if network.integers and op.groups == 1 else len(op.bias)
 
 
-def plan(network: Network, fused: dict[Operation, Weights]) -> tuple[list[Buffer], dict[Value, Buffer]]:
+def plan_buffers(network: Network, fused: dict[Operation, Weights]) -> tuple[list[Buffer], dict[Value, Buffer]]:
     """Give each value a buffer; one serves several whose times do not overlap."""
     operations = network.operations
     # weights that run with the neurons behind them read their input until these have run
@@ -51,7 +51,7 @@ def plan(network: Network, fused: dict[Operation, Weights]) -> tuple[list[Buffer
     buffers: list[Buffer] = []
     places: dict[Value, Buffer] = {}
     for i, op in enumerate(operations):
-        value, kind = op.output, kind_of(network, op.output)
+        value, kind = op.output, memory_kind(network, op.output)
         # also where it is read in the next step
         persistent = isinstance(op, Keep) or any(value in other.inputs for other in operations[: i + 1])
         until = float("inf") if persistent else last.get(value, i)

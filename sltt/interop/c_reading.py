@@ -25,7 +25,7 @@ def read_network(model: nn.Module, x: Tensor, steps: int) -> Network:
         ValueError: naming every layer and operation that C has not.
     """
     reader, values, problems = _Reader(), {}, []
-    calls = reading.read(model, x)
+    calls = reading.read_calls(model, x)
     for call in calls:
         try:
             values[call] = reader.value(call, [values[source] for source in call.inputs])

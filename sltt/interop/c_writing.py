@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sltt.interop import c_network
-from sltt.interop.c_buffers import count_padded, find_fused, kind_of, plan
+from sltt.interop.c_buffers import count_padded, find_fused, memory_kind, plan_buffers
 from sltt.interop.c_network import Affine, Fire, Keep, Network, Operation, Pool, Spread, Sum, Taps, Value, Weights
 
 _WORDS = ("input", "number", "weight", "row", "factor", "state")
@@ -48,7 +48,7 @@ class Program:
         self.reset = f"{name}_reset({name}_net *net{at_reset})"
         self.step = f"{name}_step({name}_net *net{at_step}, {name}_logit *logits)"
         self.fused = find_fused(network)
-        self.buffers, self.places = plan(network, self.fused)
+        self.buffers, self.places = plan_buffers(network, self.fused)
         self.fields = self._fields()
         calls = [self._call(op) for op in network.operations]
         self.resets = [line for op in network.neurons for line in self._start(op)]
@@ -220,7 +220,7 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
         fields += [(kinds[b.kind], b.name, b.size, b.layer) for b in self.buffers]
         for op in [op for op in self.network.operations if isinstance(op, Taps)]:
             size = -(-op.inputs[0].size // 32) if op.output.spikes else op.inputs[0].size
-            ring = kinds[kind_of(self.network, op.output)], f"{self.names[op]}_ring", op.depth * size, op.name
+            ring = kinds[memory_kind(self.network, op.output)], f"{self.names[op]}_ring", op.depth * size, op.name
             fields += [ring, ("int32_t", f"{self.names[op]}_now", 1, op.name)]
         if self.events:
             fields.append((self.types["input"], "events", self.network.input.size, "the events of a step"))
@@ -253,7 +253,7 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
 
     def _function(self, name: str, x: Value, out: Value) -> str:
         """Note that the network calls a function, from values of the type of x to those of out; return its name."""
-        types = {word: self.types[_KINDS[kind_of(self.network, v)]] for word, v in (("in", x), ("out", out))}
+        types = {word: self.types[_KINDS[memory_kind(self.network, v)]] for word, v in (("in", x), ("out", out))}
         text = _PARTS[name][1]
         bits = [re.sub(r"\D", "", types[word]) for word in types if re.search(rf"\b{word.upper()}\b", text)]
         suffix = "".join(f"_{b}" for b in bits if b)

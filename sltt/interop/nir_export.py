@@ -57,7 +57,7 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
     if x.dtype in (torch.bfloat16, torch.float16):  # NumPy has no bfloat16, and folding would round to 16 bits
         model, x = model.float(), x.float()
     dt = number("dt", dt, above=0)
-    calls = reading.read(model, x)
+    calls = reading.read_calls(model, x)
     names = [*(name for name, _ in model.named_modules()), *(call.path for call in calls)]
     return _Export(unique_names(names), dt).graph(calls)
 

@@ -47,7 +47,7 @@ class Call:
     shape: torch.Size
 
 
-def read(model: nn.Module, x: Tensor) -> list[Call]:
+def read_calls(model: nn.Module, x: Tensor) -> list[Call]:
     """Return the calls of a network on one time step x [B, ...], from "input" to "output", in evaluation mode.
 
     What does nothing in this mode is left out. A BatchNorm is folded into the weights before it, if it alone reads

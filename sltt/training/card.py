@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sltt.analysis import measure_energy
-from sltt.analysis.energy import show
+from sltt.analysis.energy import as_text
 from sltt.metrics import score_text
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.padding import lengths_of
@@ -71,6 +71,6 @@ def _energy(loop: Loop) -> list[str]:
         return [f"Energy: not estimated: {error}"]
     lines = []
     for rows in tables.values():
-        texts = [[*rows[0]], ["---"] * len(rows[0]), *([show(value) for value in row.values()] for row in rows)]
+        texts = [[*rows[0]], ["---"] * len(rows[0]), *([as_text(value) for value in row.values()] for row in rows)]
         lines += [*(f"| {' | '.join(row)} |" for row in texts), ""]
     return lines

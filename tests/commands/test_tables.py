@@ -7,7 +7,7 @@ from sltt.commands.agreement import agreement_table, print_agreement
 from sltt.commands.compare import print_compared
 from sltt.commands.fscil import SCORES, print_few_shots
 from sltt.commands.profile import fits_table, print_profile
-from sltt.commands.tables import Cell, Table, number
+from sltt.commands.tables import Cell, Table, numeral
 from sltt.training.console import Console
 from tests.commands.tiny import run
 
@@ -17,7 +17,7 @@ def shown(table):
 
 
 def test_cells_that_are_not_there_are_empty_and_columns_come_in_order(capsys):
-    table = Table([{"rule": "A", "T": Cell("died", "")}, {"rule": "BC", "T": number(4), "loss": number(0.5, ".2f")}])
+    table = Table([{"rule": "A", "T": Cell("died", "")}, {"rule": "BC", "T": numeral(4), "loss": numeral(0.5, ".2f")}])
     assert table.headings == ["rule", "T", "loss"]
     assert shown(table) == [["A", "died", ""], ["BC", "4", "0.50"]]
     assert [table.kind(column) for column in range(3)] == ["text", "number", "number"]
