@@ -86,7 +86,7 @@ def last_epochs(results: Path, name: str) -> dict[str, list[float]]:
 def shown(rule: str) -> str:
     """A rule as the text names it: SLTT-1, TBPTT(window=2)."""
     rule = re.sub(r"SLTT\(k=(\d+)\)", r"SLTT-\1", rule.replace("SLTT:k=", "SLTT-")).removesuffix("()")
-    name, _, options = rule.partition(":")
+    name, _, options = rule.removesuffix(":rescale=true").partition(":")
     return f"{name}({options})" if options else rule
 
 

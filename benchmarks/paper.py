@@ -45,6 +45,12 @@ CIFAR10 = (  # narrower than the recipe, with the paper's neuron: a training tak
     "--model.neuron.surrogate sltt.surrogates.Triangle --model.neuron.surrogate.gamma 1 --optimizer.lr 0.1 "
     "--phases null --steps 4"
 )
+CIFAR10_NO_LEAK = (
+    f"cifar10-small {IMAGES} --data.validation 0.04 --data.cutout 0 --model.widths [32,64,128] --model.stem 0 "
+    "--model.neuron.surrogate sltt.surrogates.Triangle --model.neuron.surrogate.gamma 0.75 "
+    "--model.neuron.v_threshold 1.5 --model.neuron.v_init 0.75 --optimizer.lr 0.1 --norm_weight_decay null "
+    "--phases null --steps 4 --schedule.warmup 0.4"
+)
 CIFAR10_STAGES = "--phases '[{{epochs: 3, steps: 1}}, {{epochs: 1, lr: 0.01}}]'"
 SHOTS = "--base 6 --way 1 --shot 5"
 COMMANDS = {
@@ -54,6 +60,8 @@ COMMANDS = {
     "accuracy-digits": "compare digits --epochs 6 --seeds 20 --rules BPTT,SLTT",
     "accuracy-digits-events": "compare digits-events --seeds 20 --rules BPTT,SLTT",
     "accuracy-cifar10": f"compare {CIFAR10} --epochs 2 --seeds 3 --rules BPTT,SLTT,SLTT:k=1",
+    "accuracy-cifar10-no-leak": f"compare {CIFAR10_NO_LEAK} --epochs 2 --seeds 3 --rules BPTT,SLTT,"
+    "SLTT:k=1:rescale=true,SLTT:k=2:rescale=true",
     "cifar10-stage-1-alone": f"compare {CIFAR10} --steps 1 --epochs 3 --seeds 3 --rules SLTT",
     "cifar10-stage-1": f"compare {CIFAR10} --steps 1 --epochs 4 --seeds 3 --rules SLTT",
     "cifar10-stages": f"compare {CIFAR10} --epochs 4 --seeds 3 --rules SLTT,SLTT:k=1 {CIFAR10_STAGES}",
