@@ -1,6 +1,6 @@
 # make demo   compare rules on the digits, and write a report
 # make test   run the test suite
-# make slow   run the tests of whole programs: several processes, comparisons, reports, examples, notebooks, the wheel
+# make slow   run the tests of whole programs, examples, notebooks and the wheel, and of compiled kernels
 # make soak   long checks: kills, constant memory, damaged checkpoints
 # make check  lint, format, types and layers
 # make docs   build the documentation site

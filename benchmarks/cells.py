@@ -85,8 +85,9 @@ def last_epochs(results: Path, name: str) -> dict[str, list[float]]:
 
 def shown(rule: str) -> str:
     """A rule as the text names it: SLTT-1, TBPTT(window=2)."""
-    rule = re.sub(r"SLTT\(k=(\d+)\)", r"SLTT-\1", rule.replace("SLTT:k=", "SLTT-")).removesuffix("()")
-    name, _, options = rule.removesuffix(":rescale=true").partition(":")
+    rule = re.sub(r"SLTT\(k=(\d+)\)", r"SLTT-\1", rule.replace("SLTT:k=", "SLTT-"))
+    rule = rule.removesuffix("()").removesuffix(":rescale=true")
+    name, _, options = rule.partition(":")
     return f"{name}({options})" if options else rule
 
 
