@@ -1,7 +1,7 @@
 """Small networks and long sequences beside other libraries: docs/results/sequences.json, and the table made of it.
 
     python benchmarks/open_neuromorphic.py [--works linear-512 mlp] [--cases SLTT "JAX SLTT, by hand"] [--rounds 3]
-                                           [--device cuda]
+                                           [--device cuda]    # with --works, the rows of other works are kept
     python benchmarks/open_neuromorphic.py --rates 2,5,10,20,40    # docs/results/rates.json, and its figure
     python benchmarks/open_neuromorphic.py --widths 64,256,1024,4096    # docs/results/widths.json, and its figure
 
@@ -18,6 +18,7 @@ rules interleave them.
 import argparse
 import functools
 import itertools
+import json
 import statistics
 import sys
 import time
@@ -57,8 +58,10 @@ class Work(NamedTuple):
 
 WORKS = {
     "mlp": Work((700, 256, 256), 64, 100, 0.05, classes=20),
+    "mlp-1024": Work((700, 1024, 1024), 32, 250, 0.05, classes=20),
     **{f"linear-{n}": Work((n, n), 16, 500) for n in (256, 512, 1024, 2048, 4096, 8192)},
-    **{f"recurrent-{n}": Work((700, n), 64, 100, 0.05, recurrent=True, classes=20) for n in (256, 1024)},
+    "recurrent-256": Work((700, 256), 64, 100, 0.05, recurrent=True, classes=20),
+    "recurrent-1024": Work((700, 1024), 32, 250, 0.05, recurrent=True, classes=20),
     "static": Work((784, 1000), 128, 25, classes=10, static=True),
     "tiny": Work((24, 16, 16), 4, 6, 0.3, classes=3),
     "tiny-recurrent": Work((24, 16), 4, 6, 0.3, recurrent=True, classes=3),
@@ -66,7 +69,7 @@ WORKS = {
     "tiny-static": Work((24, 16), 4, 6, classes=3, static=True),
 }
 CURVES = "mlp", "recurrent-256"  # over rates and widths
-SHOWN = ("mlp", "linear-256", "linear-512", "linear-2048", "recurrent-256", "recurrent-1024", "static")  # in the table
+SHOWN = "mlp", "mlp-1024", "linear-256", "linear-512", "linear-2048", "recurrent-256", "recurrent-1024", "static"
 
 Made = tuple[Callable[[], Any], Callable[[], Tensor]]  # an iteration and, after one, its gradient
 
@@ -395,6 +398,11 @@ def measure(work: str, cases: list[str], rounds: int, device: str) -> list[dict[
     ]
 
 
+def place(row: Mapping[str, Any]) -> int:
+    """The place of a row's work in the table."""
+    return [*WORKS].index(row["work"].partition("@")[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--works", nargs="+", choices=WORKS)
@@ -423,8 +431,12 @@ def main() -> None:
             print(f"{work:16}{row['case']:22}{seconds:9.4f} s  {row['peak_MB']:8.1f} MB", flush=True)
             rows.append(row)
     out = given.out or DOCS / "results" / f"{'rates' if given.rates else 'widths' if points else 'sequences'}.json"
-    rates = {work: firing(work_of(work)) for work in works}
-    write(out, {"hardware": hardware(1, given.device), "rates": rates, "rows": rows})
+    result = {"hardware": hardware(1, given.device), "rates": {work: firing(work_of(work)) for work in works}}
+    before: dict[str, Any] = json.loads(out.read_text()) if given.works and out.exists() else {"hardware": None}
+    if before["hardware"] == result["hardware"]:
+        result["rates"] = before["rates"] | result["rates"]
+        rows = sorted([*(row for row in before["rows"] if row["work"] not in works), *rows], key=place)
+    write(out, {**result, "rows": rows})
     fill()
     if points:
         draw(out)

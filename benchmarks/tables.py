@@ -133,8 +133,8 @@ def sequences(results: Path, name: str = "sequences") -> str:
     pairs = [("SLTT", "JAX SLTT"), ("SLTT", "SLTT, fold = 1"), *(("BPTT", f"{library} BPTT") for library in libraries)]
     lines = []
     for work, of in grouped(found["rows"], "work").items():
-        one = {row["case"]: row["seconds"] for row in of}
-        seconds = [f"{statistics.median(one[case]):.3g} s" for case in ("SLTT", "BPTT")]
+        one, peaks = ({row["case"]: row[key] for row in of} for key in ("seconds", "peak_MB"))
+        seconds = [f"{statistics.median(one[case]):.3g} s, {peaks[case]:.3g} MB" for case in ("SLTT", "BPTT")]
         rates = ", ".join(f"{100 * rate:.1f}%" for rate in found["rates"][work])
         lines.append([f"`{work}`", rates, *seconds, *(over_fastest(one, *pair) for pair in pairs)])
     headings = "SLTT ÷ JAX's SLTT", "SLTT ÷ `SLTT(fold=1)`", *(f"BPTT ÷ {library}'s" for library in libraries)
