@@ -21,7 +21,7 @@ from tests.test_waits import CAPTURE, assert_same_weights_and_gradients, example
 from tests.test_waits import train as train_plain
 from tests.training.blobs import Blobs, equal, network, rows, train, weights
 
-FAMILY = [sltt.SLTT(), sltt.BPTT(), sltt.TBPTT(2), sltt.OTTT(), sltt.RateBased(), sltt.Mixed({"2": 2})]
+FAMILY = [sltt.SLTT(), sltt.BPTT(), sltt.TBPTT(2), sltt.OTTT(), sltt.RateBased(), sltt.Mixed({"*2": 2})]
 CPU = torch.device("cpu")
 
 
