@@ -58,9 +58,10 @@ class Work(NamedTuple):
 
 WORKS = {
     "mlp": Work((700, 256, 256), 64, 100, 0.05, classes=20),
+    "mlp-1024": Work((700, 1024, 1024), 32, 250, 0.05, classes=20),
     **{f"linear-{n}": Work((n, n), 16, 500) for n in (256, 512, 1024, 2048, 4096, 8192)},
     "recurrent-256": Work((700, 256), 64, 100, 0.05, recurrent=True, classes=20),
-    "recurrent-1024": Work((700, 1024), 64, 100, 0.05, recurrent=True, classes=20),
+    "recurrent-1024": Work((700, 1024), 32, 250, 0.05, recurrent=True, classes=20),
     "static": Work((784, 1000), 128, 25, classes=10, static=True),
     "tiny": Work((24, 16, 16), 4, 6, 0.3, classes=3),
     "tiny-recurrent": Work((24, 16), 4, 6, 0.3, recurrent=True, classes=3),
@@ -68,7 +69,7 @@ WORKS = {
     "tiny-static": Work((24, 16), 4, 6, classes=3, static=True),
 }
 CURVES = "mlp", "recurrent-256"  # over rates and widths
-SHOWN = "mlp", "linear-256", "linear-512", "linear-2048", "recurrent-256", "recurrent-1024", "static"
+SHOWN = "mlp", "mlp-1024", "linear-256", "linear-512", "linear-2048", "recurrent-256", "recurrent-1024", "static"
 
 Made = tuple[Callable[[], Any], Callable[[], Tensor]]  # an iteration and, after one, its gradient
 
