@@ -10,7 +10,7 @@ import sys
 import threading
 from abc import ABC
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -73,10 +73,8 @@ def get_rng_states(devices: Iterable[torch.device] = ()) -> dict[torch.device, t
 def set_rng_states(states: dict[torch.device, torch.Tensor]) -> None:
     """Set the global random generators to such states."""
     for device, state in states.items():
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state, device)
-        else:
-            torch.set_rng_state(state)
+        module: Any = torch.cuda if device.type == "cuda" else torch
+        module.set_rng_state(*((state, device) if device.type == "cuda" else (state,)))
 
 
 @contextmanager
@@ -92,13 +90,15 @@ def keep_generators(*devices: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def without_compiler() -> Iterator[None]:
+def without_compiler(factory: Any = torch.optim.Optimizer) -> Iterator[None]:
     """Keep PyTorch's compiler out of this block, unless it is in the process: its import takes seconds.
 
     PyTorch's optimizers import it to tell it what not to trace, and Fabric for a class. They get a stand-in, and what
-    asks for more gets the compiler.
+    asks for more gets the compiler. A `factory` that is no class of PyTorch's, or partial of one, may do anything.
     """
-    if "torch._dynamo" in sys.modules:
+    parts = getattr(factory, "func", factory), *getattr(factory, "args", ())
+    known = all(getattr(part, "__module__", "").startswith(("torch.optim.", "jsonargparse.")) for part in parts)
+    if not known or "torch._dynamo" in sys.modules:
         yield
         return
     stand_in: Any = ModuleType("torch._dynamo")
@@ -117,7 +117,6 @@ def without_compiler() -> Iterator[None]:
         return getattr(import_module("torch._dynamo"), name)
 
     stand_in.disable = lambda function, *_, **__: (disabled.append(function), function)[1]
-    stand_in.set_stance = lambda *_, **__: nullcontext()
     stand_in.graph_break, stand_in.OptimizedModule, stand_in.__getattr__ = (lambda: None), CompiledModule, imported
     sys.modules["torch._dynamo"] = stand_in
     try:

@@ -1,7 +1,9 @@
 """Misuse that only running copies of a network can show."""
 
 import math
+import sys
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from sltt import kernels
-from sltt._torch import FABRIC, _BatchNorm, keep_generators, without_compiler
+from sltt._torch import FABRIC, _BatchNorm, keep_generators
 from sltt.checks import instance
 from sltt.rules import SLTT, Rule
 from sltt.rules.diagnosis import plain_tensors, to_state
@@ -96,7 +98,7 @@ def _check_call(model: nn.Module, sequence: Sequence) -> None:
         )
         with (
             keep_hooks(*attending), evaluation_mode(twin), torch.no_grad(), keep_generators(sequence.x.device),
-            without_compiler(), torch.compiler.set_stance("force_eager"),
+            torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
             Run(twin, sequence, _Eager(), grad=False) as run, _Attention(samples),
         ):  # fmt: skip
             run.result(run(sequence.input(range(1))))
@@ -166,8 +168,11 @@ def warn_of_leftovers(model: nn.Module, before: list[Any], samples: int) -> None
         new = id(value) not in there and (name, attribute, value.shape) not in shapes  # or it is of that size anyway
         if value.ndim > 1 and len(value) == samples and new:
             kind = type(module).__name__
-            known = isinstance(module, Stateful)
-            other = "give it a name that begins with _" if known else f"sltt.register({kind}, states=[])"
+            other = (
+                "give it a name that begins with _"
+                if isinstance(module, Stateful)
+                else f"sltt.register({kind}, states=[])"
+            )
             warnings.warn(
                 f"{name.removeprefix(FABRIC) or 'the model'} ({kind}) keeps a tensor of the batch in `.{attribute}` "
                 f"after the sequence. If it is a state, {to_state(module, attribute)}; if it is not, {other}",

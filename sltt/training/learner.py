@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ class Learner:
         scaled: whether a scaler leaves out steps that are not finite.
     """
 
-    @without_compiler()
     def __init__(self, session: Session, settings: Settings):
         self.session, self.processes, self.settings = session, session.processes, settings
         self.model = model = settings.model
         self.net = session.set_up(model)
         self.average = None if settings.ema is None else Average(model, settings.ema)
         groups = parameter_groups(model, settings.norm_weight_decay, settings.norm_bias_lr)
-        self.optim: Any = session.fabric.setup_optimizers(settings.optimizer(groups))
+        self.optimizing = partial(without_compiler, settings.optimizer)  # around calls of the optimizer
+        with self.optimizing():
+            self.optim: Any = session.fabric.setup_optimizers(settings.optimizer(groups))
         self.averaged = session.set_up(self.average.module) if self.average else self.net
         self.loss = session.set_up_loss(settings.loss)
         self.scaled = session.settings.precision == "16-mixed"
@@ -42,35 +44,35 @@ class Learner:
         """Round the weights inside a block, in a training that is quantised."""
         return round_weights(self.model) if self.settings.quantised else nullcontext()
 
-    @without_compiler()
     def update(self, check: bool = False) -> None:
         """Change the weights by their gradients; `check` if clipping is to look whether they are finite, and wait."""
         if (most := self.settings.clip_norm) is not None:
             check &= not self.scaled
             self.session.fabric.clip_gradients(self.net, self.optim, max_norm=most, error_if_nonfinite=check)
-        self.optim.step()
-        self.optim.zero_grad()
+        with self.optimizing():
+            self.optim.step()
+            self.optim.zero_grad()
 
-    @without_compiler()
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
         weights = self.model.state_dict()
         with self.round_weights():
             rounded = copy.deepcopy(weights) if self.settings.quantised else None
-        return {
-            "model": weights,
-            "averaged": self.average.module.state_dict() if self.average else rounded,
-            "average_steps": self.average.step if self.average else 0,
-            "optimizer": self.optim.state_dict(),
-            "scaler": self.session.fabric.strategy.precision.state_dict(),
-        }
+        with self.optimizing():
+            return {
+                "model": weights,
+                "averaged": self.average.module.state_dict() if self.average else rounded,
+                "average_steps": self.average.step if self.average else 0,
+                "optimizer": self.optim.state_dict(),
+                "scaler": self.session.fabric.strategy.precision.state_dict(),
+            }
 
-    @without_compiler()
     def load(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Take over the state in a checkpoint that lies at `path`."""
         load_weights(self.model, checkpoint["model"], path)
         if self.average:
             load_weights(self.average.module, select_weights(checkpoint), path)
             self.average.step = checkpoint["average_steps"]
-        load_optimizer(self.optim, checkpoint["optimizer"], path)
+        with self.optimizing():
+            load_optimizer(self.optim, checkpoint["optimizer"], path)
         self.session.fabric.strategy.precision.load_state_dict(checkpoint["scaler"])

@@ -40,7 +40,6 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 
-@without_compiler()
 def check_factory(factory: Any) -> None:
     """Raise ValueError, with the line to write, for an optimizer in place of a function that makes one."""
     if isinstance(factory, Optimizer):
@@ -58,7 +57,8 @@ def check_factory(factory: Any) -> None:
     parameter = nn.Parameter(torch.zeros(2, 2))
     try:
         make: Any = factory
-        made: Any = make([parameter])
+        with without_compiler(factory):
+            made: Any = make([parameter])
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"optimizer: {kind}{error}") from error
