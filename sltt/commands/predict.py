@@ -49,11 +49,8 @@ def run(words: Sequence[str]) -> None:
             step += len(chunk)
             prediction = predict_from(trained.prediction, stream(torch.stack(chunk)[:, None]))
             decision = {"step": step, **_describe(prediction, trained, names)}
-            columns = (
-                step,
-                decision.get("class", decision["prediction"]),
-                numeral(decision.get("probability"), ".1%").text,
-            )
+            share = numeral(decision.get("probability"), ".1%").text
+            columns = step, decision.get("class", decision["prediction"]), share
             print(as_json(decision) if args.json else "\t".join(map(str, columns)), flush=True)
         return
     predictions = []
@@ -93,8 +90,5 @@ def _describe(prediction: Tensor, trained: Trained, names: Sequence[str]) -> dic
 def _row(prediction: dict[str, Any]) -> Row:
     if "class" not in prediction:
         return {"file": prediction["file"], "prediction": str(prediction["prediction"])}
-    return {
-        "file": prediction["file"],
-        "class": str(prediction["class"]),
-        "probability": numeral(prediction["probability"], ".1%"),
-    }
+    share = numeral(prediction["probability"], ".1%")
+    return {"file": prediction["file"], "class": str(prediction["class"]), "probability": share}
