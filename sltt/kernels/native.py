@@ -42,22 +42,22 @@ class _Pointer:
 
 
 _P, _A, _N, _I, _F, _D = _Pointer, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
-# What each function gives, and its arguments. An _I is not 0 where the function had no memory. Those of a neuron's step
-# take addresses: that of a tensor costs no call of Python.
+# What each function gives, and its arguments. An _I is not 0 where the function had no memory. A look and a
+# neuron's step take addresses: that of a tensor costs no call of Python.
 _FUNCTIONS = {
     "sltt_count": (_N, [_P, _N]),
     "sltt_same": (_N, [_P, _P, _N]),
     "sltt_pack_bits": (None, [_P, _I, _P, _N, _I]),
-    "sltt_look": (_N, [_P, _I, _P, _N, _P, _I]),
+    "sltt_look": (_N, [_A, _I, _A, _N, _A, _I]),
     "sltt_unpack_bits": (None, [_P, _N, _P, _I, _P, _I]),
     "sltt_pack": (None, [_P, _P, _P, _F, _P, _I]),
     "sltt_forward": (_I, [_P, _P, _P, _P, _P, _I, _I]),
-    "sltt_weight_gradient": (_I, [_P, _P, _P, _I, _F, _P, _P, _I]),
+    "sltt_weight_gradient": (_I, [_P, _P, _P, _I, _F, _P, _P, _P, _I]),
     "sltt_input_gradient": (_I, [_P, _P, _P, _P, _I, _P, _I]),
     "sltt_dense_weight_gradient": (_I, [_P, _P, _P, _I, _P, _I]),
     "sltt_neuron": (None, [_A, _A, _N, _I, _A, _A, _A, _A, _N, _A, _A, _N, _N, _I]),
     "sltt_neuron_gradient": (_I, [_A, _A, _N, _I, _I, _I, _A, _A, _A, _A, _A, _A, _A, _A, _A, _N, _N, _I, _I]),
-    "sltt_recurrent": (_I, [_P, _P, _P, _N, _P, _P, _P, _P, _P, _N, _P, _N, _N, _N, _I]),
+    "sltt_recurrent": (_I, [_P, _P, _P, _P, _P, _P, _P, _P, _N, _P, _N, _N, _N, _I]),
     "sltt_steady": (None, [_P, _I, _P, _F, _I, _P, _P, _P, _N, _I]),
     "sltt_max_pool": (None, [_P, _I, _P, _P, _P, _I]),
     "sltt_max_pool_gradient": (None, [_P, _I, _P, _P, _P, _I]),

@@ -5,7 +5,7 @@
 //
 // Every sum has a fixed order: how work is split depends on the shape, never on the number of threads.
 #pragma once
-#ifdef __AVX512BW__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 #include <algorithm>
@@ -117,6 +117,13 @@ void for_each(int threads, int64_t n, int64_t grain, const F& function) {
 INLINE V load(const float* p) { return *reinterpret_cast<const V*>(p); }
 INLINE V load(const uint16_t* p) {
   return reinterpret_cast<V>(__builtin_convertvector(*reinterpret_cast<const H*>(p), U) << 16);
+}
+INLINE V load_apart(const float* p, int64_t step) {  // numbers that are `step` apart
+#ifdef __AVX512F__
+  return V(_mm512_i32gather_ps(__m512i(U{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * uint32_t(step)), p, 4));
+#else
+  return V{p[0], p[step], p[2 * step], p[3 * step], p[4 * step], p[5 * step], p[6 * step], p[7 * step]};
+#endif
 }
 INLINE void store(float* p, V v) { *reinterpret_cast<V*>(p) = v; }
 INLINE void store(uint16_t* p, V v) {  // rounded to the nearest, ties to even; NaN stays NaN

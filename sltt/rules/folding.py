@@ -26,7 +26,7 @@ from sltt.rules.batch import Fold
 from sltt.rules.fold_trial import PlainError, apart_from_user, copy_apart, find_difference, run_cut, unwrapped
 from sltt.rules.operations import Sizes, takes_channels_last, watch_samples
 from sltt.sequence.hooks import put_forward, without_marked_hooks
-from sltt.sequence.layout import Layout
+from sltt.sequence.layout import KnownBatch, Layout
 from sltt.sequence.once import is_sharded
 from sltt.sequence.proof import find_modes
 from sltt.sequence.reach import refers_to
@@ -67,24 +67,24 @@ def choose_fold(run: Run, fold: int | Literal["auto"] = "auto", rule: Any = None
         if is_sharded(run.model):  # no copy can be made, and the user asks for it
             return Fold(fold, fold)
     x, layout, problem = run.sequence.input(range(1)), run.layout, find_modes()
-    kind = rule, x.shape, x.dtype, x.device
-    key = fold, run.sequence.steps, kernels.current_options().fold_memory, kind
+    known = layout.batches.setdefault((rule, x.shape, x.dtype, x.device), KnownBatch())
+    key = fold, run.sequence.steps, kernels.current_options().fold_memory
     if not problem and loss is not None and refers_to(loss, layout.layers):
         problem = "has a loss that refers to it, which may read the states of one time step"
-    if not problem and key not in layout.folds:
-        layout.folds[key] = _choose(run, x, fold, kind, rule)
     if not problem:
-        run.pairs = layout.pairs.get(kind, {})
-    if not problem and kind in layout.channels_last:
-        run.take_channels_last()
-    layout.chosen = chosen = Fold(why=problem) if problem else layout.folds[key]
+        if key not in known.folds:
+            known.folds[key] = _choose(run, x, fold, known, rule)
+        run.pairs = known.pairs
+        if known.channels_last:
+            run.take_channels_last()
+    layout.chosen = chosen = Fold(why=problem) if problem else known.folds[key]
     if fold != "auto" and chosen.why:
         marked = ", or mark a hook that takes several, hook.sees_folds = True" if "hooks on" in chosen.why else ""
         raise ValueError(f"fold={fold} would change results: the network {chosen.why}; use fold=1{marked}")
     return chosen
 
 
-def _choose(run: Run, x: Tensor, fold: Any, kind: Any, rule: Any) -> Fold:
+def _choose(run: Run, x: Tensor, fold: Any, known: KnownBatch, rule: Any) -> Fold:
     layout: Layout = run.layout
     if problem := _problem(run) or layout.refused:
         return Fold(why=problem)
@@ -97,13 +97,13 @@ def _choose(run: Run, x: Tensor, fold: Any, kind: Any, rule: Any) -> Fold:
             except Exception as error:  # of any kind: it is the user's code
                 return Fold(why=f"does not run so ({type(error).__name__}: {error})")
         n = min(chosen.trained if chosen.trained > 1 else chosen.forward, run.sequence.steps)
-        if layout.unproved is None or n <= layout.tried.get(kind, 0 if x.is_cpu else 1):
+        if layout.unproved is None or n <= (known.tried or (0 if x.is_cpu else 1)):
             return chosen
         twin = copy_apart(run.model)
         if (pairs := watch_samples(run, twin, n)) is not None:
             find = unwrapped(run.model).get_submodule
-            layout.pairs[kind] = {find(norm): layout.layers[find(neuron)] for norm, neuron in pairs.items()}
-            layout.channels_last |= {kind} if takes_channels_last(run, twin) else set()
+            known.pairs = {find(norm): layout.layers[find(neuron)] for norm, neuron in pairs.items()}
+            known.channels_last = takes_channels_last(run, twin)
         elif n > 1:  # one step is watched for the memory format and the pairs only
             if weights > TRIED and fold == "auto":
                 size = f"{weights / 1e6:.0f} MB of weights"
@@ -112,7 +112,7 @@ def _choose(run: Run, x: Tensor, fold: Any, kind: Any, rule: Any) -> Fold:
                 layout.refused = find_difference(run, n, *((rule.step, rule.run_trial) if rule else (Step, run_cut)))
             except PlainError:
                 return Fold()
-    layout.tried[kind], layout.steady = n, layout.refused is None and (n > 1 or pairs is not None)
+    known.tried, layout.steady = n, layout.refused is None and (n > 1 or pairs is not None)
     return Fold(why=layout.refused) if layout.refused else chosen
 
 

@@ -208,7 +208,8 @@ class _TracedForward(TorchFunctionMode):
     def _apply(self, func: Any, settings: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.run.fast or func is F.conv3d:
             return func(x, weight, bias, *settings)
-        return kernels.run_layer(kernels.LayerFunction(func, settings), x, weight, bias, self.run.weights)
+        axes = {F.linear: 0, F.conv1d: 1}.get(func, 2)
+        return kernels.run_layer(kernels.LayerFunction(func, axes, settings), x, weight, bias, self.run.weights)
 
     def _normalise(self, func: Any, *args: Any, bias: Tensor | None, **settings: Any) -> Tensor:
         if bias is None or not bias.requires_grad or (trace := self.traces.read(self.layer, None)) is None:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,6 +49,16 @@ class Layer:
         return f"{self.name or 'the model'} ({type(self.module).__name__})"
 
 
+@dataclass(slots=True)
+class KnownBatch:
+    """What is known of batches of one kind, by operations or by a trial."""
+
+    folds: dict[Any, Any] = field(default_factory=dict)  # time steps in a call, as chosen so far
+    tried: int | None = None  # most time steps that a trial showed to share a call
+    pairs: dict[nn.Module, Layer] = field(default_factory=dict)  # the layers of neurons that alone read a BatchNorm
+    channels_last: bool = False  # images may have their channels last
+
+
 class Layout:
     """The layers of a network."""
 
@@ -71,12 +81,8 @@ class Layout:
         self.looked = "hooks on" in (self.unproved or "")  # an evaluation looked for that
         convolutions = (m for m in self.layers if isinstance(m, nn.Conv1d | nn.Conv2d))
         self.pixels = {len(m.stride) for m in convolutions}  # axes beside batch and channels in what they read
-        self.channels_last: set[Any] = set()  # the batches whose images may have their channels last, by operations
-        # the layers of neurons that alone read a BatchNorm, as operations have shown for such batches
-        self.pairs: dict[Any, dict[nn.Module, Layer]] = {}
-        self.folds: dict[Any, Any] = {}  # time steps in a call by the kind of a batch, as chosen so far
-        self.chosen: Any = None  # the last of them
-        self.tried: dict[Any, int] = {}  # most time steps that a trial showed to share a call, by the kind of a batch
+        self.batches: dict[Any, KnownBatch] = {}  # by the kind of a batch
+        self.chosen: Any = None  # time steps in a call of the last batch
         self.refused: str | None = None  # why no steps share a call, as a trial found
         self.in_use = False  # a run has it
         self.reused = False  # a second batch had it, since nothing had changed
@@ -117,12 +123,13 @@ class Layout:
                 stacklevel=3,
             )
 
-    def require_folds(self) -> None:
-        """Raise one ValueError that names every layer that cannot take several time steps in a call."""
+    @cached_property
+    def fold_problem(self) -> str | None:
+        """Return what names every layer that cannot take several time steps in a call."""
         answers = [(layer, layer.role.folds(layer.module)) for layer in self.layers.values() if layer.role.folds]
         answers += [(layer, "runs in compiled code") for layer in self.keepers if layer.compiled]
-        if problems := [f"{layer} {problem}" for layer, problem in answers if problem]:
-            raise ValueError(f"fold needs layers that treat time steps alike, but {'; '.join(problems)}; use fold=1")
+        problems = "; ".join(f"{layer} {problem}" for layer, problem in answers if problem)
+        return f"fold needs layers that treat time steps alike, but {problems}; use fold=1" if problems else None
 
     def find_unseen(self) -> str | None:
         """Return what is wrong where neurons ran that PyTorch does not see: those in a plain list of a module."""

@@ -4,7 +4,7 @@ They are known to be neighbours in an `nn.Sequential`, where a network calls `no
 operations of a forward show it (`find_pairs` of `sltt.rules.operations`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import reduce
 
 import torch
@@ -55,7 +55,7 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor, hoisted: int = 0) -> Tens
         return reduce(lambda x, module: module(x), modules, x)
     while hoisted and _is_fixed(x, modules[0]):
         x, hoisted = once(modules.pop(0), x), hoisted - 1
-    modules = [*_flatten(modules)]
+    modules = _flatten(modules)
     if run := run_of(modules[0]) if modules else None:
         for _ in range(run.count_repeats(x, modules)):
             first = modules.pop(0)
@@ -87,10 +87,12 @@ def is_pair(norm: nn.Module, neuron: nn.Module | None = None) -> bool:
     return isinstance(norm, _BatchNorm) and neuron is not None and emits_spikes(neuron)
 
 
-def _flatten(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """Yield modules, and in place of an `nn.Sequential` without hooks those in it."""
+def _flatten(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return modules, and in place of an `nn.Sequential` without hooks those in it."""
+    flat: list[nn.Module] = []
     for layer in layers:
         if isinstance(layer, nn.Sequential) and not own_forward(layer, nn.Sequential) and not runs_hooks(layer):
-            yield from _flatten(layer)
+            flat += _flatten(layer)
         else:
-            yield layer
+            flat.append(layer)
+    return flat

@@ -2,7 +2,7 @@
 
 import dis
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -25,24 +25,23 @@ def refers_to(value: Any, modules: dict[nn.Module, Any]) -> bool:
 _REACHED = 10_000  # objects behind a loss that are looked at
 
 
-def _held_by(value: Any) -> Iterator[Any]:
-    """Yield what a value holds: a function its closure, defaults and globals, a container its items."""
+def _held_by(value: Any) -> Iterable[Any]:
+    """Return what a value holds: a function its closure, defaults and globals, a container its items."""
     if isinstance(value, FunctionType):
-        yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-        yield from variables_of(value)
-    elif isinstance(value, MethodType):
-        yield from (value.__self__, value.__func__)
-    elif isinstance(value, functools.partial):
-        yield from (value.func, *value.args, *value.keywords.values())
-    elif isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, list | tuple | set | frozenset):
-        yield from value
-    elif isinstance(value, nn.Module):
-        yield from value.children()
-        yield from (v for name, v in vars(value).items() if name[:1] != "_")
-    elif type(value).__module__.partition(".")[0] not in ("torch", "numpy", "builtins"):
-        yield from getattr(value, "__dict__", {}).values()
+        defaults = *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()
+        return (*defaults, *variables_of(value))
+    if isinstance(value, MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, functools.partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, list | tuple | set | frozenset):
+        return value
+    if isinstance(value, nn.Module):
+        return [*value.children(), *(v for name, v in vars(value).items() if name[:1] != "_")]
+    own = type(value).__module__.partition(".")[0] not in ("torch", "numpy", "builtins")
+    return getattr(value, "__dict__", {}).values() if own else ()
 
 
 def variables_of(function: FunctionType) -> list[Any]:

@@ -246,7 +246,8 @@ class Run:
 
     def require_folds(self) -> None:
         """Raise ValueError that names what cannot take several time steps in a call."""
-        self.layout.require_folds()
+        if problem := self.layout.fold_problem:
+            raise ValueError(problem)
         self.step.require_folds()
 
     def result(self, *values: Tensor) -> tuple[Tensor, ...]:

@@ -145,7 +145,6 @@ def _check(here: Session, settings: Settings, report: Console) -> tuple[Session,
             check_crop(samples[0][0], stage.crop)
         stage.rule.check(model, stage.steps)
     safeguards.check_samples(model, splits, samples)
-    safeguards.check_static(model, splits, samples, settings.loss, stages[0].steps)
     safeguards.check_last_batch(model, splits, samples, settings.size, stages)
     x = splits.collate(samples)[0].to(next((p.device for p in model.parameters()), "cpu"))
     check(model, x, rule=stages[0].rule, steps=stages[0].steps if splits.static else None)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from sltt._torch import _BatchNorm, _NormBase
 from sltt.data import Splits
 from sltt.rules import SLTT, Rule, unroll
-from sltt.rules.batch import sequence_loss
 from sltt.sequence.copies import copy_model
 from sltt.sequence.padding import Padded
 from sltt.training.phases import Stage
@@ -122,34 +121,6 @@ def check_samples(model: nn.Module, splits: Splits, samples: list[Any]) -> None:
         except (RuntimeError, ValueError, TypeError) as error:
             like = f"training samples are {[*trained.shape[-len(shape) :]]} of {trained.dtype}"
             raise ValueError(f"the network takes no {name} samples {shape} of {x.dtype}; {like}: {error}") from error
-
-
-def check_static(model: nn.Module, splits: Splits, samples: list[Any], loss: Any, steps: int) -> None:
-    """Raise ValueError for sequences [T, ...] that are taken for images, where the training could not take them so.
-
-    What the network and the loss take as images is trained: a first dimension of T may be one of channels.
-    """
-    if not splits.static or splits.per_step or steps == 1:
-        return
-    x, y = splits.collate(samples[:1] * 2)
-    if x.ndim < 3 or x.shape[1] != steps or _runs(model, x[None], y, loss):
-        return
-    if _runs(model, x[:, :1].transpose(0, 1), y, loss):
-        raise ValueError(
-            f"static=True shows samples {list(x.shape[1:])} whole at every time step, and the network or the loss does "
-            f"not take them so. Their first dimension is steps={steps}, and as sequences they fit: static=False?"
-        )
-
-
-def _runs(model: nn.Module, x: Tensor, y: Any, loss: Any) -> bool:
-    """Return whether a copy of the network, and the loss, take a sequence [T, B, ...]."""
-    try:
-        twin = copy_model(model).eval()
-        x = x.to(next((p.device for p in twin.parameters()), "cpu"))
-        sequence_loss(loss, unroll(twin, x).cpu(), y)
-    except Exception:  # the training says what is wrong, where this one cannot
-        return False
-    return True
 
 
 def check_last_batch(

@@ -165,20 +165,6 @@ def test_without_test_samples_an_evaluation_says_so(tmp_path):
         sltt.evaluate(model, data, device="cpu")
 
 
-@pytest.mark.parametrize("loss", [sltt.losses.CrossEntropyMSE(), nn.CrossEntropyLoss()])
-def test_sequences_that_are_called_static_are_asked_about(loss, tmp_path):
-    """To flatten them, as the loss advises of images, would train on the time as a feature."""
-    data = from_datasets(sequences(), static=True)
-    by_step = nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 3))
-    expected = r"samples \[5, 4\] whole .* first dimension is steps=5, and as sequences they fit: static=False\?"
-    with pytest.raises(ValueError, match=expected):
-        sltt.fit(by_step, data, loss=loss, steps=5, device="cpu", run=tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises((ValueError, RuntimeError), match=r"Flatten|target size"):
-        sltt.fit(by_step, data, loss=loss, steps=4, device="cpu", run=tmp_path / "four")
-    sltt.fit(network(20), data, loss=loss, steps=5, epochs=1, device="cpu", run=tmp_path / "flat")
-
-
 class Stream(IterableDataset):
     def __iter__(self):
         yield torch.zeros(4), 0

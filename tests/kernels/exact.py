@@ -52,12 +52,16 @@ def check_linear(x, features, dtype=torch.float32, one=1.0):
 def check(layer, dense, x, dtype, one):
     weight, bias = (torch.randn(shape).to(dtype) for shape in (layer.weight_shape, layer.weight_shape[:1]))
     assert layer.fits
-    exact = weight.double().requires_grad_()
-    expected = dense(one * x.double(), exact, bias.double())
+    exact = [parameter.double().requires_grad_() for parameter in (weight, bias)]
+    expected = dense(one * x.double(), *exact)
     bits = pack(x)
     y = sparse.forward(layer, bits, sparse.pack_weight(layer, weight, one), bias, dtype)
     near(y, expected.detach(), dtype)
     assert layer.linear or y.movedim(1, -1).is_contiguous()
     grad_y = torch.randn(expected.shape).to(dtype)
-    grad = sparse.weight_gradient(layer, bits, grad_y, one)
-    near(grad.to(dtype), *torch.autograd.grad(expected, exact, grad_y.double()), dtype)
+    of_bias = torch.full((len(weight),), 7.0) if layer.sums_bias else None
+    grad = sparse.weight_gradient(layer, bits, grad_y, one, of_bias)
+    exact_grad, exact_of_bias = torch.autograd.grad(expected, exact, grad_y.double())
+    near(grad.to(dtype), exact_grad, dtype)
+    if of_bias is not None:
+        near(of_bias.to(dtype), exact_of_bias, dtype)

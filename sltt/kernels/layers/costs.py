@@ -5,9 +5,10 @@ spikes, it takes one for each element that it reads and writes, and one for each
 
     t_dense = d · products,    t_sparse = s · density · products + e · elements + w · weights / calls
 
-where so many calls share the weights in that order: those of an evaluation do, in a training it is one. Both are equal
-at one density, the layer's break-even. d, s, e and w depend on the kind of layer, the data type and the instruction
-set, and on nothing that a clock says: the same spikes give the same decision, whatever else the machine does.
+where so many calls share the weights in that order: those of an evaluation do, in a training it is one. A dense layer
+computes 16 outputs at a time, and unpacks the spikes for its weight gradient. Both are equal at one density, the
+layer's break-even. d, s, e and w depend on the kind of layer, the data type and the instruction set, and on nothing
+that a clock says: the same spikes give the same decision, whatever else the machine does.
 
 They are nanoseconds of one thread of a Xeon (Sapphire Rapids, 2.1 GHz) on 512 to 512 features, and 64 to 64 channels of
 16×16 pixels. Only their ratios decide.
@@ -25,13 +26,13 @@ from sltt.kernels.layers.sparse import LayerSizes
 
 # Layers of fewer products run dense: they take less than the calls around them.
 PRODUCTS_FROM = 2**22
-_WEIGHT = 0.68
+_WEIGHT, _UNPACKED = {"AVX512": 0.4, "AVX2": 0.68}, 0.15
 # Of a product of a dense layer, forward and for the weight gradient. Processors without AVX-512 are taken for AVX2; in
 # bfloat16 without AMX, and in float16, PyTorch takes this time or longer.
 _DENSE = {"AMX": (0.0016, 0.003), "AVX512": (0.0125, 0.0128), "AVX2": (0.024, 0.024)}
 _WINOGRAD = {"AVX512": 0.0072, "AVX2": 0.0108}  # of one in the weight gradient of `winograd`
 # Of a product with a spike, and of an element: forward, and for the weight gradient.
-_FLAT = {"AVX512": ((0.037, 0.2), (0.032, 0.33)), "AVX2": ((0.054, 0.25), (0.052, 0.6))}  # of one kernel element
+_FLAT = {"AVX512": ((0.037, 0.2), (0.032, 0.25)), "AVX2": ((0.054, 0.25), (0.052, 0.6))}  # of one kernel element
 _CONV = {"AVX512": ((0.018, 0.22), (0.015, 0.41)), "AVX2": ((0.025, 0.2), (0.028, 0.47))}
 
 
@@ -64,9 +65,12 @@ def _nanoseconds(layer: LayerSizes, dtype: torch.dtype, calls: int) -> list[tupl
     forward, gradient = _DENSE[_dense_unit(dtype)]
     if fast_gradients(layer, dtype):
         gradient = _WINOGRAD[_vectors()]
-    sparse, weights = (_FLAT if layer.flat else _CONV)[_vectors()], _WEIGHT * math.prod(layer.weight_shape) / calls
+    sparse, weights = (_FLAT if layer.flat else _CONV)[_vectors()], _WEIGHT[_vectors()] * math.prod(layer.weight_shape)
+    outputs = layer.weight_shape[0]
+    forward *= layer.products * -(-outputs // 16) * 16 / outputs
+    gradient = gradient * layer.products + _UNPACKED * math.prod(layer.x_shape)
     return [
-        (dense * layer.products, spike * layer.products, element * elements + weights)
+        (dense, spike * layer.products, element * elements + weights / calls)
         for dense, (spike, element), elements in zip((forward, gradient), sparse, _elements(layer), strict=True)
     ]
 

@@ -39,19 +39,14 @@ class LayerFunction(NamedTuple):
     """The function that a layer applies to its input, its weight and its bias."""
 
     function: Any  # F.linear, F.conv1d or F.conv2d
+    axes: int  # of pixels
     settings: tuple[Any, ...] = ()  # of a convolution: stride, padding, dilation and groups
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.function(x, weight, bias, *self.settings)
 
-    @property
-    def axes(self) -> int:
-        """Axes of pixels."""
-        return _AXES[self.function]
 
-
-_LINEAR = LayerFunction(F.linear)
-_AXES = {F.linear: 0, F.conv1d: 1, F.conv2d: 2}
+_LINEAR = LayerFunction(F.linear, 0)
 
 
 def operation_of(module: nn.Module) -> LayerFunction | None:
@@ -60,9 +55,9 @@ def operation_of(module: nn.Module) -> LayerFunction | None:
         return _LINEAR
     if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.padding_mode != "zeros" or module.padding == "same":
         return None
-    function = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
+    function, axes = (F.conv1d, 1) if isinstance(module, nn.Conv1d) else (F.conv2d, 2)
     padding = 0 if module.padding == "valid" else module.padding
-    return LayerFunction(function, (module.stride, padding, module.dilation, module.groups))
+    return LayerFunction(function, axes, (module.stride, padding, module.dilation, module.groups))
 
 
 @dataclass(frozen=True)
@@ -98,10 +93,10 @@ class SpikeCall:
         x = grad if grad.shape == self.layer.x_shape else grad.new_empty((batch, *pixels, channels)).movedim(-1, 1)
         return convolution_gradients(grad, x, weight, self.axes, 1, (True, False))[0]
 
-    def weight_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
-        """Return ∂L/∂weight."""
+    def weight_gradient(self, grad: Tensor, weight: Tensor, of_bias: Tensor | None) -> Tensor:
+        """Return ∂L/∂weight; write ∂L/∂bias where it is given."""
         if self.sparse_gradient:
-            return sparse.weight_gradient(self.layer, self.spikes.bits, grad, self.spikes.one)
+            return sparse.weight_gradient(self.layer, self.spikes.bits, grad, self.spikes.one, of_bias)
         x = self.spikes.dense().to(grad.dtype)
         if self.layer.linear:
             return grad.flatten(0, -2).T @ x.flatten(0, -2)
@@ -124,8 +119,11 @@ class _OnSpikes(torch.autograd.Function):
         last = (grad if call.layer.linear else grad.movedim(1, -1)).contiguous()  # [..., C_out]
         grad = last if call.layer.linear else last.movedim(-1, 1)
         of_x = call.input_gradient(grad, weight).to(ctx.x_dtype) if needs_x else None
-        of_weight = call.weight_gradient(grad, weight).to(weight.dtype) if needs_weight else None
-        of_bias = last.flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype) if needs_bias else None
+        together = needs_bias and needs_weight and call.sparse_gradient and call.layer.sums_bias
+        of_bias = grad.new_empty(len(weight), dtype=torch.float32) if together else None
+        of_weight = call.weight_gradient(grad, weight, of_bias).to(weight.dtype) if needs_weight else None
+        if needs_bias:
+            of_bias = (last.flatten(0, -2).sum(0, dtype=torch.float32) if of_bias is None else of_bias).to(weight.dtype)
         return of_x, of_weight, of_bias, None
 
 
@@ -164,7 +162,7 @@ def as_images(operation: LayerFunction, x: Tensor, weight: Tensor) -> tuple[Laye
     if not signals or not (axes := axes_in(operation.settings[:3], 1)):
         return None
     (stride,), (padding,), (dilation,) = axes
-    images = LayerFunction(F.conv2d, ((1, stride), (0, padding), (1, dilation), operation.settings[3]))
+    images = LayerFunction(F.conv2d, 2, ((1, stride), (0, padding), (1, dilation), operation.settings[3]))
     return images, x.unsqueeze(2), weight.unsqueeze(2)
 
 

@@ -48,6 +48,11 @@ class LayerSizes:
         return kernel == [1, 1, 1, 1, 0, 0] and (h, w) == (oh, ow)
 
     @property
+    def sums_bias(self) -> bool:
+        """Return whether the kernel of the weight gradient can give that of the bias."""
+        return self.flat and self.weight_shape[0] % 16 == 0
+
+    @property
     def products(self) -> int:
         """Multiplications of the dense layer."""
         return math.prod(self.y_shape) * math.prod(self.weight_shape[1:])
@@ -130,8 +135,8 @@ def forward(layer: LayerSizes, bits: Tensor, packed: Tensor, bias: Tensor | None
     return y.to(dtype)
 
 
-def weight_gradient(layer: LayerSizes, bits: Tensor, grad_y: Tensor, one: float = 1.0) -> Tensor:
-    """Return ∂L/∂weight in float32, with the channels last in memory."""
+def weight_gradient(layer: LayerSizes, bits: Tensor, grad_y: Tensor, one: float = 1.0, of_bias: Any = None) -> Tensor:
+    """Return ∂L/∂weight in float32, with the channels last in memory; write ∂L/∂bias of a layer that `sums_bias`."""
     assert 8 * bits.numel() == math.prod(layer.x_shape)
     assert grad_y.shape == layer.y_shape
     g = grad_y if layer.linear else grad_y.movedim(1, -1)
@@ -139,7 +144,7 @@ def weight_gradient(layer: LayerSizes, bits: Tensor, grad_y: Tensor, one: float 
     shape = layer.weight_shape[0], *layer.weight_shape[2:], layer.weight_shape[1]
     grad = torch.empty(shape, dtype=torch.float32, device="cpu").movedim(-1, 1)
     half, threads = g.dtype == torch.bfloat16, torch.get_num_threads()
-    library().sltt_weight_gradient(bits, layer.pointer, g, half, one, grad, strides_of(grad), threads)
+    library().sltt_weight_gradient(bits, layer.pointer, g, half, one, grad, strides_of(grad), of_bias, threads)
     return grad
 
 

@@ -159,14 +159,17 @@ void sltt_pack(const float* weight, const int64_t* stride, const Conv* conv, flo
     float* to = packed + (block.from * z.words() + q * block.width) * z.block() * k;
     if (z.flat()) to = packed + wide * z.ci + q * WORD * pitch + column;
     for (int64_t t = 0; t < k; t++, to += z.block() * block.width)
-      for (int64_t c0 = 0; c0 < channels; c0 += 8)
-        for (int64_t j = 0; j < block.width; j++) {
-          const bool valid = block.from + j < z.co;
-          const float* s = weight + t / z.kw * stride[2] + t % z.kw * stride[3] + (q * WORD + c0) * stride[1];
-          s += valid ? (block.from + j) * stride[0] : 0;
-          for (int64_t c = 0; c < std::min<int64_t>(8, channels - c0); c++)
-            to[(c0 + c) * pitch + j] = valid ? one * s[c * stride[1]] : 0.0f;
-        }
+      for (int64_t first = 0; first < block.width; first += LANES) {
+        const float* s = weight + t / z.kw * stride[2] + t % z.kw * stride[3] + q * WORD * stride[1];
+        s += (block.from + first) * stride[0];
+        const int64_t valid = z.co - block.from - first;
+        float* row = to + first;
+        for (int64_t c = 0; c < channels; c++, s += stride[1], row += pitch)
+          if (valid >= LANES)
+            store(row, one * load_apart(s, stride[0]));
+          else
+            for (int64_t j = 0; j < LANES; j++) row[j] = j < valid ? one * s[j * stride[0]] : 0.0f;
+      }
   });
 }
 

@@ -210,7 +210,7 @@ void write_gradient(const Conv& z, Outputs block, int64_t c0, float* part, int64
 
 template <class T>
 int weight_gradient(const uint8_t* bits, const Conv& z, const T* g, float one, float* out, const int64_t* stride,
-                    int threads) {
+                    float* bias, int threads) {
   const Chunks m(z);
   const bool flat = z.flat() && z.co % LANES == 0 && z.h == 1;
   const int64_t phase_rows = std::min(z.sh, z.kh), phase_columns = std::min(z.sw, z.kw);
@@ -218,7 +218,8 @@ int weight_gradient(const uint8_t* bits, const Conv& z, const T* g, float one, f
   const int64_t each = z.ci * m.words(), part_size = z.ci * z.kh * z.kw * 32, scratch = m.stored() * 32 + 16;
   const int64_t phases = phase_rows * phase_columns;
   Scratch<uint64_t> by_channel(m.total * phases * each), by_position(threads * m.words() * 64);
-  Scratch<float> copied(threads * scratch), grads(flat ? z.ci * z.co : (parts == 1 ? threads : blocks * parts) * part_size);
+  const int64_t sums = flat ? threads * z.ci * COLUMNS : (parts == 1 ? threads : blocks * parts) * part_size;
+  Scratch<float> copied(threads * scratch), grads(sums);
   if (!by_channel || !by_position || !copied || !grads) return 1;
   for_each(threads, m.total * phases, 1, [&](int64_t i, int64_t thread) {
     const int64_t phase = i % phases;
@@ -227,16 +228,22 @@ int weight_gradient(const uint8_t* bits, const Conv& z, const T* g, float one, f
   });
   if (flat) {  // a task has some channels, all pixels, and as many outputs as registers hold
     const int64_t wide = (z.co + COLUMNS - 1) / COLUMNS, groups = std::max<int64_t>(1, threads / wide);
-    for_each(threads, wide * groups, 1, [&](int64_t task, int64_t) {
+    for_each(threads, wide * groups, 1, [&](int64_t task, int64_t thread) {
       const int64_t group = task % groups, eighths = (z.ci + 7) / 8;
       const int64_t first = eighths * group / groups * 8, last = std::min(eighths * (group + 1) / groups * 8, z.ci);
       const int64_t column = task / groups * COLUMNS, width = std::min(COLUMNS, z.co - column);
-      float* grad = grads.get() + column * z.ci;
-      for (int64_t chunk = 0; chunk < m.total; chunk++)
+      float* grad = grads.get() + thread * z.ci * COLUMNS;
+      for (int64_t chunk = 0; chunk < m.total; chunk++) {
+        const int64_t from = m.image(chunk) * z.w, pixels = std::min(m.images * z.w, z.n * z.w - from);
+        uint64_t all[CHUNK / 64] = {};
+        for (int64_t i = 0; i < pixels; i++) all[i / 64] |= uint64_t(1) << i % 64;
         for_columns(width, [&](auto vectors, int64_t c) {
-          accumulate_flat<vectors()>(last - first, by_channel.get() + chunk * each + first * m.words(), m.words(),
-                                     g + m.image(chunk) * z.w * z.co + column + c, z.co, grad + first * width + c, width, !chunk);
+          const T* p = g + from * z.co + column + c;
+          accumulate_flat<vectors()>(last - first, by_channel.get() + chunk * each + first * m.words(), m.words(), p, z.co,
+                                     grad + first * width + c, width, !chunk);
+          if (bias && !group) accumulate_flat<vectors()>(1, all, m.words(), p, z.co, bias + column + c, 0, !chunk);
         });
+      }
       for (int64_t c = first; c < last; c += 8) write_gradient(z, {column, width}, c, grad, 1, 0, one, out, stride);
     });
     return 0;
@@ -265,9 +272,9 @@ int weight_gradient(const uint8_t* bits, const Conv& z, const T* g, float one, f
 }  // namespace
 
 extern "C" {
-// 0, or 1 if there is no memory.
+// `bias`, if it is not null, gets the sum of g over all pixels, which are independent. 0, or 1 if there is no memory.
 int sltt_weight_gradient(const uint8_t* bits, const Conv* z, const void* g, int bfloat16, float one, float* out,
-                         const int64_t* stride, int threads) {
-  return with_type(bfloat16, [&](auto t) { return weight_gradient(bits, *z, as(g, t), one, out, stride, threads); });
+                         const int64_t* stride, float* bias, int threads) {
+  return with_type(bfloat16, [&](auto t) { return weight_gradient(bits, *z, as(g, t), one, out, stride, bias, threads); });
 }
 }

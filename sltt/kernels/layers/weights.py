@@ -1,10 +1,9 @@
-"""Weights in the forms that layers read: packed for sparse layers, in rows for recurrent ones, and in another type."""
+"""Weights in the forms that layers read: packed for sparse layers, and in another type."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -42,19 +41,15 @@ class WeightCache:
             if isinstance(weight, nn.Parameter):  # another was computed, and should not stay
                 self._sparse[id(weight)] = weight
 
-    def pack_weight(self, layer: LayerSizes, weight: Tensor, one: float) -> Tensor:
-        """Return the weights as `sparse.forward` reads them."""
-        if self.calls == 1:
+    def pack_weight(self, layer: LayerSizes, weight: Tensor, one: float, keep: bool = False) -> Tensor:
+        """Return the weights as `sparse.forward` reads them; `keep` a copy in any case."""
+        if self.calls == 1 and not keep:
             return sparse.pack_weight(layer, weight, one)
         return self._get(weight, one, lambda: sparse.pack_weight(layer, weight, one))
 
     def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the weight in another type."""
         return weight if weight.dtype == dtype else self._get(weight, dtype, lambda: weight.detach().to(dtype))
-
-    def transpose_weight(self, weight: Tensor) -> Tensor:
-        """Return the transpose of a linear layer's weight, in rows whose distance is no power of two."""
-        return self._get(weight, "transposed", lambda: F.pad(weight.detach().T, (0, 16 + -len(weight) % 16)))
 
     def _get(self, weight: Tensor, form: Any, make: Callable[[], Tensor]) -> Tensor:
         forms = self._kept.setdefault(weight.untyped_storage(), {})

@@ -75,13 +75,14 @@ def _forward(
     call: _RecurrentCall, x: Tensor, s: Tensor | None, v: Tensor, weight: Tensor, bias: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Spikes, the last membrane potential, and, if asked to `keep` it, what the backward needs of each step."""
-    transposed, width = call.weights.transpose_weight(weight), len(weight)
+    width = len(weight)
+    packed = call.weights.pack_weight(sparse.linear_layer((1, width), (width, width)), weight, 1.0, keep=True)
     call.weights.note_sparse(weight)
     spikes, kept = torch.empty_like(x), torch.empty_like(x if keep else v)
     soft = call.step.v_reset is None
     after = kept if soft or not keep else torch.empty_like(v)
     call.kernel.library.sltt_recurrent(
-        call.kernel.constants, x, transposed, transposed.shape[1], bias, s, v, spikes, after,
+        call.kernel.constants, x, packed, bias, s, v, spikes, after,
         v.numel() if keep and soft else 0, None if soft or not keep else kept,
         v.numel() // width, width, call.steps, torch.get_num_threads(),
     )  # fmt: skip

@@ -8,10 +8,10 @@ constexpr int64_t SAMPLES = 64;  // that go through all time steps before the ne
 }  // namespace
 
 extern "C" {
-// x, s and u_out [steps][rows][width]; v_out too, or, for v_step = 0, the last one. `w` [width][pitch] is the transpose of
-// the layer's weight. `bias`, `s_before` and `u_out` may be null. Not 0 if there is no memory.
-int sltt_recurrent(const Neuron* z, const float* x, const float* w, int64_t pitch, const float* bias,
-                   const float* s_before, const float* v_before, float* s, float* v_out, int64_t v_step, float* u_out,
+// x, s and u_out [steps][rows][width]; v_out too, or, for v_step = 0, the last one. `w` is the layer's
+// weight as `sltt_pack` gives it. `bias`, `s_before` and `u_out` may be null. Not 0 if there is no memory.
+int sltt_recurrent(const Neuron* z, const float* x, const float* w, const float* bias, const float* s_before,
+                   const float* v_before, float* s, float* v_out, int64_t v_step, float* u_out,
                    int64_t rows, int64_t width, int64_t steps, int threads) {
   const int64_t block = std::clamp<int64_t>((rows + threads - 1) / threads, 1, SAMPLES), room = block * width;
   Scratch<uint32_t> lists(threads * 2 * room);
@@ -37,11 +37,12 @@ int sltt_recurrent(const Neuron* z, const float* x, const float* w, int64_t pitc
         for (int64_t b = 0; b < samples; b++) {
           const int64_t n = std::min(COLUMNS, width - column), row = (first + b) * width + column;
           const int64_t at = t * rows * width + row, mine = b * width + column;
+          const int64_t pitch = std::min(COLUMNS, (width + 15) / 16 * 16 - column);
           float current[COLUMNS] = {};
           if (bias) std::copy_n(bias + column, n, current);
           for_columns(n, [&](auto vectors, int64_t c) {
-            add_rows<vectors()>(w + column + c, pitch, list + last * room + b * width, count[last * block + b], current + c,
-                              current + c);
+            add_rows<vectors()>(w + column * width + c, pitch, list + last * room + b * width, count[last * block + b],
+                                current + c, current + c);
           });
           for (int64_t i = 0; i < n; i++) current[i] += x[at + i];
           const bool stays = v_step || t == steps - 1;

@@ -73,8 +73,8 @@ def look(x: Tensor) -> Spikes | None:
     if library is None:
         return _look(x)
     bits, found = torch.empty(n // 8, dtype=torch.uint8, device="cpu"), torch.empty(1, dtype=x.dtype, device="cpu")
-    count = library.sltt_look(x, x.itemsize, bits, n // 8, found, torch.get_num_threads())
-    one = found.item() or 1.0
+    addresses = x.data_ptr(), x.itemsize, bits.data_ptr(), n // 8, found.data_ptr()
+    count, one = library.sltt_look(*addresses, torch.get_num_threads()), found.item() or 1.0  # which it wrote
     return Spikes(x, _share_bits(x, bits), one, count) if count >= 0 and math.isfinite(one) else None
 
 
