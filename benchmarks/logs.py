@@ -14,8 +14,8 @@ rates too. It does not see data sets and recipes: delete the logs of one that ch
 Times take hours too, of peers more than of this library. `--compare-costs` runs the cases of COSTS in this version and
 in that which wrote the log, since many small steps would add up: in so many turns, with nothing beside it. Where a
 batch takes up to 5% more time (the median of the ratios), or 15% less, and the same memory to 2%, the log counts as
-measured now: what it says is not too good. A case beyond this is measured again, in three times as many turns. For the
-logs of memory, time does not count.
+measured now. Ratios to peers are then not too good; those between rules may be off by as much. A case beyond this is
+measured again, in three times as many turns. For the logs of memory, time does not count.
 """
 
 import argparse
@@ -282,7 +282,7 @@ def compare_costs(turns: int, root: Path = ROOT) -> None:
 
 
 def is_within(ratios: Sequence[float], name: str) -> bool:
-    """Whether a case takes the same time and memory, as far as a log needs it."""
+    """Whether a case takes the same memory, and the same time or less, as far as a log needs it."""
     limits = (0.0, math.inf) if name.endswith("memory") else (0.85, 1.05), (0.98, 1.02)
     return all(least <= ratio <= most for ratio, (least, most) in zip(ratios, limits, strict=False))
 

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class Layer:
 
 @dataclass(slots=True)
 class KnownBatch:
-    """What is known of batches of one kind, by operations or by a trial."""
+    """Record what operations or a trial have shown of batches of one kind."""
 
     folds: dict[Any, Any] = field(default_factory=dict)  # time steps in a call, as chosen so far
     tried: int | None = None  # most time steps that a trial showed to share a call
@@ -123,9 +123,9 @@ class Layout:
                 stacklevel=3,
             )
 
-    @cached_property
+    @property
     def fold_problem(self) -> str | None:
-        """Return what names every layer that cannot take several time steps in a call."""
+        """Return what names every layer that cannot take several time steps in a call: now, also by its class."""
         answers = [(layer, layer.role.folds(layer.module)) for layer in self.layers.values() if layer.role.folds]
         answers += [(layer, "runs in compiled code") for layer in self.keepers if layer.compiled]
         problems = "; ".join(f"{layer} {problem}" for layer, problem in answers if problem)

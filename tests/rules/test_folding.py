@@ -245,6 +245,20 @@ def test_layers_that_cannot_be_folded_are_named(layer, message):
             rule(model, torch.randn(4, 2, 6), torch.randint(3, (2,)), LOSS)
 
 
+def test_a_class_whose_forward_changes_between_batches_is_named(monkeypatch):
+    """No attribute of the network changes with it."""
+    model, x, y = (
+        nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3), sltt.LIF()),
+        torch.randn(4, 2, 6),
+        torch.tensor([0, 1]),
+    )
+    sltt.SLTT(fold=2)(model, x, y, LOSS)
+    plain = nn.BatchNorm1d.forward
+    monkeypatch.setattr(nn.BatchNorm1d, "forward", lambda norm, x: 3 * plain(norm, x))
+    with pytest.raises(ValueError, match=r"1 \(BatchNorm1d\) normalises over the batch in a way of its own"):
+        sltt.SLTT(fold=2)(model, x, y, LOSS)
+
+
 @pytest.mark.parametrize("kind", ["norm", "neuron", "checkpoint"])
 def test_what_would_not_be_the_same_folded_is_refused(kind):
     class Odd(Net):

@@ -94,7 +94,7 @@ class SpikeCall:
         return convolution_gradients(grad, x, weight, self.axes, 1, (True, False))[0]
 
     def weight_gradient(self, grad: Tensor, weight: Tensor, of_bias: Tensor | None) -> Tensor:
-        """Return ∂L/∂weight; write ∂L/∂bias where it is given."""
+        """Return ∂L/∂weight; a sparse one writes ∂L/∂bias where it is given."""
         if self.sparse_gradient:
             return sparse.weight_gradient(self.layer, self.spikes.bits, grad, self.spikes.one, of_bias)
         x = self.spikes.dense().to(grad.dtype)

@@ -165,7 +165,7 @@ void sltt_pack(const float* weight, const int64_t* stride, const Conv* conv, flo
         const int64_t valid = z.co - block.from - first;
         float* row = to + first;
         for (int64_t c = 0; c < channels; c++, s += stride[1], row += pitch)
-          if (valid >= LANES)
+          if (valid >= LANES && stride[0] < 1 << 27)  // the positions of a vector are of 32 bits
             store(row, one * load_apart(s, stride[0]));
           else
             for (int64_t j = 0; j < LANES; j++) row[j] = j < valid ? one * s[j * stride[0]] : 0.0f;

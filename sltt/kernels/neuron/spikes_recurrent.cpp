@@ -8,8 +8,8 @@ constexpr int64_t SAMPLES = 64;  // that go through all time steps before the ne
 }  // namespace
 
 extern "C" {
-// x, s and u_out [steps][rows][width]; v_out too, or, for v_step = 0, the last one. `w` is the layer's
-// weight as `sltt_pack` gives it. `bias`, `s_before` and `u_out` may be null. Not 0 if there is no memory.
+// x, s and u_out [steps][rows][width]; v_out too, or, for v_step = 0, the last one. `w` is the layer's weight as `sltt_pack`
+// gives it. `bias`, `s_before` and `u_out` may be null. Not 0 if there is no memory.
 int sltt_recurrent(const Neuron* z, const float* x, const float* w, const float* bias, const float* s_before,
                    const float* v_before, float* s, float* v_out, int64_t v_step, float* u_out,
                    int64_t rows, int64_t width, int64_t steps, int threads) {
