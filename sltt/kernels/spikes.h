@@ -163,20 +163,6 @@ INLINE void for_columns(int64_t columns, const F& function) {
   }
 }
 
-// Add the rows of w that a list names to `in`, NV vectors of columns.
-template <int NV>
-__attribute__((noinline)) void add_rows(const float* w, int64_t pitch, const uint32_t* at, int64_t n, const float* in,
-                                        float* out) {
-  V total[NV];
-  for (int j = 0; j < NV; j++) total[j] = load(in + j * LANES);
-  for (int64_t e = 0; e < n; e++) {
-    const float* row = w + at[e] * pitch;
-    OPAQUE(row);
-    for (int j = 0; j < NV; j++) total[j] += load(row + j * LANES);
-  }
-  for (int j = 0; j < NV; j++) store(out + j * LANES, total[j]);
-}
-
 // Call function(number), where the number has the type of elements: of float, or bfloat16 as uint16_t.
 template <class F>
 INLINE auto with_type(int bfloat16, const F& function) {

@@ -81,6 +81,20 @@ void forward_tile(const Conv& z, const Events& events, const float* packed, cons
   }
 }
 
+// Add the rows of w that a list names to `in`, NV vectors of columns.
+template <int NV>
+__attribute__((noinline)) void add_rows(const float* w, int64_t pitch, const uint32_t* at, int64_t n, const float* in,
+                                        float* out) {
+  V total[NV];
+  for (int j = 0; j < NV; j++) total[j] = load(in + j * LANES);
+  for (int64_t e = 0; e < n; e++) {
+    const float* row = w + at[e] * pitch;
+    OPAQUE(row);
+    for (int j = 0; j < NV; j++) total[j] += load(row + j * LANES);
+  }
+  for (int j = 0; j < NV; j++) store(out + j * LANES, total[j]);
+}
+
 // Independent pixels: all active inputs of one in a list, the sums of its outputs in registers. `packed` has the weights
 // of COLUMNS outputs beside each other, [block of outputs][ci][width].
 template <class T>
