@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sltt.checks import flag, function, instance, number
+from sltt.sequence.hooks import own_forward, runs_hooks
 from sltt.sequence.padding import Padded, lengths_of, real_steps, target_of
 from sltt.sequence.run import Run
 from sltt.sequence.spikes import observe_spikes
@@ -319,8 +320,10 @@ _MEAN_MODULES = nn.CrossEntropyLoss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.
 def is_mean(loss: Any) -> bool:
     """Return whether a loss is a mean over samples, which may take those of several time steps at once."""
     by_module = type(loss) in _MEAN_MODULES and loss.reduction == "mean"
-    if type(loss) is nn.BCEWithLogitsLoss and loss.weight is not None:  # it may have a value for each sample
+    if isinstance(loss, nn.Module) and (own_forward(loss, type(loss)) or runs_hooks(loss)):
         return False
+    if type(loss) is nn.BCEWithLogitsLoss:  # its weights may have a value for each sample
+        by_module = loss.weight is None and (loss.pos_weight is None or loss.pos_weight.ndim < 2) and by_module
     return by_module or type(loss) is CrossEntropyMSE or (inspect.isfunction(loss) and loss in _MEANS)
 
 

@@ -39,7 +39,6 @@ from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence
 
 RunRule = Callable[[Run, int], Tensor]  # runs a rule on copies with so many steps in a call; gives the logits
-_DROPOUTS = _DropoutNd.__module__, Dropout.__module__  # whose masks are drawn for each sample
 _PRECISE, _ROUGH = 1e-9, 2e-5
 
 
@@ -88,6 +87,15 @@ class _Opened(Step):
 
     def __init__(self) -> None:
         self.watch = _ReadsAndDraws()
+        self.masks = 0  # elements of the masks that dropouts draw
+
+    def handler(self, layer: Layer, folds: bool) -> Any:
+        return self.dropout if is_dropout(layer.module) else super().handler(layer, folds)
+
+    def dropout(self, layer: Layer, x: Tensor) -> Tensor:
+        """Run a dropout, which is in evaluation mode here."""
+        self.masks += x.numel()
+        return x
 
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         self.watch.ours = True
@@ -159,9 +167,14 @@ def copy_apart(model: nn.Module) -> nn.Module:
     """Return a copy of a network, without what Fabric and DistributedDataParallel put around it."""
     twin = copy_model(unwrapped(model))
     for module in twin.modules():
-        if type(module).__module__ in _DROPOUTS:
+        if is_dropout(module):
             module.eval()
     return twin
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Return whether a module draws masks, which a copy to try leaves out."""
+    return isinstance(module, _DropoutNd | Dropout)
 
 
 def _seed() -> None:
@@ -191,6 +204,8 @@ def _compare(run: Run, fold: int, make_step: Callable[[], Step], run_rule: RunRu
         part = Sequence(x.to(kind, copy=True), most, sequence.static)  # a forward may change it
         with watch if watch is not None and steps == 1 else nullcontext(), kernels.using(bits=not opened):
             outcome = _run(twin, part, steps, step, run_rule)  # where operations are watched, no kernel looks at values
+        if isinstance(step, _Opened):
+            outcome["the masks of dropout"] = torch.tensor(step.masks)
         changes = layout.changes()
         return outcome, changes | {name: p.detach() for name, p, before in weights if not torch.equal(p, before)}
 

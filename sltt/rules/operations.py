@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from sltt import kernels
 from sltt._torch import DispatchMode, tree_leaves
+from sltt.rules.fold_trial import is_dropout, unwrapped
 from sltt.sequence.hooks import without_marked_hooks
 from sltt.sequence.layout import Layer, layout_of
 from sltt.sequence.proof import is_proved
@@ -37,7 +38,8 @@ _BY_DIM = (  # of the first sample's dimensions on
 _WEIGHTED = {"addmm": 1, "convolution": 0, "embedding": 1, "linear": 0, "mm": 0}
 _POOLS = "avg_pool max_pool adaptive_avg_pool adaptive_max_pool _adaptive_avg_pool upsample pixel_shuffle im2col"
 _PAIRED = "bmm baddbmm _scaled_dot_product"
-_KEEPS = {*_ALIKE.split(), *_BY_DIM.split(), "native_layer_norm", "native_group_norm"}
+_KEEPS = {*_ALIKE.split(), *_BY_DIM.split(), "constant_pad_nd", "native_layer_norm", "native_group_norm"}
+_SIZED = {*_ALIKE.split(), "as_strided", "native_group_norm"}  # whose whole numbers are of the batch
 
 
 class UnknownError(Exception):
@@ -56,7 +58,7 @@ class SamplesWatch(DispatchMode):
         self.ours = False  # within a layer that is known
         self.samples = {id(x): x}  # which keeps the id its own
         self._constants = {id(t): t for t in constants}
-        self.called: list[Any] = []  # operations, the weights and numbers that they read
+        self.called: list[Any] = []  # operations, the weights and numbers that they read, the shapes of constants
         self.reads: Counter[int] = Counter()  # of tensors
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,11 +71,12 @@ class SamplesWatch(DispatchMode):
         unknown = torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded
         if any(tag in func.tags for tag in unknown) or kernels.others_save():  # a checkpoint runs layers again
             raise UnknownError(f"calls {func}")
-        kinds = int | float if torch.Tag.pointwise in func.tags else float  # sizes are of the batch
-        numbers = [v for v in tree_leaves((args, kwargs)) if isinstance(v, kinds)]
-        self.called.append((func, [id(t) for t in tensors if isinstance(t, nn.Parameter)], numbers))
         name, results = func._opname.removesuffix("_"), [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if not any(id(t) in self.samples for t in tensors):
+        numbers = [v for v in tree_leaves((args, kwargs)) if isinstance(v, float if name in _SIZED else int | float)]
+        fixed = not any(id(t) in self.samples for t in tensors)
+        shapes = [t.shape for t in results if fixed]
+        self.called.append((func, [id(t) for t in tensors if isinstance(t, nn.Parameter)], numbers, shapes))
+        if fixed:
             if func._schema.is_mutable or not all(id(t) in self._constants for t in tensors):
                 raise UnknownError(f"calls {func} on what is not its input")
             kept = self._constants
@@ -83,6 +86,11 @@ class SamplesWatch(DispatchMode):
             raise UnknownError(f"calls {func}, which may mix samples")
         kept.update((id(t), t) for t in results)
         return result
+
+    def require(self, *args: Any, **kwargs: Any) -> None:
+        """Raise UnknownError unless a layer that tells time steps apart reads samples."""
+        if not all(id(t) in self.samples for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+            raise UnknownError("calls a layer that tells time steps apart on what is not its input")
 
     def add(self, result: Any) -> None:
         """Note what a layer that is known gives."""
@@ -128,6 +136,8 @@ class SamplesWatch(DispatchMode):
         ndim, more = first.ndim, list(args[1:])
         if name in ("native_layer_norm", "native_group_norm"):
             return name == "native_group_norm" or len(more[0]) < ndim
+        if name == "constant_pad_nd":
+            return len(more[0]) < 2 * ndim
         if name == "permute":
             return more[0][0] == 0
         if name in ("roll", "split", "split_with_sizes"):
@@ -144,8 +154,9 @@ class _Hooks(TorchFunctionMode):
     """Sees hooks on tensors, which see one time step in a call."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("register_hook", "retain_grad", "register_post_accumulate_grad_hook"):
-            raise UnknownError("registers a hook on a tensor")
+        hooks = "register_hook", "retain_grad", "register_post_accumulate_grad_hook"
+        if getattr(func, "__name__", "") in hooks or func == Tensor.grad_fn.__get__:  # pyright: ignore
+            raise UnknownError("registers a hook on a tensor, or on what made it")
         return func(*args, **(kwargs or {}))
 
 
@@ -184,9 +195,18 @@ class _Watched(Sizes):
         self._normalised: dict[int, str] = {}
         self._pairs: list[tuple[str, str, int, weakref.ref[Tensor]]] = []
 
+    def handler(self, layer: Layer, folds: bool) -> Any:
+        return self.dropout if is_dropout(layer.module) else super().handler(layer, folds)
+
+    def dropout(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        """Run a dropout, whose mask is of each sample."""
+        self.operations.require(*args, **kwargs)
+        return layer.plain(*args, **kwargs)
+
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if layer.advance is None or len(args) != 1:
             return self.keeper(layer, *args, **kwargs)
+        self.operations.require(*args)
         if norm := self._normalised.get(id(args[0])):
             self._pairs.append((norm, layer.name, id(args[0]), weakref.ref(args[0])))
         return args[0].asinh()
@@ -194,6 +214,8 @@ class _Watched(Sizes):
     def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if kernels.others_save():
             raise UnknownError("normalises in a checkpoint")
+        if layer.role.stepwise:
+            self.operations.require(*args, **kwargs)
         y = super().norm(layer, *args, **kwargs)
         if args and y is args[0]:
             y = y.view_as(y)
@@ -217,6 +239,7 @@ class _Watched(Sizes):
     def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if not is_proved(layer):
             raise UnknownError(f"keeps a state of its own in {layer}")
+        self.operations.require(*args, **kwargs)
         self.operations.ours = True
         y = layer.plain(*args, **kwargs)
         self.operations.ours = False
@@ -233,11 +256,13 @@ def watch_samples(run: Run, model: nn.Module, steps: int) -> dict[str, str] | No
     drawn = repr((random.getstate(), np.random.get_state()))
     try:
         (called, pairs), again = (_watch(model, run.sequence.input(range(n))) for n in (1, steps))
+        weights = ([*m.parameters(), *m.buffers()] for m in (model, unwrapped(run.model)))
+        kept = all(torch.equal(a, b) for a, b in zip(*weights, strict=True))  # also those changed through `.data`
     except Exception:  # of any kind: it is the user's code
         return None
     # the same of more samples, and when it runs again
     same = again == (called, pairs) and drawn == repr((random.getstate(), np.random.get_state()))
-    return pairs if same else None
+    return pairs if same and kept else None
 
 
 def takes_channels_last(run: Run, model: nn.Module) -> bool:

@@ -1,8 +1,9 @@
 """Compare what a network's forward depends on, as far as it shows, with what it was: before each batch.
 
-Of each module: its class, the modules, parameters and hooks in it, its attributes, also in lists, dictionaries and
-plain objects; and the buffers of a module whose forward is not known. Out of reach are global variables, what lies in
-closures and in other libraries' objects, and the values of parameters.
+Of each module: its class, that one's forward, the modules, parameters and hooks in it, its attributes, also in lists,
+dictionaries and plain objects; and the buffers of a module whose forward is not known. Of each class of the user: what
+is in it, and the code of its functions. Out of reach are global variables, what lies in closures and in other
+libraries' objects, and the values of parameters.
 """
 
 from collections import OrderedDict, deque
@@ -21,6 +22,7 @@ _INTERNAL = {*vars(nn.Module()), "_sltt_layouts", "watched"} - {"training", "_no
 _ATOMS = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size}
 _LISTS = {list, tuple, set, frozenset, deque}
 _OPAQUE = {"builtins", "functools", "torch", "numpy", "sltt"}  # whose objects are values, functions or modules
+_KNOWN = _OPAQUE | LIBRARIES  # whose classes stay as they are
 _DEPTH = 4  # of lists, dictionaries and objects in each other
 _LENGTH = 1024  # of a longer one, only its length counts
 _LEARNS, _is_there = attrgetter("requires_grad"), partial(is_not, None)
@@ -34,10 +36,12 @@ class Fingerprint:
     def __init__(self, layers: Iterable[Any], device: torch.device | None = None):
         self._device = device and device.type
         self._layers: list[tuple[Any, set[str], bool, bool]] = []
+        self._classes: dict[type, None] = {}  # of the user, in the order in which they were seen
         for layer in layers:
-            package = type(layer.module).__module__.partition(".")[0]
+            package = _package(type(layer.module))
             own = layer.role.kind == "other" and package not in ("torch", "sltt")
             self._layers.append((layer, _INTERNAL.union(layer.states), package in LIBRARIES, own))
+            self._classes |= {k: None for k in type(layer.module).__mro__ if _package(k) not in _KNOWN}
         self._registrations = registrations()
         self._rows, self._held = self._read()
 
@@ -69,7 +73,13 @@ class Fingerprint:
                 attributes += [(k, _freeze(buffer, held, self._device)) for k, buffer in values["_buffers"].items()]
             ids, hooks = (*map(id, parameters), None, *map(id, children)), count_hooks(layer.module)
             learns = (*map(_LEARNS, filter(_is_there, parameters)),)
-            rows.append((type(layer.module), ids, learns, tuple(values["_buffers"].keys()), hooks, attributes))
+            kind = type(layer.module)
+            rows.append(
+                (kind, getattr(kind, "forward", None), ids, learns, tuple(values["_buffers"].keys()), hooks, attributes)
+            )
+        for kind in self._classes:
+            parts = ((name, getattr(value, "__code__", value)) for name, value in vars(kind).items())
+            rows.append(tuple((name, _freeze(value, held, self._device)) for name, value in parts))
         return rows, held
 
     def changes(self) -> dict[str, Any]:
@@ -79,13 +89,19 @@ class Fingerprint:
         rows, _ = self._read()
         if rows == self._rows:
             return {}
-        changes: dict[str, Any] = {}
-        for (layer, *_), row, before in zip(self._layers, rows, self._rows, strict=True):
+        n = len(self._layers)
+        classes = zip(self._classes, rows[n:], self._rows[n:], strict=True)
+        changes: dict[str, Any] = {f"the class {kind.__name__}": row for kind, row, before in classes if row != before}
+        for (layer, *_), row, before in zip(self._layers, rows, self._rows, strict=False):
             if row[:-1] != before[:-1]:
                 changes[f"the modules, parameters or hooks of {layer}"] = row[:-1]
             now, then = dict(row[-1]), dict(before[-1])
             changes |= {f"{name} of {layer}": now.get(name) for name in now | then if now.get(name) != then.get(name)}
         return changes
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
 
 
 def _freeze(value: Any, held: list[Any], device: str | None, depth: int = 0) -> Any:
@@ -109,7 +125,7 @@ def _freeze(value: Any, held: list[Any], device: str | None, depth: int = 0) -> 
         if kind.__module__ == "numpy" and value.size < _LENGTH:
             return kind, value.tobytes()
         plain = hasattr(value, "__dict__") and not isinstance(value, nn.Module | type)
-        if plain and kind.__module__.partition(".")[0] not in _OPAQUE:
+        if plain and _package(kind) not in _OPAQUE:
             held.append(value)
             return id(value), *[(k, inner(v)) for k, v in vars(value).items()]
     held.append(value)

@@ -7,15 +7,17 @@ nothing is assumed: see `sltt.rules.folding`.
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
-from sltt._torch import has_global_hooks, has_own_operations, wrapped_module
+from sltt._torch import _DropoutNd, has_global_hooks, has_own_operations, wrapped_module
 from sltt.sequence.hooks import count_hooks
 from sltt.sequence.state import LIBRARIES
 
 # of torch.nn.modules
 _ALIKE = "activation conv dropout linear normalization padding pixelshuffle pooling upsampling"
 # over samples, with numbers that are drawn, or over any dimension, of which the operations tell
-_NOT_ALIKE = nn.MultiheadAttention, nn.RReLU, nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.GLU
+_NOT_ALIKE = nn.MultiheadAttention, nn.RReLU, nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU
+_PADS = nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d
 _CONTAINERS = nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict
 
 
@@ -28,9 +30,15 @@ def find_unproved(layers: dict[nn.Module, Any]) -> str | None:
     for module, layer in layers.items():
         if module not in inside and not is_proved(layer):
             return f"has a forward of its own in {layer}"
+        if isinstance(module, ParametrizationList) and any(_tells_steps(layers[m]) for m in module.modules()):
+            return f"computes a weight by layers that tell time steps apart in {layer}"
         if layer.role.kind == "keeper" and module not in inside:
             inside.update(module.modules())
     return None
+
+
+def _tells_steps(layer: Any) -> bool:
+    return layer.role.stepwise or layer.role.kind == "keeper" or isinstance(layer.module, _DropoutNd)
 
 
 def find_modes() -> str | None:
@@ -59,5 +67,7 @@ def is_proved(layer: Any) -> bool:
         return package in LIBRARIES
     if role.kind == "norm" and role.of is None:
         return package == "torch"
-    alike = name in {f"torch.nn.modules.{file}" for file in _ALIKE.split()} and not isinstance(module, _NOT_ALIKE)
+    alike = name in {f"torch.nn.modules.{file}" for file in _ALIKE.split()} and not isinstance(
+        module, _NOT_ALIKE + _PADS
+    )
     return alike or kind in _CONTAINERS or name.startswith("torch.nn.utils")

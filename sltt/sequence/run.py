@@ -294,8 +294,8 @@ class Run:
         forward = forward or layer.plain
         if n == 1:
             return forward(*args, **kwargs)
-        parts = [a.chunk(n) if isinstance(a, Tensor) else (a,) * n for a in args]
-        named = [{k: a.chunk(n)[t] if isinstance(a, Tensor) else a for k, a in kwargs.items()} for t in range(n)]
+        parts = [_apart(a, n) for a in args]
+        named = [{k: _apart(a, n)[t] for k, a in kwargs.items()} for t in range(n)]
         self.fold = 1
         try:
             for t in range(n):
@@ -314,6 +314,11 @@ def _is_plain(layer: Layer) -> bool:
     """Return whether a layer is a linear layer, a convolution or a pooling as PyTorch has it."""
     is_known = layer.is_known and layer.role.kind in ("weight", "pool") and not layer.compiled
     return is_known and "parametrizations" not in layer.module._modules
+
+
+def _apart(value: Any, steps: int) -> Any:
+    """Return an argument of each of the time steps in a call."""
+    return value.unflatten(0, (steps, len(value) // steps)).unbind() if isinstance(value, Tensor) else (value,) * steps
 
 
 def _copy_output(output: Any, parts: list[nn.Module]) -> Any:

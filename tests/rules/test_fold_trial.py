@@ -6,7 +6,9 @@ from operator import attrgetter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import sltt
@@ -89,6 +91,18 @@ def hook_gradient(layer, x):
     return x
 
 
+def hook_graph(layer, x):
+    x = x * 1
+    if x.requires_grad:
+        x.grad_fn.register_prehook(lambda grads: (grads[0] - grads[0].mean(0),))
+    return x
+
+
+def shrink(layer, x):
+    layer.mean.data = layer.mean.data * 0.9
+    return x * layer.mean
+
+
 def pairs(x):
     return x.view(-1, 2, 16).flip(1).flatten(0, 1)
 
@@ -103,6 +117,7 @@ def look(module, args, output):
         CALLS.append(len(output))
 
 
+WEIGHT = {"w": nn.Parameter(torch.rand(16, 16))}
 FUNCTIONS = {
     "mixes samples": (lambda layer, x: x - 0.1 * x.mean(0), {}),
     "counts its calls": (lambda layer, x: x * (1 + count(layer, x) % 3), {"seen": {"steps": 0}}),
@@ -138,6 +153,16 @@ FUNCTIONS = {
         lambda layer, x: x.contiguous().as_strided(x.shape, (1, len(x))),
         {},
     ),
+    "normalises a weight": (lambda layer, x: F.linear(x, layer.norm(layer.w)), {"norm": nn.BatchNorm1d(16), **WEIGHT}),
+    "has neurons behind a weight": (lambda layer, x: x + layer.neuron(layer.w[0]), {"neuron": sltt.LIF(), **WEIGHT}),
+    "drops weights": (lambda layer, x: F.linear(x, layer.drop(layer.w)), {"drop": nn.Dropout(), **WEIGHT}),
+    "drops weights over time": (lambda layer, x: F.linear(x, layer.drop(layer.w)), {"drop": sltt.Dropout(), **WEIGHT}),
+    "puts another tensor into its buffer": (shrink, {"mean": nn.Buffer(torch.ones(16))}),
+    "puts another tensor into its weight": (shrink, {"mean": nn.Parameter(torch.ones(16))}),
+    "selects by the size of the batch": (lambda layer, x: x + x[:, len(x) % 16, None], {}),
+    "makes numbers by the size of the batch": (lambda layer, x: x / torch.ones(len(x)).sum(), {}),
+    "has a hook on the graph": (hook_graph, {}),
+    "pads the batch": (lambda layer, x: layer.pad(x), {"pad": nn.ConstantPad2d((0, 0, 1, -1), 0.0)}),
     "mixes pairs of samples": (lambda layer, x: x if len(x) % 2 else x - 0.1 * pairs(x), {}),
 }
 SINGLE = {name: lambda given=given: Through(given[0], **copy.deepcopy(given[1])) for name, given in FUNCTIONS.items()}
@@ -223,6 +248,56 @@ def test_a_network_that_gives_the_same_results_takes_several(make):
 def test_a_state_that_is_given_and_changed_in_place_is_that_of_each_step():
     model, (x, y) = Net(nn.Linear(6, 16), Given(), nn.Linear(16, 3)).double(), batch()
     found, expected = (gradients(model, sltt.SLTT(fold=n), x, y)[0] for n in (4, 1))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.BatchNorm1d(16), nn.Dropout, sltt.Dropout])
+def test_a_weight_that_layers_with_steps_compute_is_that_of_each_step(make):
+    model, (x, y) = nn.Sequential(nn.Linear(6, 16), sltt.LIF(), nn.Linear(16, 3)).double(), batch()
+    parametrize.register_parametrization(model[2], "weight", make().double(), unsafe=True)
+    found, expected = [], []
+    for fold, made in (("auto", found), (1, expected)):
+        torch.manual_seed(0)
+        made += gradients(copy.deepcopy(model), sltt.SLTT(fold=fold), x, y)[0]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mixes", True),
+        ("helper", lambda _, x: x - x.mean(0)),
+        ("forward", lambda self, x: Net.forward(self, x - x.mean(0))),
+    ],
+)
+def test_what_changes_in_a_class_between_batches_is_tried_again(name, value, monkeypatch):
+    class Own(Net):
+        mixes = False
+
+        def helper(self, x):
+            return x - x.mean(0) if self.mixes else x
+
+        def forward(self, x):
+            return super().forward(self.helper(x))
+
+    model, x = Own().double(), torch.randn(6, 5, 6, dtype=torch.float64)
+    assert called(sltt.SLTT(), model, x) == [30]
+    monkeypatch.setattr(Own, name, value)
+    assert called(sltt.SLTT(), model, x) == [5] * 6
+
+
+def mean_taken_off(module, args):
+    return args[0] - args[0].mean(0), args[1]
+
+
+@pytest.mark.parametrize("change", ["forward", "hook"])
+def test_a_loss_of_pytorch_that_was_changed_sees_one_step(change):
+    model, (x, y), loss = Net().double(), batch(), nn.CrossEntropyLoss()
+    if change == "hook":
+        loss.register_forward_pre_hook(mean_taken_off)
+    else:
+        loss.forward = lambda logits, y: F.cross_entropy(*mean_taken_off(None, (logits, y)))
+    found, expected = (gradients(model, sltt.SLTT(fold=n), x, y, loss)[0] for n in ("auto", 1))
     torch.testing.assert_close(found, expected)
 
 
