@@ -76,9 +76,10 @@ def measure_agreement(recipe: Recipe, args: argparse.Namespace, report: Console)
             rules = cheaper_rules(ready.model, T)
             agreements = agreement(*batch, rules, steps=ready.repeat)
             memory = functools.cache(lambda rule, ready=ready: ready.memory(own.size, rule).batch)
-            rivals = sorted(
-                _contestants(rules, agreements), key=lambda r, of=memory: of(r) / (LESS if repr(r) == "BPTT()" else 1)
-            )
+            # to try: SLTT, OTTT if possible, BPTT; and, if neither agrees, the shortest window that does
+            agrees = next((r for r, a in zip(rules, agreements, strict=True) if a.least >= AGREES), None)
+            rivals = [*(r for r in rules if not isinstance(r, TBPTT) or r is agrees), BPTT()]
+            rivals.sort(key=lambda r, of=memory: of(r) / (LESS if repr(r) == "BPTT()" else 1))
             if args.trial and (tau, T) not in trials:
                 trials[tau, T] = rivals, _run_trial(here, build, rivals, T, args.trial, args.seeds, report)
             # after more epochs, other windows may agree than those that were tried
@@ -121,12 +122,6 @@ def _train(here: Session, built: Any, steps: int, epochs: int, rule: Rule, repor
     with TemporaryDirectory() as folder:
         run = {"run": f"{folder}/run", "phases": None, "weights": None, "config": {}, "report": report}
         return train(here, replace(built, epochs=epochs, steps=steps, rule=rule, **run))
-
-
-def _contestants(rules: Sequence[Rule], agreements: Sequence[Agreement]) -> list[Rule]:
-    """List the rules to try: SLTT, OTTT if possible, BPTT; and, if neither agrees, the shortest window that does."""
-    agrees = next((r for r, a in zip(rules, agreements, strict=True) if a.least >= AGREES), None)
-    return [*(r for r in rules if not isinstance(r, TBPTT) or r is agrees), BPTT()]
 
 
 def _run_trial(

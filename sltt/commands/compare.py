@@ -140,18 +140,13 @@ def train_one(
         whole = {"data": config["data"], "classes": classes}
         config = {**config, "data": {"class_path": "sltt.data.Classes", "init_args": whole}}
     if resume := run.exists():
-        _check_continues(run, config)
+        saved = read_config(run)  # empty where the checkpoint has the copy; its data may have moved
+        other = list_changes(saved, config) + ["epochs"] * (saved.get("epochs", config["epochs"]) != config["epochs"])
+        if other:
+            raise ValueError(
+                f"{run} was trained with other settings ({'; '.join(other)}): choose another --save, or delete the run"
+            )
     return built, train(here, replace(built, data=data, run=run, resume=resume, config=config, report=report))
-
-
-def _check_continues(run: Path, config: dict[str, Any]) -> None:
-    """Raise ValueError where a run in the folder was trained with other settings; its data may have moved."""
-    saved = read_config(run)  # empty where the checkpoint has the copy
-    other = list_changes(saved, config) + ["epochs"] * (saved.get("epochs", config["epochs"]) != config["epochs"])
-    if other:
-        raise ValueError(
-            f"{run} was trained with other settings ({'; '.join(other)}): choose another --save, or delete the run"
-        )
 
 
 def _file_name(label: str) -> str:

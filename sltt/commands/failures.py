@@ -9,7 +9,7 @@ from pathlib import Path
 from sltt.system import escape
 
 FAILED, MISUSED = 1, 2
-SAID = (ValueError, OSError, ArithmeticError, RuntimeError)  # their messages are written for the user
+SAID = (ValueError, OSError, ArithmeticError, RuntimeError, ImportError)  # their messages are written for the user
 PACKAGE = str(Path(__file__).parents[1])
 OUTSIDE = (PACKAGE, "site-packages", str(Path(os.__file__).parent), "<frozen", "<string>")
 # what to do about errors of PyTorch and of the system: the first pattern in the class and the message counts
@@ -17,6 +17,7 @@ REMEDIES = {
     r"MemoryError|OutOfMemory|out of memory|can't allocate memory": (
         "use a smaller --batch_size, fewer --steps, or the rule SLTT; `sltt profile --budget` says what fits"
     ),
+    r"FileNotFoundError|IsADirectoryError|NotADirectoryError|PermissionError": "correct the path",
     r"shared memory|Bus error|/dev/shm": "use --workers 0, or a larger /dev/shm (docker run --shm-size=8g)",
     r"DataLoader worker.* (exited|killed)": (
         "--workers 0 shows what ended it; where that works, memory was short: use fewer --workers"

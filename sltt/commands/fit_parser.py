@@ -29,7 +29,7 @@ MATTER_FIRST = f"""Options override the recipe's values. These matter first:
   --optimizer.weight_decay RATE
   --schedule NAME            learning rate: Cosine, Linear, Constant, MultiStep
   --clip_norm NORM           scale larger gradients down to this norm
-  --model NAME               resnet18, DigitsNet, or a class: my_networks.Net
+  --model NAME               DigitsNet, sltt.models.resnet18, my_networks.Net
   --model.neuron.tau TAU     membrane time constant, in time steps
   --data NAME                Digits, CIFAR10, or a class: my_data.Recordings
   --data.root DIR            where the files of the data are

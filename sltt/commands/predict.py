@@ -55,8 +55,12 @@ def run(words: Sequence[str]) -> None:
         return
     predictions = []
     for file in args.files:
-        sample = built.dataset.read(file, built.steps)
-        prediction = predict(built.model, sample[None] if trained.static else sample[:, None])
+        try:
+            sample = built.dataset.read(file, built.steps)
+            prediction = predict(built.model, sample[None] if trained.static else sample[:, None])
+        except Exception as error:
+            error.add_note(f"the file is {file}")
+            raise
         predictions.append({"file": str(file), **_describe(prediction, trained, names)})
     if args.json:
         print(as_json(predictions))

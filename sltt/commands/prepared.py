@@ -56,7 +56,8 @@ class Prepared:
     def memory(self, size: int, rule: Rule | None = None) -> Memory:
         """Return the memory of a training batch, firing rates counted, with the recipe's rule or another."""
         batch = self.model, *self.batch(size), self.loss, rule or self.rule, self.optimizer
-        with firing_rates(self.model):
+        # as in a training, casts of weights last for all calls of the network
+        with firing_rates(self.model), torch.autocast(self._session.fabric.device.type, enabled=False):
             return memory_parts(*batch, steps=self.repeat)
 
     @property
@@ -89,5 +90,6 @@ def _run_in_precision(model: nn.Module, fabric: "Fabric") -> None:
         entered.pop().__exit__(None, None, None)
         return logits.float() if isinstance(logits, Tensor) else None
 
+    enter.sees_folds = leave.sees_folds = True  # pyright: ignore[reportFunctionMemberAccess]  # they take several steps
     model.register_forward_pre_hook(enter)
     model.register_forward_hook(leave, always_call=True)

@@ -81,6 +81,8 @@ def profile(
     own = recipe.build()
     steps = steps or [own.steps]
     costs, fits = [], []
+    for rule in rules:
+        recipe.build(rule=rule)  # names that are wrong are told now
     with session(own) as here:
         for T, rule in itertools.product(steps, rules):
             report.line(f"{rule}, T = {T}")

@@ -136,7 +136,9 @@ def _take(rules: Sequence[Verdict], reference: Verdict) -> str:
 def _sentence(verdict: Verdict, reference: Verdict) -> str:
     reached, noise, word, _ = _judge(verdict, reference)
     parts = [reached] if reached else []
-    if saved := _memory_ratios(verdict, reference):
+    of, to = verdict.memory, reference.memory
+    both = sorted((steps for steps in of if steps in to), key=lambda steps: steps or 0)[-2:]  # the two largest T
+    if saved := [(steps, to[steps] / of[steps]) for steps in both if of[steps]]:
         parts.append(" and ".join(f"{_times(ratio)} memory{f' at T = {t}' if t else ''}" for t, ratio in saved))
     if verdict.seconds and reference.seconds:
         parts.append(f"{_ratio(verdict.seconds, reference.seconds)} × the time")
@@ -148,12 +150,6 @@ def _sentence(verdict: Verdict, reference: Verdict) -> str:
     died = [rule for rule in (verdict, reference) if rule.died]
     parts += [f"{rule.died} of {rule.died + len(rule.scores)} seeds of {rule.rule} died" for rule in died]
     return f"{verdict.rule}: {', '.join(parts)}.{safe}{seeds}" if parts else ""
-
-
-def _memory_ratios(verdict: Verdict, reference: Verdict) -> list[tuple[int | None, float]]:
-    """Return the reference's memory over that of a rule, for the two largest T at which both are known."""
-    both = sorted((steps for steps in verdict.memory if steps in reference.memory), key=lambda steps: steps or 0)
-    return [(steps, reference.memory[steps] / verdict.memory[steps]) for steps in both[-2:] if verdict.memory[steps]]
 
 
 def _ratio(seconds: tuple[float, float, float], others: tuple[float, float, float]) -> str:

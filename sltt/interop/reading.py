@@ -2,7 +2,6 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +55,9 @@ def read_calls(model: nn.Module, x: Tensor) -> list[Call]:
     Raises:
         ValueError: torch.fx cannot trace the network, or the trace computes something else; several results; hooks.
     """
-    check_hooks(model.named_modules(), "the export")
+    if hooked := [layer_title(path, module) for path, module in model.named_modules() if has_hooks(module)]:
+        remedy = "write what they do into a forward, or remove them by the handles that their registration gave"
+        raise ValueError(f"the export would not run the hooks of {', '.join(hooked)}: {remedy}")
     reset(model)
     reader = _Reader(model)
     with torch.no_grad():
@@ -177,13 +178,6 @@ def trace(model: nn.Module) -> fx.Graph:
         reason = " ".join(str(error).split())
         remedy += "; x.shape[0] for len(x)" * ("'len'" in reason)
         raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx: {reason}. {remedy}") from error
-
-
-def check_hooks(modules: Iterable[tuple[str, nn.Module]], what: str) -> None:
-    """Raise ValueError naming those modules with hooks, which `what` would not run."""
-    if hooked := [layer_title(path, module) for path, module in modules if has_hooks(module)]:
-        remedy = "write what they do into a forward, or remove them by the handles that their registration gave"
-        raise ValueError(f"{what} would not run the hooks of {', '.join(hooked)}: {remedy}")
 
 
 def function_name(node: fx.Node) -> str:

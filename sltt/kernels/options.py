@@ -4,12 +4,12 @@ import functools
 import importlib.util
 import os
 import shutil
-import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any, Literal, get_args
 
 import torch
@@ -124,7 +124,13 @@ class Kernel:
             # for each set of types, since the compiler gives up on a function after eight versions of it
             types = tuple(a.dtype if isinstance(a, torch.Tensor) else type(a) for a in (out, *arguments))
             if types not in self._compiled:
-                function, width = _of_its_own(self.source((out, *arguments))), _vector_width()
+                # with code of its own: the compiler counts its versions by the code, which closures share
+                of = self.source((out, *arguments))
+                code = of.__code__.replace()
+                function = FunctionType(code, of.__globals__, of.__name__, of.__defaults__, of.__closure__)
+                # the vectors are a part of the key of TorchInductor's cache, and the instruction set is not: a process
+                # limited by ATEN_CPU_CAPABILITY would take code that was made for other vectors
+                width: Any = {"cpp.simdlen": {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())}
                 self._compiled[types] = torch.compile(function, dynamic=True, fullgraph=True, options=width)
             try:
                 self._compiled[types](out, *arguments)
@@ -197,18 +203,3 @@ class _WithoutModes:
 def without_modes() -> AbstractContextManager[None]:
     """Set function modes aside: they are for the user's operations, and a kernel would be compiled anew under each."""
     return _WithoutModes() if _len_torch_function_stack() else _NOTHING
-
-
-def _vector_width() -> dict[str, Any]:
-    """Return an option of the compiler that says for which vectors it compiles.
-
-    It is a part of the key of TorchInductor's cache, and the instruction set is not. Without it, a process limited by
-    ATEN_CPU_CAPABILITY takes code that was made for other vectors, and computes wrong values.
-    """
-    return {"cpp.simdlen": {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())}
-
-
-def _of_its_own(function: Callable[..., None]) -> Callable[..., None]:
-    """Return the function with code of its own: the compiler counts its versions by the code, which closures share."""
-    code, names = function.__code__.replace(), function.__globals__
-    return types.FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)

@@ -90,13 +90,8 @@ def _data_parallel() -> Any:
         """The model as it is, not wrapped: `Processes.reduce_gradients` is called once a batch."""
 
         def setup_module(self, module: nn.Module) -> Any:
-            _begin_alike(module)
+            for tensor in (*module.parameters(), *module.buffers()):  # all begin with those of the first process
+                torch.distributed.broadcast(tensor.detach(), 0, group=control() if tensor.is_cpu else None)
             return module
 
     return DataParallel()
-
-
-def _begin_alike(model: nn.Module) -> None:
-    """Give all processes the weights and buffers of the first."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        torch.distributed.broadcast(tensor.detach(), 0, group=control() if tensor.device.type == "cpu" else None)

@@ -44,7 +44,8 @@ class Interrupt:
 
     def stop(self, requested: float, run: Path) -> None:
         """Raise what belongs to the signal `requested`, if any; call it after a checkpoint was saved."""
+        on = f"continue with --resume {quote(str(run))}, in Python with resume=True"
         if requested == signal.SIGTERM:
-            raise Preempted(f"stopped by SIGTERM; continue with --resume {quote(str(run))}")
+            raise Preempted(f"stopped by SIGTERM; {on}")
         if requested:
-            raise KeyboardInterrupt(f"stopped by Ctrl-C; continue with --resume {quote(str(run))}")
+            raise KeyboardInterrupt(f"stopped by Ctrl-C; {on}")

@@ -114,7 +114,10 @@ class Rule(Frozen, ABC):
         if isinstance(target, Padded):
             self._check_padded(sequence, target, loss)
         if per_step:
-            _check_targets(sequence, target_of(target))
+            of, expected = target_of(target), [sequence.steps, sequence.batch]
+            if not isinstance(of, Tensor) or list(of.shape[:2]) != expected:
+                got = list(of.shape) if isinstance(of, Tensor) else type(of).__name__
+                raise ValueError(f"expected targets [T, B, ...] = {expected} for each time step, got {got}")
         # a backward of the user's own may ask for the gradients of all weights in each time step
         repeats = self.repeats or not (backward is None or str(getattr(backward, "__module__", "")).startswith("sltt."))
         network = Run(model, sequence, self.step(), hoist=self.hoist, repeats=repeats, keep=not self.online)
@@ -225,11 +228,3 @@ class Rule(Frozen, ABC):
         taken = arguments_of(type(self))
         settings = ", ".join(f"{k}={v}" for k, v in vars(self).items() if k in taken and v != taken[k].default)
         return f"{type(self).__name__}({settings})"
-
-
-def _check_targets(sequence: Sequence, target: Any) -> None:
-    """Raise ValueError unless there is a target for each time step and sample."""
-    expected = [sequence.steps, sequence.batch]
-    if not isinstance(target, Tensor) or list(target.shape[:2]) != expected:
-        got = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
-        raise ValueError(f"expected targets [T, B, ...] = {expected} for each time step, got {got}")

@@ -184,11 +184,6 @@ class Batch:
             state.requires_grad_(False)
         return gradients
 
-    def forget_spikes(self) -> None:
-        """Leave out of the loss the spikes of a call that ran again without a graph."""
-        if isinstance(self.loss, Watching):
-            self.loss.rates.clear()
-
     def add_gradients(self, total: Tensor, logits: Tensor, gradients: list[Tensor | None]) -> Tensor:
         """Return `total`, whose backward gives time steps that ran again what `backpropagate_logits` found."""
         if isinstance(self.loss, Watching):

@@ -90,12 +90,7 @@ class _Opened(Step):
         self.masks = 0  # elements of the masks that dropouts draw
 
     def handler(self, layer: Layer, folds: bool) -> Any:
-        return self.dropout if is_dropout(layer.module) else super().handler(layer, folds)
-
-    def dropout(self, layer: Layer, x: Tensor) -> Tensor:
-        """Run a dropout, which is in evaluation mode here."""
-        self.masks += x.numel()
-        return x
+        return self.keeper if is_dropout(layer.module) else super().handler(layer, folds)
 
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         self.watch.ours = True
@@ -105,6 +100,7 @@ class _Opened(Step):
 
     def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         self.watch.ours = type(layer.module).__module__.startswith("sltt.")
+        self.masks += args[0].numel() if is_dropout(layer.module) else 0
         y = super().keeper(layer, *args, **kwargs)
         self.watch.ours = False
         return y

@@ -88,7 +88,7 @@ class Mixed(Rule):
 
     def window_lengths(self, model: nn.Module, steps: int) -> dict[nn.Module, int]:
         """Return the window of each module with a state, in time steps; T or more is that of the whole sequence."""
-        layers = neuron_layers(model)
+        layers = {layer.name: layer.module for layer in Layout(model).keepers if layer.differentiable}
         # neurons inside of another have its window
         outer = {name: next(n for n in layers if name == n or name.startswith(f"{n}.")) for name in layers}
 
@@ -105,11 +105,6 @@ class Mixed(Rule):
             return window if isinstance(window, int) else steps
 
         return {module: length(outer[name]) for name, module in layers.items()}
-
-
-def neuron_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that can have a window, by name: the modules with a state that a gradient flows through."""
-    return {layer.name: layer.module for layer in Layout(model).keepers if layer.differentiable}
 
 
 class _Cut(Step):

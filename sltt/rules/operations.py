@@ -38,7 +38,7 @@ _BY_DIM = (  # of the first sample's dimensions on
 _WEIGHTED = {"addmm": 1, "convolution": 0, "embedding": 1, "linear": 0, "mm": 0}
 _POOLS = "avg_pool max_pool adaptive_avg_pool adaptive_max_pool _adaptive_avg_pool upsample pixel_shuffle im2col"
 _PAIRED = "bmm baddbmm _scaled_dot_product"
-_KEEPS = {*_ALIKE.split(), *_BY_DIM.split(), "constant_pad_nd", "native_layer_norm", "native_group_norm"}
+_KEEPS = {*_ALIKE.split(), *_BY_DIM.split(), "native_layer_norm", "native_group_norm"}
 _SIZED = {*_ALIKE.split(), "as_strided", "native_group_norm"}  # whose whole numbers are of the batch
 
 
@@ -136,8 +136,6 @@ class SamplesWatch(DispatchMode):
         ndim, more = first.ndim, list(args[1:])
         if name in ("native_layer_norm", "native_group_norm"):
             return name == "native_group_norm" or len(more[0]) < ndim
-        if name == "constant_pad_nd":
-            return len(more[0]) < 2 * ndim
         if name == "permute":
             return more[0][0] == 0
         if name in ("roll", "split", "split_with_sizes"):
@@ -196,12 +194,7 @@ class _Watched(Sizes):
         self._pairs: list[tuple[str, str, int, weakref.ref[Tensor]]] = []
 
     def handler(self, layer: Layer, folds: bool) -> Any:
-        return self.dropout if is_dropout(layer.module) else super().handler(layer, folds)
-
-    def dropout(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        """Run a dropout, whose mask is of each sample."""
-        self.operations.require(*args, **kwargs)
-        return layer.plain(*args, **kwargs)
+        return self.keeper if is_dropout(layer.module) else super().handler(layer, folds)
 
     def neuron(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if layer.advance is None or len(args) != 1:
@@ -289,17 +282,13 @@ def _watch(model: nn.Module, x: Tensor, last: bool = False) -> tuple[list[Any], 
             y = model(x)
         if any(getattr(module, name) is not planted for module, name in states):
             raise UnknownError("changes the state of a neuron")
-        _check_gradient(y, operations)
+        if id(y) not in operations.samples:
+            raise UnknownError("gives what is not of its input")
+        for node in graph_nodes([y.grad_fn]):
+            own = isinstance(node, torch.autograd.function.BackwardCFunction)
+            if own and not type(node)._forward_cls.__module__.startswith("sltt."):  # type: ignore[attr-defined]
+                raise UnknownError(f"has a gradient of its own in {type(node).__name__}")
     if changes := layout.changes():
         raise UnknownError(f"changes {next(iter(changes))}")
     del y
     return operations.called, step.find_pairs()
-
-
-def _check_gradient(y: Any, operations: SamplesWatch) -> None:
-    if id(y) not in operations.samples:
-        raise UnknownError("gives what is not of its input")
-    for node in graph_nodes([y.grad_fn]):
-        own = isinstance(node, torch.autograd.function.BackwardCFunction)
-        if own and not type(node)._forward_cls.__module__.startswith("sltt."):  # type: ignore[attr-defined]
-            raise UnknownError(f"has a gradient of its own in {type(node).__name__}")

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sltt.losses import Watching
 from sltt.rules.batch import Batch, Fold, Output
 from sltt.sequence.once import add_gradients
 from sltt.sequence.snapshot import Snapshot, Surroundings
@@ -32,8 +33,8 @@ def run_in_segments(batch: Batch, length: int, checkpoints: int | None, fold: Fo
         again = call.start in of_logits
         before = [(t, batch.logits(t).clone()) for t in call] if again else []
         logits = batch.run(call, graph=graph)
-        if again and not graph:
-            batch.forget_spikes()
+        if again and not graph and isinstance(batch.loss, Watching):
+            batch.loss.rates.clear()  # spikes of a call that ran again count once
         if not again:
             of_logits[call.start] = batch.backpropagate_logits(call, logits)
         for t, o in before:

@@ -38,10 +38,11 @@ class Fingerprint:
         self._layers: list[tuple[Any, set[str], bool, bool]] = []
         self._classes: dict[type, None] = {}  # of the user, in the order in which they were seen
         for layer in layers:
-            package = _package(type(layer.module))
+            package = type(layer.module).__module__.partition(".")[0]
             own = layer.role.kind == "other" and package not in ("torch", "sltt")
             self._layers.append((layer, _INTERNAL.union(layer.states), package in LIBRARIES, own))
-            self._classes |= {k: None for k in type(layer.module).__mro__ if _package(k) not in _KNOWN}
+            kinds = type(layer.module).__mro__
+            self._classes |= {k: None for k in kinds if k.__module__.partition(".")[0] not in _KNOWN}
         self._registrations = registrations()
         self._rows, self._held = self._read()
 
@@ -100,10 +101,6 @@ class Fingerprint:
         return changes
 
 
-def _package(kind: type) -> str:
-    return kind.__module__.partition(".")[0]
-
-
 def _freeze(value: Any, held: list[Any], device: str | None, depth: int = 0) -> Any:
     """Return what an attribute holds in a form that can be compared."""
     kind = type(value)
@@ -125,7 +122,7 @@ def _freeze(value: Any, held: list[Any], device: str | None, depth: int = 0) -> 
         if kind.__module__ == "numpy" and value.size < _LENGTH:
             return kind, value.tobytes()
         plain = hasattr(value, "__dict__") and not isinstance(value, nn.Module | type)
-        if plain and _package(kind) not in _OPAQUE:
+        if plain and kind.__module__.partition(".")[0] not in _OPAQUE:
             held.append(value)
             return id(value), *[(k, inner(v)) for k, v in vars(value).items()]
     held.append(value)

@@ -30,15 +30,12 @@ def find_unproved(layers: dict[nn.Module, Any]) -> str | None:
     for module, layer in layers.items():
         if module not in inside and not is_proved(layer):
             return f"has a forward of its own in {layer}"
-        if isinstance(module, ParametrizationList) and any(_tells_steps(layers[m]) for m in module.modules()):
+        inner = [layers[m] for m in module.modules()] if isinstance(module, ParametrizationList) else []
+        if any(i.role.stepwise or i.role.kind == "keeper" or isinstance(i.module, _DropoutNd) for i in inner):
             return f"computes a weight by layers that tell time steps apart in {layer}"
         if layer.role.kind == "keeper" and module not in inside:
             inside.update(module.modules())
     return None
-
-
-def _tells_steps(layer: Any) -> bool:
-    return layer.role.stepwise or layer.role.kind == "keeper" or isinstance(layer.module, _DropoutNd)
 
 
 def find_modes() -> str | None:

@@ -294,8 +294,8 @@ class Run:
         forward = forward or layer.plain
         if n == 1:
             return forward(*args, **kwargs)
-        parts = [_apart(a, n) for a in args]
-        named = [{k: _apart(a, n)[t] for k, a in kwargs.items()} for t in range(n)]
+        whole, k = (*args, *kwargs.values()), len(args)
+        parts = [a.unflatten(0, (n, len(a) // n)).unbind() if isinstance(a, Tensor) else (a,) * n for a in whole]
         self.fold = 1
         try:
             for t in range(n):
@@ -304,7 +304,9 @@ class Run:
                         detach_module(part)
                 self._calls += 1
                 self.call = self._calls
-                outputs.append(_copy_output(forward(*(part[t] for part in parts), **named[t]), layer.parts))
+                now = [part[t] for part in parts]
+                y = forward(*now[:k], **dict(zip(kwargs, now[k:], strict=True)))
+                outputs.append(_copy_output(y, layer.parts))
         finally:
             self.fold, self.call = n, call
         return _join_outputs(outputs)
@@ -314,11 +316,6 @@ def _is_plain(layer: Layer) -> bool:
     """Return whether a layer is a linear layer, a convolution or a pooling as PyTorch has it."""
     is_known = layer.is_known and layer.role.kind in ("weight", "pool") and not layer.compiled
     return is_known and "parametrizations" not in layer.module._modules
-
-
-def _apart(value: Any, steps: int) -> Any:
-    """Return an argument of each of the time steps in a call."""
-    return value.unflatten(0, (steps, len(value) // steps)).unbind() if isinstance(value, Tensor) else (value,) * steps
 
 
 def _copy_output(output: Any, parts: list[nn.Module]) -> Any:

@@ -52,16 +52,12 @@ class EpochSampler(Sampler[Key]):
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[Key]:
-        generator = _generator(self.seed, self.epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         order = torch.randperm(self.length, generator=generator).tolist()
         if self.lengths is not None:
             order = by_length(order, self.lengths, self.batch_size, generator)
         seeds = torch.randint(2**62, (self.length,), generator=generator).tolist()
         yield from zip(order[self.start : self.stop], seeds[self.start : self.stop], strict=True)
-
-
-def _generator(seed: int, epoch: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
 
 
 def by_length(order: list[int], lengths: Sequence[int], size: int, generator: torch.Generator) -> list[int]:
@@ -223,7 +219,7 @@ def _loader(
         samples,
         batch_sampler=Shares(order, batch_size, rank, processes),
         num_workers=workers,
-        collate_fn=_identity,
+        collate_fn=tuple,  # of what the data set has made
         # memory to copy from while the GPU works; not what lies on it already
         pin_memory=cuda and samples.__getitems__([(0, 0)])[0].device.type == "cpu",
         persistent_workers=workers > 0,
@@ -231,11 +227,6 @@ def _loader(
         # a generator of its own: the loader draws from it, and so leaves the run's random numbers alone
         generator=torch.Generator().manual_seed(0),
     )
-
-
-def _identity(batch: Any) -> Any:
-    """Return a batch that the data set has made."""
-    return batch
 
 
 def whole_epoch(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -51,7 +51,8 @@ class Console:
         if not self._headed:
             self.line("  ".join(f"{heading:>7}" for _, heading, _ in columns))
             self._headed = True
-        self.line("  ".join(_cell(metrics.get(key), heading, form) for key, heading, form in columns))
+        texts = [(head, "–" if (value := metrics.get(key)) is None else form(value)) for key, head, form in columns]
+        self.line("  ".join(f"{text:>{max(7, len(head))}}" for head, text in texts))
 
 
 def metric_of(row: dict[str, Any]) -> str:
@@ -92,7 +93,3 @@ def _columns(metric: str) -> list[tuple[str, str, Callable[[Any], str]]]:
         ("seconds", "seconds", "{:.1f}".format),
         ("peak_memory", "peak memory", megabytes),
     ]
-
-
-def _cell(value: Any, heading: str, form: Callable[[Any], str]) -> str:
-    return f"{'–' if value is None else form(value):>{max(7, len(heading))}}"

@@ -28,6 +28,7 @@ from sltt.training.phases import Stage, stage_at
 from sltt.training.progress import Metrics, Progress, epoch_row
 from sltt.training.runs import write_table
 from sltt.training.safeguards import check_weights, extreme_layers, rising_loss
+from sltt.training.trained import Trained
 
 
 class Loop:
@@ -144,6 +145,12 @@ class Loop:
         self._show_callbacks()
         return row
 
+    @property
+    def trained(self) -> Trained:
+        """What the network has been trained on."""
+        steps = stage_at(self.stages, max(self.state.epoch - 1, 0)).steps
+        return Trained(steps, self.splits.static, self.splits.classes, prediction_of(self.settings.loss))
+
     def _save(self, *names: str) -> None:
         """Save what a training needs to go on as if it had never stopped, under these names, in the first process.
 
@@ -157,12 +164,7 @@ class Loop:
             "callbacks": [[_describe_callback(callback), callback.state_dict()] for callback in self.callbacks],
             "progress": vars(self.state.sum_over(self.processes)),
             "fingerprint": self.fingerprint,
-            "task": {
-                "steps": stage_at(self.stages, max(self.state.epoch - 1, 0)).steps,
-                "static": self.splits.static,
-                "classes": self.splits.classes,
-                "prediction": prediction_of(self.settings.loss),
-            },
+            "task": vars(self.trained),
             "names": [*classes] if isinstance(classes, list | tuple) else [],
             "statistics": self.splits.statistics,
             "config": self.config,
@@ -182,6 +184,8 @@ class Loop:
                 f"the run {self.folder} was trained on the split {checkpoint['fingerprint']}, but the data now gives "
                 f"{self.fingerprint}: restore its samples and settings, or start a new run with --weights"
             )
+        if (done := checkpoint["progress"]["epoch"]) > self.settings.epochs:
+            raise CheckpointError(f"the run {self.folder} has trained {done} epochs: set epochs to {done} or more")
         before, now = [name for name, _ in saved_callbacks], [_describe_callback(c) for c in self.callbacks]
         if before != now:
             raise CheckpointError(

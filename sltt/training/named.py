@@ -70,7 +70,9 @@ def _check_module(run: Path, parts: list[str], code: Path | None, is_class: bool
     """Raise ValueError for a module that a run may not name. Text that is no class is one if it can be imported."""
     first, name = parts[0], ".".join(parts)
     paths = [Path(code, *parts[: i + 1]) for i in range(len(parts))] if code else []
-    if file := next((p for path in paths for p in (path, path.with_suffix(".py")) if _lies_within(run, p)), None):
+    there = [p for path in paths for p in (path, path.with_suffix(".py")) if p.exists()]
+    names = os.path.abspath, os.path.realpath  # by its name or by where a link leads
+    if file := next((p for p in there if any(Path(form(p)).is_relative_to(form(run)) for form in names)), None):
         raise ValueError(f"the settings of {run} name {file}, which lies within the run: a run is data, and no code")
     # a file of the working directory, which Python may have on its path, is none of these packages
     ours = first in PACKAGES and (first in sys.modules or not PathFinder.find_spec(first, [os.getcwd()]))
@@ -82,12 +84,6 @@ def _check_module(run: Path, parts: list[str], code: Path | None, is_class: bool
             f"the settings of {run} name {name}, which is neither of sltt and the packages that it works with, nor "
             f"code of yours: --code FOLDER takes classes from a folder too, in Python import {first} before"
         )
-
-
-def _lies_within(run: Path, path: Path) -> bool:
-    """Return whether a file or folder is there and part of a run, by its name or by where a link leads."""
-    names = os.path.abspath, os.path.realpath
-    return path.exists() and any(Path(form(path)).is_relative_to(form(run)) for form in names)
 
 
 def _check_kind(run: Path, path: str, value: Any) -> None:

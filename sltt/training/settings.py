@@ -3,6 +3,7 @@
 `sltt.fit` and `sltt.evaluate` take them as arguments, `sltt train` as options, a recipe as keys.
 """
 
+import difflib
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -250,6 +251,10 @@ def takes(kind: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R]]:
     def decorate(function: Callable[[A], R]) -> Callable[P, R]:
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if unknown := [name for name in kwargs if name not in made.__signature__.parameters]:
+                near = difflib.get_close_matches(unknown[0], made.__signature__.parameters, 1)
+                hint = f"did you mean {near[0]}?" if near else f"help(sltt.{function.__name__}) lists them"
+                raise TypeError(f"{function.__name__} has no argument {unknown[0]!r}; {hint}")
             return function(kind(*args, **kwargs))
 
         made: Any = call

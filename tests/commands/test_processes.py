@@ -43,4 +43,4 @@ def test_ctrl_c_in_the_terminal_ends_with_a_clear_line(here):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.strip() == "sltt: stopped by Ctrl-C; continue with --resume a"
+    assert err.strip() == "sltt: stopped by Ctrl-C; continue with --resume a, in Python with resume=True"

@@ -233,7 +233,7 @@ def test_sigterm_saves_and_ends_with_the_code_for_a_requeue(of_all, long_trainin
     out, _ = process.communicate(timeout=60)
     assert process.returncode == PREEMPTED, out
     wait_gone(child)
-    assert out.count(f"sltt: stopped by SIGTERM; continue with --resume {run}") == 1
+    assert out.count(f"sltt: stopped by SIGTERM; continue with --resume {run}, in Python with resume=True") == 1
     progress = load_checkpoint(run / "last.ckpt")["progress"]
     assert progress["epoch"] + progress["batch"] > 0
 
