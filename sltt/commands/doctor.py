@@ -36,15 +36,18 @@ def run(words: Sequence[str]) -> None:
 
 def findings() -> list[tuple[str, str, str]]:
     """Return rows of (subject, what is there, what to do about it)."""
+    compiler, layers = kernels.compiler_problem(torch.device("cpu")), kernels.library_problem()
+    threads, cores, more = torch.get_num_threads(), count_cores(), "set OMP_NUM_THREADS to their number"
+    sparse = "dense" if layers else kernels.library_origin()
     return [
         ("python", platform.python_version(), ""),
         ("torch", torch.__version__, ""),  # with its build, which the name of the package does not have
         *((name, _version(name) or "missing", "") for name in ("sltt", "torchvision", "lightning-fabric")),
         _device(),
-        _compiler(),
+        ("C++ compiler", "none" if compiler else "found", compiler or "compiles the neuron step"),
         _cuda_neurons(),
-        _sparse_layers(),
-        _threads(),
+        ("spike-sparse layers", sparse, layers or "compute on active inputs only, where that is faster"),
+        ("threads", f"{threads} on {cores} cores", more if threads < cores else ""),
         _half_precision(),
         *((name, _version(name) or "not installed", f"optional: for {use}") for name, use in OPTIONAL),
     ]
@@ -60,28 +63,11 @@ def _device() -> tuple[str, str, str]:
     return "device", f"CPU ({torch.backends.cpu.get_cpu_capability()})", remark
 
 
-def _compiler() -> tuple[str, str, str]:
-    problem = kernels.compiler_problem(torch.device("cpu"))
-    return "C++ compiler", "none" if problem else "found", problem or "compiles the neuron step"
-
-
 def _cuda_neurons() -> tuple[str, str, str]:
     device, seen = torch.device("cuda"), torch.cuda.is_available()
     problem = kernels.triton_problem(device) if seen else kernels.compiler_problem(device) or "PyTorch sees no GPU"
     used = "LIF, IF, PLIF, ChannelLIF, in a fold with the BatchNorm before them; TorchInductor compiles others"
     return "neurons on CUDA", "not in Triton" if problem else "Triton", problem or used
-
-
-def _sparse_layers() -> tuple[str, str, str]:
-    problem = kernels.library_problem()
-    remark = "compute on active inputs only, where that is faster"
-    return "spike-sparse layers", "dense" if problem else kernels.library_origin(), problem or remark
-
-
-def _threads() -> tuple[str, str, str]:
-    threads = torch.get_num_threads()
-    cores = count_cores()
-    return "threads", f"{threads} on {cores} cores", "set OMP_NUM_THREADS to their number" if threads < cores else ""
 
 
 def _half_precision() -> tuple[str, str, str]:

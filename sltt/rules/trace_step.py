@@ -237,7 +237,11 @@ class _Traced(torch.autograd.Function):
         needs = [ctx.needs_input_grad[i] for i in (0, 2)]
         # under autocast the forward was in another type than traces
         of_x, of_weight = _gradients(grad, trace.to(grad.dtype), weight, ctx.settings, needs)
-        of_bias = _bias_gradient(grad, ctx.ones, 1 if ctx.settings else -1) if ctx.needs_input_grad[3] else None
+        of_bias = None
+        if ctx.needs_input_grad[3]:  # its input 1 has the trace `ones` in each time step of grad [n·B, ...]
+            others = [axis for axis in range(grad.ndim) if axis != (1 if ctx.settings else grad.ndim - 1)]
+            parts = zip(grad.chunk(len(ctx.ones)), ctx.ones, strict=True)
+            of_bias = sum(part.sum(others) * trace for part, trace in parts)
         return of_x, None, of_weight, of_bias, None, None, None
 
 
@@ -253,12 +257,6 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...
     dims = weight.ndim - 2
     stride, padding, dilation = ([a] * dims if isinstance(a, int) else list(a) for a in axes)
     return kernels.convolution_gradients(grad, x, weight, (stride, padding, dilation), groups, needs)
-
-
-def _bias_gradient(grad: Tensor, ones: list[float | Tensor], channels: int) -> Any:
-    """Return the gradient of a bias, whose input 1 has the trace `ones` in each time step of grad [n·B, ...]."""
-    others = [axis for axis in range(grad.ndim) if axis != channels % grad.ndim]
-    return sum(part.sum(others) * trace for part, trace in zip(grad.chunk(len(ones)), ones, strict=True))
 
 
 def _scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:

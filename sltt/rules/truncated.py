@@ -28,9 +28,9 @@ class Truncated(Rule):
         recompute: run convolutions and linear layers again for the backward, from their spikes, instead of keeping
             their outputs: less memory, one more forward of these layers.
         fold: time steps in one call of the network: fewer and larger operations, for the memory of so many steps.
-            "auto" takes several where all layers are small, as many as fit into 16 MB. It takes one where a layer's
-            matrix products have 2,048 rows (samples × pixels) in a step, or where sharing a call would change results,
-            and with recompute or hoist.
+            "auto" takes several where layers are small: until their matrix products have 2,048 rows (samples × pixels)
+            in the mean, in 16 MB or the size of weights and gradients. It takes one where sharing a call would change
+            results, and with recompute or hoist.
         hoist: with a static input, compute what the network marks by `sltt.once` once a sequence. Saves the time of
             these layers in all steps but one, for the memory of their outputs and of these outputs' gradients.
 

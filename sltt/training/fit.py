@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from sltt.data import Splits
 from sltt.losses import is_per_step
 from sltt.training import runs, safeguards
@@ -126,7 +128,12 @@ def _check(here: Session, settings: Settings, report: Console) -> tuple[Session,
             "use a rule without online"
         )
     if settings.accumulate > 1 or count > 1:
-        safeguards.check_mean(settings.loss)
+        parts = settings.loss.modules() if isinstance(settings.loss, nn.Module) else [settings.loss]
+        if summed := [part for part in parts if getattr(part, "reduction", None) == "sum"]:
+            raise ValueError(
+                f"{type(summed[0]).__name__}(reduction='sum') adds up over samples, and a part of a batch has a share "
+                "of them: set reduction='mean', or leave accumulate and devices at 1"
+            )
     if count > 1:
         here.processes.check_same("; ".join(f"{k} {[*v.shape]}" for k, v in model.state_dict().items()), "the network")
     splits = here.splits(settings.dataset, stages[0].steps)

@@ -97,16 +97,6 @@ def check_length(x: Tensor, y: Any, splits: Splits, steps: int) -> None:
         )
 
 
-def check_mean(loss: Any) -> None:
-    """Raise ValueError for a loss that adds up over samples: those of the parts of a batch are averaged."""
-    parts = loss.modules() if isinstance(loss, nn.Module) else [loss]
-    if summed := [part for part in parts if getattr(part, "reduction", None) == "sum"]:
-        raise ValueError(
-            f"{type(summed[0]).__name__}(reduction='sum') adds up over samples, and a part of a batch has a share of "
-            "them: set reduction='mean', or leave accumulate and devices at 1"
-        )
-
-
 def check_samples(model: nn.Module, splits: Splits, samples: list[Any]) -> None:
     """Raise ValueError where the network takes no samples to validate by or to test on, unlike those that train it."""
     device, steps = next((p.device for p in model.parameters()), "cpu"), 1 if splits.static else None

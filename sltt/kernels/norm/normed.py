@@ -85,10 +85,7 @@ def _fits(x: Any, others: Sequence[Any], training: bool, steps: int) -> bool:
         return False
     if (others[0] is None) != (others[1] is None) or not (training or others[0] is not None):
         return False
-    return all(o is None or _is_vector(o, x) for o in others) and (triton or native.library() is not None)
-
-
-def _is_vector(vector: Any, x: Tensor) -> bool:
-    """Return whether kernels can read and write a value for each channel of x."""
-    plain = type(vector) in (Tensor, nn.Parameter) and vector.device == x.device and not vector.is_inference()
-    return plain and vector.dtype == torch.float32 and vector.shape == x.shape[1:2] and vector.is_contiguous()
+    vectors = [vector for vector in others if vector is not None]  # kernels read or write a value for each channel
+    plain = all(type(o) in (Tensor, nn.Parameter) and o.device == x.device and not o.is_inference() for o in vectors)
+    plain &= all(o.dtype == torch.float32 and o.shape == x.shape[1:2] and o.is_contiguous() for o in vectors)
+    return plain and (triton or native.library() is not None)
