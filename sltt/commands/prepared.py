@@ -56,8 +56,7 @@ class Prepared:
     def memory(self, size: int, rule: Rule | None = None) -> Memory:
         """Return the memory of a training batch, firing rates counted, with the recipe's rule or another."""
         batch = self.model, *self.batch(size), self.loss, rule or self.rule, self.optimizer
-        # as in a training, casts of weights last for all calls of the network
-        with firing_rates(self.model), torch.autocast(self._session.fabric.device.type, enabled=False):
+        with firing_rates(self.model), torch.autocast(self._session.fabric.device.type, enabled=False):  # keeps casts
             return memory_parts(*batch, steps=self.repeat)
 
     @property

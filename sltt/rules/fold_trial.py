@@ -200,8 +200,7 @@ def _compare(run: Run, fold: int, make_step: Callable[[], Step], run_rule: RunRu
         part = Sequence(x.to(kind, copy=True), most, sequence.static)  # a forward may change it
         with watch if watch is not None and steps == 1 else nullcontext(), kernels.using(bits=not opened):
             outcome = _run(twin, part, steps, step, run_rule)  # where operations are watched, no kernel looks at values
-        if isinstance(step, _Opened):
-            outcome["the masks of dropout"] = torch.tensor(step.masks)
+        outcome["the masks of dropout"] = torch.tensor(getattr(step, "masks", 0))
         changes = layout.changes()
         return outcome, changes | {name: p.detach() for name, p, before in weights if not torch.equal(p, before)}
 

@@ -227,7 +227,9 @@ class _Watched(Sizes):
     def find_pairs(self) -> dict[str, str]:
         """Return the layers of neurons that alone read what a BatchNorm gives, by its name."""
         self.operations.samples.clear()
-        return {norm: neuron for norm, neuron, y, left in self._pairs if self.operations.reads[y] == 1 and not left()}
+        return {
+            norm: neuron for norm, neuron, y, left in self._pairs if self.operations.reads[y] == 1 and left() is None
+        }
 
     def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if not is_proved(layer):
@@ -282,13 +284,17 @@ def _watch(model: nn.Module, x: Tensor, last: bool = False) -> tuple[list[Any], 
             y = model(x)
         if any(getattr(module, name) is not planted for module, name in states):
             raise UnknownError("changes the state of a neuron")
-        if id(y) not in operations.samples:
-            raise UnknownError("gives what is not of its input")
-        for node in graph_nodes([y.grad_fn]):
-            own = isinstance(node, torch.autograd.function.BackwardCFunction)
-            if own and not type(node)._forward_cls.__module__.startswith("sltt."):  # type: ignore[attr-defined]
-                raise UnknownError(f"has a gradient of its own in {type(node).__name__}")
+        _check_gradient(y, operations)
     if changes := layout.changes():
         raise UnknownError(f"changes {next(iter(changes))}")
     del y
     return operations.called, step.find_pairs()
+
+
+def _check_gradient(y: Any, operations: SamplesWatch) -> None:  # apart, since a node that is named keeps tensors
+    if id(y) not in operations.samples:
+        raise UnknownError("gives what is not of its input")
+    for node in graph_nodes([y.grad_fn]):
+        own = isinstance(node, torch.autograd.function.BackwardCFunction)
+        if own and not type(node)._forward_cls.__module__.startswith("sltt."):  # type: ignore[attr-defined]
+            raise UnknownError(f"has a gradient of its own in {type(node).__name__}")
