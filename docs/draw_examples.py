@@ -100,9 +100,9 @@ def predictions(figure: Figure, name: str) -> None:
 def memory(figure: Figure, name: str) -> None:
     """The memory of a batch, as the example prints it."""
     printed, _, _ = run(name)
-    rows = [(rule, float(size)) for rule, size in re.findall(r"(\w+)\(\): ([\d.]+) MB", printed)]
+    rows = [(rule, float(size)) for rule, size in re.findall(r"(\w+\(.*\)): ([\d.]+) MB", printed)]
     axes = figure.subplots()
-    bars = axes.barh(*zip(*rows, strict=True), color=[ORANGE, BLUE], height=0.6)
+    bars = axes.barh(*zip(*rows, strict=True), color=[ORANGE, BLUE, BLUE], height=0.6)
     axes.bar_label(bars, fmt="%.1g MB", padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.2)

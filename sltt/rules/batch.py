@@ -195,8 +195,10 @@ class Batch:
     def _sum_losses(self, steps: range | list[int], logits: Tensor, loss: Any = None) -> Tensor:
         """Return the sum of the losses of logits [n, B, C] of time steps, over T."""
         loss = loss or self.loss
-        if len(steps) > 1 and is_mean(loss) and isinstance(self.target, Tensor) and self.target.ndim:
-            target = self.target.repeat(len(steps), *[1] * (self.target.ndim - 1))
+        shapes, target = (logits.shape[1:2] + logits.shape[3:], logits.shape[1:]), self.target
+        whole = isinstance(target, Tensor) and target.shape in shapes[target.is_floating_point() :]  # no broadcast
+        if len(steps) > 1 and is_mean(loss) and whole:
+            target = target.repeat(len(steps), *[1] * (target.ndim - 1))
             return step_loss(loss, logits.flatten(0, 1), target) * (len(steps) / self.steps)
         values, changes = [], self._per_step or isinstance(self.target, Padded)
         for t, o in zip(steps, logits, strict=True):

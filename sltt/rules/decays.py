@@ -1,13 +1,14 @@
 """The λ of the neurons that traces follow, ours and other libraries'."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sltt.neurons import CubaLIF, Neuron
-from sltt.sequence.state import Role, role_of
+from sltt.sequence.state import role_of
 
 Decay = float | Tensor
 Decays = tuple[Decay, float]  # λ of the membrane potential, α of a synaptic current, or 0
@@ -18,7 +19,10 @@ def decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], 
     if decay is not None:
         return lambda: (decay, 0.0)
     role = role_of(type(neuron))
-    ours = _find_equivalent(neuron, role)
+    ours: Any = neuron
+    if not isinstance(neuron, Neuron) and role.translate:
+        with suppress(ValueError):  # it has another reset, say
+            ours = role.translate(neuron)
     theirs = role.decay if role.decay and not isinstance(ours, Neuron) else None
     has_decay = theirs(neuron) is not None if theirs else isinstance(ours, Neuron) and hasattr(ours, "decay")
     if not has_decay:
@@ -53,13 +57,3 @@ def _check_decay(value: Any, name: str, neuron: nn.Module) -> Decay:
         f"the λ of {name} ({type(neuron).__name__}) is to be a number from 0 to 1, or a tensor of them, and `decay` of "
         f"sltt.register gives {value!r}"
     )
-
-
-def _find_equivalent(neuron: nn.Module, role: Role) -> Any:
-    """Return the neuron of ours that equals a neuron; itself where none does."""
-    if isinstance(neuron, Neuron) or not role.translate:
-        return neuron
-    try:
-        return role.translate(neuron)
-    except ValueError:  # it has another reset, say
-        return neuron

@@ -266,7 +266,8 @@ class Traces:
         """Return whether the λ of neurons has a gradient through time."""
         if not (self.inputs and isinstance(neuron, IntegrateAndFire) and neuron.v_reset is None):
             return False
-        step, decay = neuron.kernel_step()
+        with torch.enable_grad():  # also in a step without a backward
+            step, decay = neuron.kernel_step()
         return step is not None and decay is not None and decay.requires_grad
 
     def _feed(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:

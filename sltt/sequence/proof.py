@@ -62,8 +62,8 @@ def is_proved(layer: Any) -> bool:
         return True
     if role.kind == "keeper":
         return package in LIBRARIES
-    if role.kind == "norm" and role.of is None:
-        return package == "torch"
+    if role.kind == "norm" and role.of is None:  # GroupNorm: operations tell whether channels may be last
+        return package == "torch" and not isinstance(module, nn.GroupNorm)
     alike = name in {f"torch.nn.modules.{file}" for file in _ALIKE.split()} and not isinstance(
         module, _NOT_ALIKE + _PADS
     )

@@ -196,7 +196,9 @@ class Loop:
             stage.rule.load_state_dict(state)
         for c, (_, state) in zip(self.callbacks, saved_callbacks, strict=True):
             c.load_state_dict(state)
-        self.state = Progress(**checkpoint["progress"]).take_part(self.processes.rank)
+        self.state = Progress(**checkpoint["progress"])
+        if self.processes.rank:  # the first takes over sums of all processes
+            self.state.loss, self.state.terms, self.state.firing = 0.0, 0, {}
         self.learner.load(checkpoint, self.folder / LAST)
 
     def _show_callbacks(self) -> None:

@@ -87,12 +87,6 @@ class Progress:
             **asdict(self) | {"loss": loss, "terms": terms, "firing": firing}
         )  # in plain types: a metric's state may have dataclasses
 
-    def take_part(self, rank: int) -> Self:
-        """Return the part of a process in sums over all: the first takes them over, the others begin with nothing."""
-        if rank:
-            self.loss, self.terms, self.firing = 0.0, 0, {}
-        return self
-
     def metrics(self, metric: str, score: Any, processes: Processes, seconds: float, peak: int | None) -> Metrics:
         """Return the measurements of all processes, with the score by a metric."""
         total = self.sum_over(processes)

@@ -446,8 +446,15 @@ class Images(nn.Sequential):
 @pytest.mark.parametrize("room", [None, 0])  # 0: one step in a call
 @pytest.mark.parametrize(
     ("make", "last"),
-    [(lambda: nn.Sequential(*Images()), True), (Images, True), (lambda: Images(views=True), False)],
-    ids=["known", "own", "views"],
+    [
+        (lambda: nn.Sequential(*Images()), True),
+        (Images, True),
+        (lambda: Images(views=True), False),
+        (lambda: nn.Sequential(nn.GroupNorm(1, 2), *Images()), False),  # whose backward would end the process
+        (lambda: nn.Sequential(nn.Conv2d(2, 2, 1), nn.GroupNorm(1, 2), *Images()), True),
+        (lambda: nn.Sequential(nn.Conv2d(2, 2, 1).requires_grad_(False), nn.GroupNorm(1, 2), *Images()), False),
+    ],
+    ids=["known", "own", "views", "group norm", "trained", "frozen"],
 )
 def test_images_run_channels_last_where_a_network_takes_them_so(make, last, room, monkeypatch):
     """In each batch alike, the first one too; a loss may view a dense output."""

@@ -10,7 +10,7 @@ from torch import nn
 
 import sltt
 from sltt.rules.traces import Traces
-from tests.conftest import LOSS, batch, gradients
+from tests.conftest import LOSS, batch, gradient, gradients
 from tests.references import Checkpointed, recorded
 
 
@@ -160,6 +160,16 @@ def test_ottt_is_bptt_for_one_layer_of_neurons(neuron, static):
     x, steps = (3 * x[0], {"steps": 12}) if static else (3 * x, {})
     found, expected = (gradients(model, rule, x, y, **steps)[0] for rule in (sltt.OTTT(), sltt.BPTT()))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("neuron", SINGLE.values(), ids=SINGLE)
+def test_of_random_steps_ottt_is_the_gradient_of_their_losses(neuron):
+    model = nn.Sequential(nn.Linear(6, 8), neuron(), nn.Linear(8, 3)).double()
+    (x, y), rule = batch(steps=12), sltt.OTTT(k=3)
+    found, _ = gradients(model, rule, 3 * x, y, seed=0)
+    logits = [model(3 * x_t) for x_t in x]
+    torch.stack([LOSS(logits[t], y) for t in rule.draw(12, 0)]).sum().div(12).backward()
+    torch.testing.assert_close(found, gradient(model), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(("between", "exact"), [(nn.AvgPool1d(2), True), (nn.MaxPool1d(2), False), (nn.ReLU(), False)])
