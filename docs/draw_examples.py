@@ -37,7 +37,7 @@ def run(name: str) -> tuple[str, torch.nn.Module, torch.Tensor]:
     with redirect_stdout(StringIO()) as printed, mock.patch("sltt.unroll", wraps=sltt.unroll) as unroll:
         accuracy = runpy.run_path(str(DOCS.parent / "examples" / f"{name}.py"))["main"]()
     print(f"{name}: test accuracy {accuracy:.1%}")
-    own = re.findall(r"^(?:epoch \d+|\w+\(\)): .*\n", printed.getvalue(), re.MULTILINE)  # not what frameworks print
+    own = re.findall(r"^(?:epoch \d+|\w+\(.*\)): .*\n", printed.getvalue(), re.MULTILINE)  # not what frameworks print
     PAGE.write_text(with_output(PAGE.read_text(), name, "".join([*own, f"test accuracy {accuracy:.1%}\n"])))
     model, x = unroll.call_args.args
     return printed.getvalue(), model.eval(), x
