@@ -55,11 +55,12 @@ def draw(log: Path) -> Path:
                 axis.errorbar(rates, middles, spread, label=label, color=colour, marker="o", capsize=3, linewidth=2)
         axis.axhline(1, color=INK, linestyle=":", linewidth=1)
         title, xlabel = (work.removesuffix("-256"), "width of hidden layers") if widths else (work, "firing rate, %")
-        axis.set(title=title, xlabel=xlabel, ylim=(0, None), xscale="log" if widths else "linear")
+        axis.set(title=title, xlabel=xlabel, xscale="log" if widths else "linear")
         if widths:
             axis.set_xticks(widths, map(str, widths), minor=False)
             axis.set_xticks([], minor=True)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylim(bottom=0)  # of all, whose axis it shares
     axes[0].set_ylabel("ratio of times")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
