@@ -140,7 +140,7 @@ def train_one(
         whole = {"data": config["data"], "classes": classes}
         config = {**config, "data": {"class_path": "sltt.data.Classes", "init_args": whole}}
     if resume := run.exists():
-        saved = read_config(run)  # empty where the checkpoint has the copy; its data may have moved
+        saved = read_config(run)  # empty where the checkpoint has the copy
         other = list_changes(saved, config) + ["epochs"] * (saved.get("epochs", config["epochs"]) != config["epochs"])
         if other:
             raise ValueError(

@@ -17,7 +17,7 @@ REMEDIES = {
     r"MemoryError|OutOfMemory|out of memory|can't allocate memory": (
         "use a smaller --batch_size, fewer --steps, or the rule SLTT; `sltt profile --budget` says what fits"
     ),
-    r"FileNotFoundError|IsADirectoryError|NotADirectoryError|PermissionError": "correct the path",
+    r"\[Errno (2|13|20|21)\]": "correct the path, or its permissions",  # of the system alone
     r"shared memory|Bus error|/dev/shm": "use --workers 0, or a larger /dev/shm (docker run --shm-size=8g)",
     r"DataLoader worker.* (exited|killed)": (
         "--workers 0 shows what ended it; where that works, memory was short: use fewer --workers"

@@ -81,7 +81,8 @@ def profile(
     own = recipe.build()
     steps = steps or [own.steps]
     costs, fits = [], []
-    _ = [recipe.build(rule=rule) for rule in rules]  # names that are wrong are told now
+    for rule in rules:
+        recipe.build(rule=rule)  # names that are wrong are told now
     with session(own) as here:
         for T, rule in itertools.product(steps, rules):
             report.line(f"{rule}, T = {T}")

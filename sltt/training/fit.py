@@ -102,8 +102,8 @@ def train(here: Session, settings: Settings, name: str = "run") -> Fit:
             runs.write_config(made, config)
         loop.run()
         load_selected(model, made, here.processes)
-        model.trained = loop.trained  # pyright: ignore[reportArgumentType]  # so that `predict` knows T
         epoch = loop.state.best_epoch or loop.state.epoch
+        model.trained = loop.trained(epoch)  # pyright: ignore[reportArgumentType]  # so that `predict` knows T
         if here.processes.rank == 0:
             write_card(loop, loop.state.history[epoch - 1])
             write_sample(loop)

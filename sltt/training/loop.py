@@ -145,10 +145,9 @@ class Loop:
         self._show_callbacks()
         return row
 
-    @property
-    def trained(self) -> Trained:
-        """What the network has been trained on."""
-        steps = stage_at(self.stages, max(self.state.epoch - 1, 0)).steps
+    def trained(self, epoch: int) -> Trained:
+        """Return what the network has been trained on, with T of its weights' epoch."""
+        steps = stage_at(self.stages, max(epoch - 1, 0)).steps
         return Trained(steps, self.splits.static, self.splits.classes, prediction_of(self.settings.loss))
 
     def _save(self, *names: str) -> None:
@@ -164,7 +163,7 @@ class Loop:
             "callbacks": [[_describe_callback(callback), callback.state_dict()] for callback in self.callbacks],
             "progress": vars(self.state.sum_over(self.processes)),
             "fingerprint": self.fingerprint,
-            "task": vars(self.trained),
+            "task": vars(self.trained(self.state.epoch)),
             "names": [*classes] if isinstance(classes, list | tuple) else [],
             "statistics": self.splits.statistics,
             "config": self.config,

@@ -48,7 +48,8 @@ class Session:
         if self.settings.channels_last is not None:
             return self
         fits = prefers_channels_last(self.fabric.device) and any(isinstance(m, nn.Conv2d) for m in model.modules())
-        fits &= not any(isinstance(m, nn.GroupNorm) for m in model.modules())  # whose backward may crash PyTorch then
+        if self.fabric.device.type == "cpu":  # where PyTorch's backward of a GroupNorm may crash then
+            fits &= not any(isinstance(m, nn.GroupNorm) for m in model.modules())
         last = fits and _runs_channels_last(model, read() if static else read()[0])
         return replace(self, settings=replace(self.settings, channels_last=last))
 

@@ -188,6 +188,8 @@ def test_a_network_is_measured_as_it_trains():
     with session(built) as started:
         here = Prepared(started, built, 3)
         x, y = here.batch(8)
+        here.memory(8)
+        assert here.fold.forward > 1  # time steps share a call, as in a training
         seen = []
         here.model.features[2].register_forward_hook(lambda module, args, out: seen.append(args[0].dtype))
         logits = here.rule(here.model, x, y, here.loss, steps=here.repeat).logits

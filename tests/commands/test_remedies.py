@@ -50,6 +50,7 @@ def own_fault():
         (lambda: nn.Linear(3, 2)(torch.zeros(2, 4)), "the network does not fit the data"),
         (lambda: nn.Conv2d(3, 2, 1)(torch.zeros(2, 4, 5, 5)), "the network does not fit the data"),
         (misused, "`sltt train --help` explains the options"),
+        (lambda: open("/none"), "correct the path"),  # noqa: SIM115
         (own_fault, "in own_fault; SLTT_TRACEBACK=1 shows what called it"),
     ],
 )

@@ -50,6 +50,12 @@ def test_ctrl_c_saves_and_a_resumed_run_ends_as_one_that_never_stopped(batch, se
         assert equal(found["averaged"] or {}, expected["averaged"] or {})
 
 
+def test_a_run_is_not_resumed_for_fewer_epochs_than_it_has(tmp_path):
+    train(tmp_path / "run", epochs=2)
+    with pytest.raises(ValueError, match="has trained 2 epochs: set epochs to 2 or more"):
+        train(tmp_path / "run", epochs=1, resume=True)
+
+
 class Halving(sltt.schedules.Schedule):
     """A schedule that gives numbers of NumPy."""
 

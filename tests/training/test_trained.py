@@ -63,11 +63,11 @@ def test_a_loaded_network_predicts_as_the_trained_one(tmp_path):
     model, _ = train(tmp_path / "run", steps=3, epochs=1)
     x = torch.rand(5, 4)
     found = sltt.load(tmp_path / "run", network())
-    assert found.trained == Trained(steps=3, static=True, classes=3)
+    assert model.trained == found.trained == Trained(steps=3, static=True, classes=3)
     assert not found.training
     prediction = sltt.predict(found, x)
     assert prediction.shape == (5, 3)
-    torch.testing.assert_close(prediction, sltt.predict(model, x, steps=3))
+    torch.testing.assert_close(prediction, sltt.predict(model, x))  # which knows T since its training
     torch.testing.assert_close(prediction, sltt.unroll(model.eval(), x, steps=3).mean(0))
     given = sltt.load(tmp_path / "run", network(), checkpoint="last")
     torch.testing.assert_close(sltt.predict(given, x), prediction)
