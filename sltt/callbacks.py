@@ -82,8 +82,7 @@ class EarlyStopping(Callback):
         by: the metric of the training, or the loss.
         least: an epoch is better if it improves on the best by more than this.
 
-    Raises:
-        ValueError: when the training begins, without validation samples.
+    Raises ValueError when the training begins, without validation samples.
     """
 
     needs_validation = True

@@ -183,8 +183,7 @@ class Activity(Loss):
         rate: ρ, in [0, 1].
         layers: names of layers of neurons, with * and ?.
 
-    Raises:
-        ValueError: when a rule begins, no layer of that name; or a rule without gradients of spikes, as RateBased.
+    Raises ValueError when a rule begins, for no layer of that name, or a rule without gradients of spikes (RateBased).
     """
 
     def __init__(

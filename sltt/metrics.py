@@ -85,38 +85,6 @@ class MeanSquaredError(Metric):
         return _mean((prediction - target).square(), prediction)
 
 
-class ConfusionMatrix:
-    """Count the samples [C, C] of each class, a row, by the class that is predicted, a column; for `sltt.evaluate`.
-
-    A training selects by one number, and takes another metric.
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all samples."""
-        self.counts: Tensor | None = None
-
-    def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Add logits [B, C, ...] and class indices [B, ...]."""
-        _check_classes(self, target, prediction)
-        classes = prediction.shape[1]
-        if not ((target >= 0) & (target < classes)).all():
-            raise ValueError(f"expected class indices in 0 … {classes - 1}, got {target.min()} … {target.max()}")
-        if prediction.isnan().any():
-            raise ValueError("expected predictions that are numbers, got NaN: look for NaN in the weights")
-        pairs = (target * classes + prediction.argmax(1)).flatten()
-        counts = pairs.bincount(minlength=classes**2).view(classes, classes)
-        self.counts = counts if self.counts is None else self.counts + counts
-
-    def compute(self) -> Tensor:
-        """Return the counts; raise ValueError without samples."""
-        if self.counts is None:
-            raise ValueError("there are no samples to count: call update first")
-        return self.counts
-
-
 def _mean(values: Tensor, prediction: Tensor) -> Tensor:
     """Return the mean in float64, which Apple's GPUs do not have; NaN where a prediction is."""
     mean = (values.cpu() if values.device.type == "mps" else values).double().mean()

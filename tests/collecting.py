@@ -54,3 +54,18 @@ def macro_f1(prediction, target, classes=3):
         for c in range(classes)
     ]
     return float(torch.stack(of_class).mean())
+
+
+class ConfusionMatrix:
+    """The samples [C, C] of each class, a row, by the class that is predicted."""
+
+    def reset(self):
+        self.counts = 0
+
+    def update(self, prediction, target):
+        classes = prediction.shape[1]
+        pairs = (target * classes + prediction.argmax(1)).flatten()
+        self.counts = self.counts + pairs.bincount(minlength=classes**2).view(classes, classes)
+
+    def compute(self):
+        return self.counts

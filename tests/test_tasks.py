@@ -13,6 +13,7 @@ import sltt
 from sltt.commands import main
 from sltt.data import from_datasets
 from sltt.losses import Activity, OfLast, OfMax, OfMean, PerStep, VanRossum
+from tests.collecting import ConfusionMatrix
 from tests.conftest import RULES, batch, gradient, gradients, small_network
 
 CE = nn.CrossEntropyLoss()
@@ -279,7 +280,7 @@ def test_a_class_for_each_pixel(tmp_path, per_step):
     result = sltt.fit(model, data, loss=loss, steps=6, epochs=1, batch_size=8, device="cpu", run=tmp_path / "run")
     x, y = torch.stack([x for x, _ in samples[:8]], 1), torch.stack([y for _, y in samples[:8]], int(per_step))
     right = sltt.predict(sltt.load(result.run, model), x).argmax(1 + per_step) == y
-    matrix = sltt.metrics.ConfusionMatrix()
+    matrix = ConfusionMatrix()
     found = sltt.evaluate(model, data, loss=loss, metric=[sltt.metrics.Accuracy(), matrix], steps=6, device="cpu")
     assert found.score == pytest.approx(float(right.double().mean()))
     assert found.scores["confusion_matrix"].trace() == right.sum()

@@ -22,8 +22,7 @@ def firing_rates(model: nn.Module) -> "AbstractContextManager[FiringRates]":
         rates.by_layer()      # {"features.2": 0.18, ...}
 
     A layer's rate is spikes / (neurons · time steps · samples). Layers of other libraries count too;
-    a neuron that emits several spikes in a time step counts as one that emits one, and steps that a rule runs again
-    (`segment=n`) count again.
+    a neuron that emits several spikes in a time step counts as one that emits one.
     """
     layers = spiking_layers(model)
     return observe_spikes(layers, FiringRates(list(layers)))
@@ -32,7 +31,7 @@ def firing_rates(model: nn.Module) -> "AbstractContextManager[FiringRates]":
 class FiringRates:
     """Count spikes for `firing_rates`, without waiting for the device. What a kernel has counted is taken as it is."""
 
-    counts = True
+    counts, replays = True, False  # a time step that `segment=n` replays counts once
 
     def __init__(self, layers: list[str]):
         self._spikes: dict[str, Tensor | int] = dict.fromkeys(layers, 0)
@@ -41,6 +40,8 @@ class FiringRates:
 
     def __call__(self, name: str, spikes: Any, possible: int | None = None) -> None:
         """Count the spikes of a layer [n·B, ...]; or, with `possible`, add `spikes` as their number."""
+        if self.replays:
+            return
         count: Any = int(spikes.numel()) if possible is None else possible
         if torch.compiler.is_compiling():  # a number that grows would be compiled anew in each step
             count = torch.tensor(count, device=spikes.device)

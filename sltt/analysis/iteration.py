@@ -165,8 +165,7 @@ def iteration_seconds(
         optimizer: steps after each.
         warmup: iterations at the beginning that do not count, in which kernels are compiled.
 
-    Raises:
-        ValueError: there are not more batches than `warmup`.
+    Raises ValueError if there are not more batches than `warmup`.
     """
     instance("rule", rule, Rule)
     instance("optimizer", optimizer, torch.optim.Optimizer)

@@ -41,15 +41,19 @@ def count_operations(
     instance("rule", rule, Rule)
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton where it is installed
 
-    def count(**kwargs: Any) -> int:
-        twin = copy_model(model)
-        counter = FlopCounterMode(display=False, custom_mapping=_GROUPED)
-        with kernels.using(compile="off", sparse="off"), counter:
-            rule(twin, x, target, loss, steps=steps, update=lambda: None, **kwargs)
-        return counter.get_total_flops() // 2  # a multiplication and an addition
+    of_backward = 0
 
-    forward = count(backward=lambda total: None)
-    return Operations(forward, count() - forward)
+    def backward(value: Tensor) -> None:
+        nonlocal of_backward
+        before = counter.get_total_flops()
+        value.backward()
+        of_backward += counter.get_total_flops() - before
+
+    counter = FlopCounterMode(display=False, custom_mapping=_GROUPED)
+    with kernels.using(compile="off", sparse="off"), counter:
+        rule(copy_model(model), x, target, loss, steps=steps, update=lambda: None, backward=backward)
+    # a multiplication and an addition
+    return Operations((counter.get_total_flops() - of_backward) // 2, of_backward // 2)
 
 
 def _convolution_backward(

@@ -1,5 +1,6 @@
 """The commands: `sltt train`, `sltt profile`, `sltt report` and the others, a file for each."""
 
+import gc
 import os
 import re
 import sys
@@ -53,10 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command!r}{suggest(command, COMMANDS)}")
+        if arguments is None:  # in a process of its own
+            gc.disable()
         from sltt.training.batches import keep_all_generators  # with PyTorch
 
         with keep_all_generators():
-            import_module(f"sltt.commands.{command}").run(rest)
+            module = import_module(f"sltt.commands.{command}")
+            if arguments is None:
+                gc.freeze()  # what modules hold need not be looked at again
+                gc.enable()
+            module.run(rest)
     except KeyboardInterrupt as stop:
         return _exit_code(stop, 130)
     except Preempted as stop:

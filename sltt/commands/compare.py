@@ -164,11 +164,13 @@ def tell_died(rows: Sequence[Mapping[str, Any]]) -> None:
 def compared_json(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the rows, for scripts, with T and the number of test samples."""
     built = recipe.build()
-    samples = built.dataset.splits(built.steps).sizes["test"] or None
+    splits = built.dataset.splits(built.steps)
     if name_of(built.metric) == "accuracy":  # by this name too, as scripts know it
         rows = [{**row, "accuracies": row["scores"]} for row in rows]
     metric = {"metric": name_of(built.metric), "higher_is_better": higher_is_better(built.metric)}
-    about = {"recipe": recipe.name, "steps": built.steps, "epochs": built.epochs, "samples": samples}
+    about = {"recipe": recipe.name, "steps": built.steps, "epochs": built.epochs}
+    about |= {"samples": splits.sizes["test"] or None, "classes": splits.classes, "batch": built.size}
+    about |= {"model": recipe.resolve()["model"]}
     return {**about, **metric, "rows": rows}
 
 

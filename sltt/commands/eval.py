@@ -36,7 +36,7 @@ def run(words: Sequence[str]) -> None:
     built, path, _ = load_run("sltt eval", folder, args.code, args.checkpoint, overrides)
     with session(built) as here:
         views = {name: getattr(args, name) for name in VIEWS}
-        metrics = measure_split(here, built, args.split, **views)
+        metrics = measure_split(here, built, args.split, **views, memory=True)
     if here.processes.rank > 0:
         return
     if args.json:

@@ -100,6 +100,8 @@ def run(words: Sequence[str]) -> None:
         name = _default_name(run) if args.name is None else args.name
         limits = {"weights": args.weights, "ram": args.ram, "flash": args.flash}
         return _write_c(built, splits, out, name, limits, report)
+    if args.out and out.exists():
+        raise UsageError(f"{out} exists, and is not overwritten: choose another --out, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         if args.to == "nir":

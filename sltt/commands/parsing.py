@@ -33,6 +33,7 @@ from sltt.training.named import check_named
 from sltt.training.runs import MADE_IN, is_run, load_call, read_config
 from sltt.training.sample import SAMPLE
 from sltt.training.settings import Settings, names_of
+from sltt.training.trained import Trained
 
 LISTS = "phases", "callbacks", "loggers"
 RULES = ["BPTT", "SLTT", "SLTT:k=1"]
@@ -180,8 +181,11 @@ def load_run(
     """Make what a run trained, with the weights of a checkpoint; return it, the checkpoint's path and content."""
     run = run_folder(name)
     path, content = load_best(run, which)
-    built = build_run(command, run, [*words, *ANY_PROCESSES], code, content, names_of(Settings, "watchers"))
+    trained = Trained(**content["task"])
+    words = [f"--steps={trained.steps}", *words, *ANY_PROCESSES]  # of phases, that of the weights
+    built = build_run(command, run, words, code, content, names_of(Settings, "watchers"))
     load_weights(built.model, select_weights(content), path)
+    built.model.trained = trained  # pyright: ignore[reportArgumentType]
     built.dataset.statistics = content["statistics"]
     if (sample := run / SAMPLE).exists():
         with np.load(sample) as arrays:

@@ -38,7 +38,7 @@ def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
     args = options().parse_args(words)
     built, _, content = load_run("sltt predict", folder, args.code, args.checkpoint)
-    built.model.trained = trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
+    trained: Any = built.model.trained
     names = content["names"]
     if args.stream:
         if trained.static or len(args.files) > 1:

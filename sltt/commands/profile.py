@@ -99,7 +99,7 @@ def profile(
             except (ValueError, torch.OutOfMemoryError) as error:
                 report.warn(f"{rule}: what fits cannot be measured: {cause(error)}")
         about = {"recipe": recipe.name, "device": str(here.fabric.device)}
-    about |= {"batch": own.size, "trained": own.weights is not None}
+    about |= {"batch": own.size, "trained": own.weights is not None, "model": recipe.resolve()["model"]}
     return {**about, "costs": costs, **layers, "fits": fits}
 
 

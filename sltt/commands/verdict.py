@@ -14,6 +14,8 @@ from sltt.metrics import finite_scores, is_share, score_text
 MARGIN = 0.01  # of accuracy: a smaller loss is called none
 OF_AN_ERROR = 0.05  # the same of other metrics, as a part of the reference's
 SAFE, UNSAFE, UNSURE = "Safe", "Not safe", "Not sure"
+OF_MEMORY = "recipe", "model", "batch"
+NOT_COMPARED = "BPTT, which is exact, was not compared"
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Verdict:
     fold: int = 1  # time steps that share a call there
     cosine: float | None = None  # of its gradient with that of BPTT
     died: int = 0  # seeds without a score
+    classes: int | None = None
 
     @property
     def score(self) -> float | None:
@@ -66,6 +69,7 @@ def verdicts(results: Gathered) -> list[Verdict]:
                     row.get("fold", 1),
                     row["cosine"],
                     died,
+                    comparison.get("classes"),
                 )
     for profile in _same_recipe(results, results.profiles):
         for row in profile["costs"]:
@@ -83,9 +87,9 @@ def shared_steps(rules: Sequence[Verdict]) -> int | None:
 
 
 def _same_recipe(results: Gathered, kind: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the first result of a kind that is of the same recipe as the first of all."""
+    """Return the first result of a kind that is of the same recipe, network and batch as the first of all."""
     first = next(iter([*results.comparisons, *results.profiles, *results.agreements]), {})
-    return [result for result in kind if result.get("recipe") == first.get("recipe")][:1]
+    return [result for result in kind if all(result.get(key) == first.get(key) for key in OF_MEMORY)][:1]
 
 
 def answers(results: Gathered) -> list[str]:
@@ -118,7 +122,7 @@ def advice_on(row: Mapping[str, Any], recipe: str, results: Gathered) -> str:
 def _take(rules: Sequence[Verdict], reference: Verdict) -> str:
     """Name the rule that needs least memory of those within the margin; say how sure this is, and on what it rests."""
     exact, basis = reference.rule, reference.rests_on()
-    apart = f"{basis} do not separate it from {exact}."
+    apart = f"{basis} do not separate it from {exact}." if exact.startswith("BPTT") else f"{NOT_COMPARED}."
     cheaper = sorted((rule for rule in rules if LESS * rule.peak <= reference.peak), key=lambda rule: rule.peak)
     *_, words, enough = zip(*(_judge(verdict, reference) for verdict in cheaper), strict=True) if cheaper else ((), ())
     place = enough.index(True) if True in enough else len(cheaper)
@@ -134,7 +138,7 @@ def _take(rules: Sequence[Verdict], reference: Verdict) -> str:
 
 
 def _sentence(verdict: Verdict, reference: Verdict) -> str:
-    reached, noise, word, _ = _judge(verdict, reference)
+    reached, why, word, _ = _judge(verdict, reference)
     parts = [reached] if reached else []
     of, to = verdict.memory, reference.memory
     both = sorted((steps for steps in of if steps in to), key=lambda steps: steps or 0)[-2:]  # the two largest T
@@ -144,8 +148,7 @@ def _sentence(verdict: Verdict, reference: Verdict) -> str:
         parts.append(f"{_ratio(verdict.seconds, reference.seconds)} × the time")
     if verdict.cosine is not None and not math.isnan(verdict.cosine):
         parts.append(f"gradient agreement {verdict.cosine:.2f}")
-    unsure = f" {UNSURE}: measured to {noise} only, which does not separate it from {reference.rule}." if noise else ""
-    safe = f" {word} here." if word in (SAFE, UNSAFE) else unsure
+    safe = f" {word} here." if word in (SAFE, UNSAFE) else why and f" {UNSURE}: {why}."
     seeds = " One seed: repeat with --seeds 3." if min(len(verdict.scores), len(reference.scores)) == 1 else ""
     died = [rule for rule in (verdict, reference) if rule.died]
     parts += [f"{rule.died} of {rule.died + len(rule.scores)} seeds of {rule.rule} died" for rule in died]
@@ -160,7 +163,7 @@ def _ratio(seconds: tuple[float, float, float], others: tuple[float, float, floa
 
 
 def _judge(verdict: Verdict, reference: Verdict) -> tuple[str, str, str, bool]:
-    """Return the comparison as text, its noise, the verdict, and whether the loss is within the margin."""
+    """Return the comparison as text, why it is not sure, the verdict, and whether the loss is within the margin."""
     if verdict.score is None or reference.score is None:
         return "", "", UNSAFE if verdict.died else "", False
     name, other = verdict.metric.replace("_", " "), reference.rule
@@ -173,9 +176,16 @@ def _judge(verdict: Verdict, reference: Verdict) -> tuple[str, str, str, bool]:
         margin, measured = OF_AN_ERROR * abs(reference.score), f"±{score_text(verdict.metric, noise)}"
         reached, beside = (score_text(verdict.metric, score) for score in (verdict.score, reference.score))
         text = f"{name} {reached}, {other} {beside}"
-    safe = SAFE if lost <= margin and noise <= 2 * margin else UNSURE
+    why = "" if math.isinf(noise) else f"measured to {measured} only, which does not separate it from {other}"
+    if exact := other.startswith("BPTT"):
+        chance = 1 / verdict.classes if verdict.classes and is_share(verdict.metric) else -math.inf
+        if guesses := max(verdict.score, reference.score) <= chance + noise:
+            why = f"neither is above chance, {chance:.0%}: train longer"
+    else:
+        guesses, why = False, NOT_COMPARED
+    safe = SAFE if lost <= margin and noise <= 2 * margin and exact and not guesses else UNSURE
     word = UNSAFE if verdict.died or lost > max(margin, noise) else safe
-    return text, "" if math.isinf(noise) else measured, word, not verdict.died and lost <= margin
+    return text, why, word, not verdict.died and lost <= margin
 
 
 def _times(ratio: float) -> str:

@@ -67,8 +67,7 @@ def cache_frames(
         make: array i, of counts below 65,536; None leaves it out.
         title: shown while the cache is made.
 
-    Raises:
-        CacheError: what is on disk is not what was written.
+    Raises CacheError if what is on disk is not what was written.
     """
     stamps = [(name, (stat := os.stat(name)).st_size, stat.st_mtime_ns) for name in sources]
     home = folder / hashlib.sha256(repr((sorted(settings.items()), shape, stamps)).encode()).hexdigest()[:16]
@@ -102,6 +101,9 @@ def _build(
     from rich.progress import track
 
     frames = np.lib.format.open_memmap(array, "w+", np.uint16, shape)
+    if hasattr(os, "posix_fallocate"):  # a full disk shows here, and not by the end of the process
+        with array.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, array.stat().st_size)
     kept: list[int] = []
     checksums: list[int] = []
     workers, indices = os.cpu_count() or 1, range(len(frames))

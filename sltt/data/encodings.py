@@ -39,8 +39,7 @@ class _OfImages(Encoding):
         low: intensity that means 0: the least of the images.
         high: intensity that means 1: the largest of the images.
 
-    Raises:
-        ValueError: `high` is not above `low`; when called on the CPU, an intensity outside.
+    Raises ValueError if `high` is not above `low`; when called on the CPU, for an intensity outside.
     """
 
     def __init__(self, low: float = 0.0, high: float = 1.0):

@@ -275,8 +275,12 @@ def decode(path: str) -> Tensor:
         return to_dtype(decode_image(path, ImageReadMode.RGB), torch.uint8, scale=True)  # where it has 16 bits
     except RuntimeError as error:
         with suppress(Exception), Image.open(path, formats=FORMATS) as image:  # what decode_image does not read
-            return pil_to_tensor(image.convert("RGB"))
-        raise ValueError(f"{path} does not decode as an image: {error}; restore or remove it") from error
+            if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):  # of 16 bits
+                return (pil_to_tensor(image).int() >> 8).byte().repeat(3, 1, 1)
+            if image.mode not in ("I", "F"):  # of unknown range
+                return pil_to_tensor(image.convert("RGB"))
+        remedy = "restore it, remove it, or save it with 8 or 16 bits"
+        raise ValueError(f"{path} does not decode as an image: {error}; {remedy}") from error
 
 
 def _folders(home: Path) -> set[str]:

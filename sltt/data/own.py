@@ -49,8 +49,7 @@ def from_datasets(
             for its length.
         per_step: targets are sequences [T, ...], one target for each time step.
 
-    Raises:
-        ValueError: data sets or samples of another form; the message says which and what to do.
+    Raises ValueError for data sets or samples of another form, which says what to do.
     """
     static, pad, by_length = flag("static", static), flag("pad", pad), flag("by_length", by_length)
     if pad and static:

@@ -27,8 +27,7 @@ class SequentialDigits(Digits):
         permute: put the pixels in a fixed random order, the same on every machine.
         kwargs: `validation` and `augment`, as for `sltt.data.Digits`.
 
-    Raises:
-        ValueError: when loaded, a T that does not divide 64.
+    Raises ValueError when loaded, for a T that does not divide 64.
     """
 
     def __init__(self, permute: bool = True, **kwargs: Any):

@@ -21,8 +21,7 @@ _NEURONS = (LIF, IF, PLIF, ChannelLIF, CubaLIF, ALIF, IntegerLIF, TernaryLIF)
 def read_network(model: nn.Module, x: Tensor, steps: int) -> Network:
     """Read a network of T = `steps`, in evaluation mode, from its forward on a frame x [B, ...].
 
-    Raises:
-        ValueError: naming every layer and operation that C has not.
+    Raises ValueError naming every layer and operation that C has not.
     """
     reader, values, problems = _Reader(), {}, []
     calls = reading.read_calls(model, x)

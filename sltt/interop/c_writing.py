@@ -388,7 +388,7 @@ def _for_each(pixels: int, calls: list[str]) -> list[str]:
 def _read_parts() -> dict[str, tuple[list[str], str]]:
     """Return the parts of c_layers.c by name, each with the names of those that it needs."""
     parts = {}
-    for part in Path(__file__).with_name("c_layers.c").read_text().split("// part ")[1:]:
+    for part in Path(__file__).with_name("c_layers.c").read_text("utf-8").split("// part ")[1:]:
         head, _, text = part.partition("\n")
         name, _, needs = head.partition(": ")
         parts[name] = needs.split(), text.rstrip()

@@ -33,8 +33,7 @@ def convert(model: nn.Module) -> nn.Module:
     Args:
         model: the network; its state is reset.
 
-    Raises:
-        ValueError: naming every neuron that has no exact counterpart here, and why.
+    Raises ValueError naming every neuron that has no exact counterpart here, and why.
     """
     remedy = "The rules take these neurons as they are"
     return translate_all(model, _translate, f"no exact counterpart here for {{}}. {remedy}")

@@ -48,8 +48,7 @@ def to_nir(model: nn.Module, x: Tensor, *, dt: float = 1e-4) -> nir.NIRGraph:
         x: an input of one time step [B, ...], for its shape.
         dt: length of a time step in seconds.
 
-    Raises:
-        ValueError: naming every layer and operation that NIR has no counterpart for.
+    Raises ValueError naming every layer and operation that NIR has no counterpart for.
     """
     instance("x", x, Tensor)
     check_exportable(instance("model", model, nn.Module))

@@ -33,8 +33,7 @@ class KeepState(Stateful):
     Args:
         module: `SequentialState`, or a cell such as `LIFBoxCell`, of one time step.
 
-    Raises:
-        ValueError: a module that has no state, or takes all time steps in one call.
+    Raises ValueError for a module that has no state, or takes all time steps in one call.
     """
 
     states: ClassVar[tuple[str, ...]] = ("state",)

@@ -52,8 +52,7 @@ def read_calls(model: nn.Module, x: Tensor) -> list[Call]:
     What does nothing in this mode is left out. A BatchNorm is folded into the weights before it, if it alone reads
     their output.
 
-    Raises:
-        ValueError: torch.fx cannot trace the network, or the trace computes something else; several results; hooks.
+    Raises ValueError where torch.fx cannot trace it, or computes something else; for several results; for hooks.
     """
     if hooked := [layer_title(path, module) for path, module in model.named_modules() if has_hooks(module)]:
         remedy = "write what they do into a forward, or remove them by the handles that their registration gave"

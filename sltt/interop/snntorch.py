@@ -30,8 +30,7 @@ def to_snntorch(model: nn.Module) -> nn.Module:
     `IF`, and `LIF` and `PLIF` with v_reset=0 or `LIF` with subtract=V_th/λ: snnTorch subtracts the threshold after the
     leak of the next time step. `Dropout` becomes nn.Dropout; layers of PyTorch stay.
 
-    Raises:
-        ValueError: naming every layer with a state that snnTorch has not, and the nearest that it has.
+    Raises ValueError naming every layer with a state that snnTorch has not, and the nearest that it has.
     """
     return translate_all(model, _make_leaky, "snnTorch has no counterpart for {}")
 

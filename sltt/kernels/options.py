@@ -61,8 +61,7 @@ def using(**changes: Any) -> Iterator[None]:
             `fold_memory`: bytes that the further time steps of a call may take where a rule chooses their number; None
             is the larger of 16 MB and of weights and gradients; on a GPU, an eighth of its memory.
 
-    Raises:
-        ValueError: an unknown value. With compile="on", a kernel on a device without a compiler raises it.
+    Raises ValueError for an unknown value. With compile="on", a kernel on a device without a compiler raises it.
     """
     with in_force(replace(options(), **changes)):
         yield

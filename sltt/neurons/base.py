@@ -59,8 +59,7 @@ class Neuron(Stateful):
         start: value of the states before the first step: a number, or one for each name.
         half_state: keep states in the input's type also where that has 16 bits; else in float32 at least.
 
-    Raises:
-        ValueError: at the first step, naming what is wrong with the function.
+    Raises ValueError at the first step, naming what is wrong with the function.
     """
 
     states: ClassVar[tuple[str, ...]] = ("v",)

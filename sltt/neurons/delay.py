@@ -31,8 +31,7 @@ class Delay(Stateful):
     Args:
         taps: n_1 … n_K, delays in time steps; 0 is the current step.
 
-    Raises:
-        ValueError: no tap, one below 0, one twice, or one that is no whole number.
+    Raises ValueError for no tap, one below 0, one twice, or one that is no whole number.
 
     Attributes:
         depth: D.

@@ -22,8 +22,7 @@ def emits_bits(kind: type, step: CustomStep) -> bool:
         kind: the neuron's class, for its name and those of its states.
         step: the function.
 
-    Raises:
-        ValueError: what is wrong with the function, and the remedy.
+    Raises ValueError naming what is wrong with the function, and the remedy.
     """
     problem = functools.partial(_problem, kind)
     generator = torch.Generator("cpu").manual_seed(0)

@@ -57,8 +57,7 @@ def lif_step(
         subtract: r of a soft reset; None is V_th.
         most: spikes in a time step at most; of more than one, s = ⌊u/V_th⌋ between 0 and this number.
 
-    Returns:
-        The spikes s and the membrane potential v, both [B, ...].
+    Returns the spikes s and the membrane potential v, both [B, ...].
 
     Source: Meng et al., ICCV 2023 (arXiv 2302.14311), with v[t] = u[t] − V_th s[t].
     """

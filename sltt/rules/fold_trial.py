@@ -197,7 +197,8 @@ def _compare(run: Run, fold: int, make_step: Callable[[], Step], run_rule: RunRu
                 for p in twin.parameters():
                     p += 0.1 * _spread(p)
         weights, layout = [(name, p, p.detach().clone()) for name, p in twin.named_parameters()], layout_of(twin)
-        part = Sequence(x.to(kind, copy=True), most, sequence.static)  # a forward may change it
+        own = x.detach().to(kind, copy=True).requires_grad_(x.requires_grad)  # a forward may change it
+        part = Sequence(own, most, sequence.static)
         with watch if watch is not None and steps == 1 else nullcontext(), kernels.using(bits=not opened):
             outcome = _run(twin, part, steps, step, run_rule)  # where operations are watched, no kernel looks at values
         outcome["the masks of dropout"] = torch.tensor(getattr(step, "masks", 0))

@@ -55,8 +55,7 @@ def choose_fold(run: Run, fold: int | Literal["auto"] = "auto", rule: Any = None
         rule: is tried by its `run_trial`; None tries steps with a backward of their own.
         loss: what refers to the network may read its states, of which a call leaves those of its last step.
 
-    Raises:
-        ValueError: so many steps as were asked for would change results.
+    Raises ValueError if so many steps as were asked for would change results.
     """
     if fold == 1 or run.sequence.steps == 1 or not run.sequence.batch:
         return Fold()

@@ -11,6 +11,7 @@ are kept (Chen et al. 2016, arXiv 1604.06174), r times for c of them with C(c + 
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from sltt.losses import Watching
 from sltt.rules.batch import Batch, Fold, Output
 from sltt.sequence.once import add_gradients
 from sltt.sequence.snapshot import Snapshot, Surroundings
+from sltt.sequence.spikes import watches
 
 
 def run_in_segments(batch: Batch, length: int, checkpoints: int | None, fold: Fold) -> Output:
@@ -28,9 +30,14 @@ def run_in_segments(batch: Batch, length: int, checkpoints: int | None, fold: Fo
     weights = [] if run.layout.steady else [(name, p, p.detach().sum()) for name, p in batch.model.named_parameters()]
     of_logits: dict[int, list[Tensor | None]] = {}  # logits, since a loss is called once for each step
     same: dict[int, Tensor] = {}
+    counters: list[Any] = [
+        watch.see for layer in run.layout.neurons.values() for watch in watches(layer) if watch.counts
+    ]
 
     def forward(call: range, graph: bool) -> Tensor:
         again = call.start in of_logits
+        for counter in counters:
+            counter.replays = again
         before = [(t, batch.logits(t).clone()) for t in call] if again else []
         logits = batch.run(call, graph=graph)
         if again and not graph and isinstance(batch.loss, Watching):
@@ -78,6 +85,8 @@ def run_in_segments(batch: Batch, length: int, checkpoints: int | None, fold: Fo
             if end is None:
                 end = Surroundings(run)
     finally:
+        for counter in counters:
+            counter.replays = False
         if end is not None:
             end.restore()
     _check_same(same)

@@ -185,7 +185,10 @@ class _TracedForward(TorchFunctionMode):
     ) -> Tensor:  # fmt: skip
         """Compute the layer's output from its weight, whose gradient is that of its trace."""
         x, settings = input, () if func is F.linear else (stride, padding, dilation, groups)
-        if not weight.requires_grad and (bias is None or not bias.requires_grad):
+        # without a graph, the weight of pruning has none
+        learns = weight.requires_grad or not torch.is_grad_enabled()
+        known = (self.layer, self.traces.uses[self.layer]) in self.traces.traces
+        if not (weight.requires_grad or known or (bias is not None and bias.requires_grad)):
             return self._apply(func, settings, x, weight, bias)
         if padding == "same":
             sides: Any = self.layer._reversed_padding_repeated_twice  # from the last axis on
@@ -193,7 +196,7 @@ class _TracedForward(TorchFunctionMode):
             if sides[::2] != sides[1::2]:  # of an even kernel
                 x, padding = F.pad(x, sides), 0
             settings = stride, padding, dilation, groups
-        trace = self.traces.read(self.layer, x if weight.requires_grad else None, self.run.fold)
+        trace = self.traces.read(self.layer, x if learns else None, self.run.fold)
         if trace is None:
             return self._apply(func, settings, x, weight, bias)
         if trace.first:  # what is read is the trace, and may be spikes

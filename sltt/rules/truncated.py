@@ -34,8 +34,7 @@ class Truncated(Rule):
         hoist: with a static input, compute what the network marks by `sltt.once` once a sequence. Saves the time of
             these layers in all steps but one, for the memory of their outputs and of these outputs' gradients.
 
-    Raises:
-        ValueError: fold < 1, hoist together with a fold; when called, a layer that cannot be folded.
+    Raises ValueError for fold < 1, and hoist together with a fold; when called, for a layer that cannot be folded.
 
     Attributes:
         window: time steps of a window; None for those of the sequence.
@@ -150,8 +149,7 @@ class TBPTT(Truncated):
         window: number of time steps, at least 1; the last window of a sequence may be shorter.
         how: how the rule runs, see `Truncated`. Windows are not joined by `fold`.
 
-    Raises:
-        ValueError: window < 1; and as of `Truncated`.
+    Raises ValueError for window < 1, and as `Truncated` does.
     """
 
     sequence_losses = (SequenceLoss,)

@@ -42,8 +42,7 @@ class Run:
         grad: a graph is built in some steps.
         keep: keep what is made of weights; not where these change between time steps.
 
-    Raises:
-        ValueError: when it begins, a layer that does not run step by step, or whose state is in use.
+    Raises ValueError when it begins, for a layer that does not run step by step, or whose state is in use.
     """
 
     def __init__(

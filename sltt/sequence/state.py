@@ -117,8 +117,7 @@ def register(
         decay: gives the λ of a module's membrane potential, for `OTTT`; or None where it has none, or where a spike
             resets it to a value. Not asked where `translate` gives a module of ours, which knows its λ.
 
-    Raises:
-        ValueError: an argument of another type; the message names it.
+    Raises ValueError naming an argument of another type.
     """
     if not isinstance(kind, type):
         raise ValueError(f"kind must be a class of modules, got {kind!r}")

@@ -118,8 +118,7 @@ class _Seeded(Dataset[Any]):
 def random_crop(x: Tensor, size: int) -> Tensor:
     """Return a square of an image or of frames [..., H, W], at the same random place in all of them: [..., size, size].
 
-    Raises:
-        ValueError: the sample is no image, or one that is smaller than `size`.
+    Raises ValueError if the sample is no image, or one that is smaller than `size`.
     """
     check_crop(x, size)
     top, left = (int(torch.randint(side - size + 1, ())) for side in x.shape[-2:])

@@ -47,8 +47,7 @@ def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None
         rule: that trains.
         steps: T for a static input.
 
-    Raises:
-        ValueError: attention among samples; a neuron in two places; time steps that cannot share a call.
+    Raises ValueError for attention among samples, a neuron in two places, and time steps that cannot share a call.
     """
     instance("model", model, nn.Module)
     instance("rule", rule, Rule)

@@ -54,7 +54,7 @@ class Evaluation(Execution):
     """that of the training."""
     metric: Metric | Sequence[Any] = setting(default=Accuracy(), check=check_metrics)
     """one or several. Of several, `Metrics.score` is the first, and `Metrics.scores` has all by their names. A score
-    may be any value here, such as the counts of `sltt.metrics.ConfusionMatrix`."""
+    may be any value here, such as the counts of torchmetrics' `MulticlassConfusionMatrix`."""
     steps: int | None = None
     """T; None is that of the training for a network of `sltt.load`, and 4 for another."""
     mirror: bool = False
@@ -72,8 +72,7 @@ def evaluate(settings: Evaluation) -> Metrics:
     Returns:
         Loss, metric, firing rates, seconds, and the peak memory of a batch in bytes.
 
-    Raises:
-        ValueError: the split is empty, or `mirror` or `shift` is given and the samples are no images.
+    Raises ValueError if the split is empty, or `mirror` or `shift` is given and the samples are no images.
     """
     steps, trained = settings.steps, getattr(settings.model, "trained", None)
     if isinstance(trained, Trained):
@@ -85,11 +84,13 @@ def evaluate(settings: Evaluation) -> Metrics:
             )  # fmt: skip
     settings = replace(settings, steps=4 if steps is None else steps)
     with session(settings) as here:
-        return measure_split(here, settings, settings.split, settings.mirror, settings.shift)
+        return measure_split(here, settings, settings.split, settings.mirror, settings.shift, memory=True)
 
 
-def measure_split(here: Session, settings: Any, split: Split, mirror: bool = False, shift: int = 0) -> Metrics:
-    """Do as `sltt.evaluate`, in a session, with settings of a training or an evaluation."""
+def measure_split(
+    here: Session, settings: Any, split: Split, mirror: bool = False, shift: int = 0, memory: bool = False
+) -> Metrics:
+    """Do as `sltt.evaluate`, in a session, with settings of a training or an evaluation; `memory` takes time."""
     model, steps, size = settings.model, settings.steps, settings.size
     splits = here.splits(settings.data, steps)
     dataset = getattr(splits, split)
@@ -101,14 +102,19 @@ def measure_split(here: Session, settings: Any, split: Split, mirror: bool = Fal
         raise ValueError(f"there are no {split} samples: expected one or more")
     if split == "train":
         dataset = splits.unaugmented_train
+    elif (trained := getattr(model, "trained", None)) and trained.split not in (None, splits.fingerprint):
+        log.warning(
+            "the network was trained on the split %s, and this is %s of other data: these %s samples may be some "
+            "that it was trained on, and its classes may have other numbers", trained.split, splits.fingerprint, split
+        )  # fmt: skip
     here = here.choose_format(model, lambda: splits.collate_of(dataset)([dataset[0]])[0], splits.static)
     loader = here.eval_loader(dataset, splits, size)
     net, loss, metrics = here.set_up(model), here.set_up_loss(settings.loss), check_metrics(settings.metric)
-    memory = BatchMemory(here.fabric.device)
+    peak = BatchMemory(here.fabric.device) if memory else None
     before = [*plain_tensors(model)]
     look = partial(views, static=splits.static, mirror=mirror, shift=shift)
     with finish_loaders(loader):
-        metrics_of_split = measure(here, net, loader, splits, loss, metrics, steps, look, selects=False, memory=memory)
+        metrics_of_split = measure(here, net, loader, splits, loss, metrics, steps, look, selects=False, memory=peak)
     warn_of_leftovers(model, before, (splits.sizes[split] - 1) % size + 1)
     return metrics_of_split
 
@@ -183,8 +189,7 @@ def views(x: Tensor, static: bool, mirror: bool, shift: int) -> list[tuple[float
         mirror: each view in its mirror image too.
         shift: two views more, moved by so many pixels; the image itself counts as much as both.
 
-    Raises:
-        ValueError: no images, or images that are not larger than the shift.
+    Raises ValueError for no images, or images that are not larger than the shift.
     """
     if (mirror or shift) and x.ndim != (4 if static else 5):
         name = "mirror=True" if mirror else f"shift={shift}"

@@ -137,6 +137,12 @@ def _check(here: Session, settings: Settings, report: Console) -> tuple[Session,
     if count > 1:
         here.processes.check_same("; ".join(f"{k} {[*v.shape]}" for k, v in model.state_dict().items()), "the network")
     splits = here.splits(settings.dataset, stages[0].steps)
+    for steps in {stage.steps for stage in stages}:
+        if here.splits(settings.dataset, steps).fingerprint != splits.fingerprint:
+            raise ValueError(
+                f"phases need the same samples at each T, and the data has others at T = {steps} than at T = "
+                f"{stages[0].steps}: train the phases one after the other, with --weights"
+            )
     samples = safeguards.first_samples(splits, stages[0].steps)
     if splits.per_step != is_per_step(settings.loss):
         raise ValueError(

@@ -194,8 +194,7 @@ def graphed(
         y: its targets, likewise.
         steps: T for a static input.
 
-    Raises:
-        ValueError: x is not on a GPU, a rule or a network that a graph cannot repeat; when called, another shape.
+    Raises ValueError for x outside of a GPU, what a graph cannot repeat, and, when called, another shape.
     """
     for name, tensor in (("x", x), ("y", y)):
         instance(name, tensor, Tensor)

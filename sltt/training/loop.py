@@ -148,7 +148,8 @@ class Loop:
     def trained(self, epoch: int) -> Trained:
         """Return what the network has been trained on, with T of its weights' epoch."""
         steps = stage_at(self.stages, max(epoch - 1, 0)).steps
-        return Trained(steps, self.splits.static, self.splits.classes, prediction_of(self.settings.loss))
+        facts = self.splits.static, self.splits.classes, prediction_of(self.settings.loss)
+        return Trained(steps, *facts, self.fingerprint)
 
     def _save(self, *names: str) -> None:
         """Save what a training needs to go on as if it had never stopped, under these names, in the first process.
@@ -162,7 +163,6 @@ class Loop:
             "rules": [stage.rule.state_dict() for stage in self.stages],
             "callbacks": [[_describe_callback(callback), callback.state_dict()] for callback in self.callbacks],
             "progress": vars(self.state.sum_over(self.processes)),
-            "fingerprint": self.fingerprint,
             "task": vars(self.trained(self.state.epoch)),
             "names": [*classes] if isinstance(classes, list | tuple) else [],
             "statistics": self.splits.statistics,
@@ -178,9 +178,9 @@ class Loop:
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Take over all that a checkpoint holds."""
         saved_callbacks = checkpoint["callbacks"]
-        if checkpoint["fingerprint"] != self.fingerprint:
+        if (split := checkpoint["task"]["split"]) != self.fingerprint:
             raise CheckpointError(
-                f"the run {self.folder} was trained on the split {checkpoint['fingerprint']}, but the data now gives "
+                f"the run {self.folder} was trained on the split {split}, but the data now gives "
                 f"{self.fingerprint}: restore its samples and settings, or start a new run with --weights"
             )
         if (done := checkpoint["progress"]["epoch"]) > self.settings.epochs:

@@ -18,8 +18,7 @@ def parameter_groups(model: nn.Module, norm_weight_decay: float | None, norm_bia
 
     Source of `norm_bias_lr`: Jordan 2024 (arXiv 2404.00498), where it is 64.
 
-    Raises:
-        ValueError: there is no normalisation layer with parameters.
+    Raises ValueError if there is no normalisation layer with parameters.
     """
     if norm_weight_decay is None and norm_bias_lr == 1:
         return model.parameters()

@@ -35,8 +35,7 @@ class Phase:
         batches: how many batches each of its epochs has, of samples in a random order; None, or more than there are, is
             all of them. For a phase that needs less than an epoch.
 
-    Raises:
-        ValueError: a value that makes no sense; the message names it.
+    Raises ValueError naming a value that makes no sense.
     """
 
     epochs: int

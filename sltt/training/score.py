@@ -72,13 +72,9 @@ class Score:
         if self.collecting and not self.selects:
             return value
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        if not self.collecting:
-            raise ValueError(
-                f"the metric {name_of(self.metric)} gives {got}, expected one number: the mean over the samples"
-            )
         raise ValueError(
-            f"the metric {name_of(self.metric)} computes {got}, and a training selects by one number: give a metric of "
-            "one, such as the mean over classes by average='macro', and this one to sltt.evaluate"
+            f"the metric {name_of(self.metric)} gives {got}, expected one number: the mean over the samples; of one "
+            "of torchmetrics, average='macro' is that over classes; sltt.evaluate takes any value"
         )
 
 

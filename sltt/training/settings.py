@@ -43,12 +43,6 @@ R = TypeVar("R")
 
 def check_factory(factory: Any) -> None:
     """Raise ValueError, with the line to write, for an optimizer in place of a function that makes one."""
-    if isinstance(factory, Optimizer):
-        name = type(factory).__name__
-        raise ValueError(
-            f"optimizer must be a function of the parameters, got an instance of {name}, which a resumed run could not "
-            f"make again: optimizer=functools.partial({name}, lr=…)"
-        )
     other = isinstance(factory, nn.Module) or (isinstance(factory, type) and not issubclass(factory, Optimizer))
     if other or not callable(factory):
         raise ValueError(

@@ -32,12 +32,14 @@ class Trained:
         static: it was trained on images, shown at every step; else on sequences.
         classes: number of classes; None for targets of another kind.
         prediction: what the loss predicts by, see `sltt.losses.Loss`.
+        split: fingerprint of the data's splits.
     """
 
     steps: int
     static: bool
     classes: int | None
     prediction: Prediction = "mean"
+    split: str | None = None
 
 
 def load(
@@ -107,8 +109,7 @@ def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: S
         steps: T for images. A network of `sltt.load` knows its T; any other network needs it.
         lengths: real steps of each sample, for sequences that are padded at the end.
 
-    Raises:
-        ValueError: an input of another form than the network's.
+    Raises ValueError for an input of another form than the network's.
     """
     instance("model", model, nn.Module, "such as sltt.load(run)")
     instance("x", x, Tensor)

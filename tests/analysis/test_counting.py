@@ -66,6 +66,15 @@ def test_products_of_single_elements_are_no_matrix_products():
     assert [one.name for one in measure_energy(model, torch.randn(2, 4, 6), steps=2).layers] == ["layer", "head"]
 
 
+@pytest.mark.parametrize(("segment", "again"), [(2, 4), (3, 3), (6, 0)])
+def test_steps_that_a_segment_repeats_count_as_forward(segment, again):
+    model = nn.Sequential(nn.Linear(3, 4), sltt.LIF(), nn.Linear(4, 2))
+    batch = torch.rand(5, 3), torch.zeros(5).long(), nn.CrossEntropyLoss()
+    plain = count_operations(model, *batch, sltt.BPTT(), steps=6)
+    found = count_operations(model, *batch, sltt.BPTT(segment=segment), steps=6)
+    assert (found.forward, found.backward) == (plain.forward * (6 + again) // 6, plain.backward)
+
+
 class Twice(nn.Module):
     """One convolution at two sizes, and a linear layer over tokens that are folded into the batch."""
 

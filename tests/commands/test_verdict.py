@@ -97,6 +97,21 @@ def test_a_rule_that_died_has_no_verdict_and_without_bptt_the_first_is_the_refer
     assert answers(found)[0].startswith("SLTT:k=1: accuracy not below that of SLTT, the same memory at T = 4")
 
 
+@pytest.mark.parametrize(("classes", "exact"), [(10, "BPTT"), (None, "SLTT")])
+def test_what_learned_nothing_or_has_no_exact_reference_is_not_called_safe(classes, exact):
+    found = gathered(compared(exact, [0.097, 0.103], memory=40), compared("SLTT:k=1", [0.103, 0.097], memory=20))
+    found.comparisons[0]["classes"] = classes
+    first, take = answers(found)
+    assert "neither is above chance, 10%" in first if classes else "BPTT, which is exact, was not compared" in first
+    assert take.startswith("Take SLTT:k=1. Not sure: ")
+
+
+def test_costs_of_another_network_are_not_those_of_the_comparison():
+    found = gathered(compared("BPTT", [0.9]), compared("SLTT", [0.9]), profiles=[{**profiled(), "batch": 32}])
+    found.profiles[0]["costs"] = [cost("SLTT", 64, 5), cost("BPTT", 64, 500)]
+    assert "T = 64" not in answers(found)[0]
+
+
 def test_a_rule_whose_seeds_died_is_not_safe():
     died = {"errors": ["seed 1: the loss is nan", "seed 2: the loss is nan"]}
     found = gathered(

@@ -14,6 +14,7 @@ from sltt.data import CIFAR10, CIFAR100, Digits, DigitsEvents, ImageFolder
 from sltt.data.augment import clear_square
 from sltt.data.base import hold_out
 from sltt.data.digits import POSITIONS, record
+from sltt.data.images import decode
 from sltt.training.batches import EpochSampler, eval_loader, train_loader
 
 EVENTS = DigitsEvents(size=12)  # whose splits are made once
@@ -246,6 +247,14 @@ def test_an_image_that_does_not_decode_is_named(spoil, tmp_path, monkeypatch):
     spoil(tmp_path / "test" / "cat" / "1.png")
     with pytest.raises(ValueError, match=r"test/cat/1\.png does not decode as an image"):
         ImageFolder(str(tmp_path), size=32).splits(1).test[1]
+
+
+@pytest.mark.parametrize("kind", ["tif", "pgm", "png"])
+def test_images_of_16_bits_keep_their_highest_8(kind, tmp_path):
+    pixels = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+    Image.fromarray(pixels).save(path := tmp_path / f"image.{kind}")
+    expected = torch.from_numpy(pixels.astype(int) >> 8)
+    assert (decode(str(path)).int() - expected).abs().max() <= 1
 
 
 def test_images_of_16_bits_are_augmented(tmp_path):

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import sltt
-from tests.conftest import batch, gradients
+from tests.conftest import LOSS, batch, gradients, small_network
 from tests.rules.test_fold_chosen import CALLS, Net, called
 
 COUNT = [0]
@@ -310,6 +310,17 @@ def test_a_target_that_pytorch_broadcasts_is_that_of_each_step():
     )
     found, expected = (gradients(model, sltt.SLTT(fold=n), x, y, nn.MSELoss())[0] for n in ("auto", 1))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("rule", [sltt.SLTT, sltt.BPTT])
+def test_trying_a_network_gives_the_input_no_gradient(rule):
+    (x, y), found = batch(), []
+    model = small_network(sltt.LIF).append(Through(lambda layer, z: torch.einsum("bi->bi", z)))
+    for fold in ("auto", 1):
+        given = x.clone().requires_grad_()
+        rule(fold=fold)(copy.deepcopy(model), given, y, LOSS)
+        found.append(given.grad)
+    torch.testing.assert_close(*found)
 
 
 def test_trying_a_network_leaves_no_trace():

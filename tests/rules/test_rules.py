@@ -171,6 +171,17 @@ def test_every_layer_of_the_test_network_spikes(neuron):
     assert all(0.02 < rate < 0.98 for rate in rates.by_layer().values())
 
 
+@pytest.mark.parametrize("segment", [1, 2, "auto"])
+def test_spikes_of_steps_that_run_again_count_once(segment):
+    model, (x, y) = small_network(sltt.LIF), batch()
+    with sltt.analysis.firing_rates(model) as expected:
+        sltt.unroll(model, x)
+    with sltt.analysis.firing_rates(model) as rates:
+        sltt.BPTT(segment=segment)(model, x, y, LOSS)
+        sltt.unroll(model, x)  # after it, spikes count again
+    assert rates.state_dict() == {name: (2 * n, 2 * of) for name, (n, of) in expected.state_dict().items()}
+
+
 class Sum(sltt.Stateful):
     """Adds up what it reads; `in_place` changes what it gave before."""
 

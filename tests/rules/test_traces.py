@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import sltt
 from sltt.rules.traces import Traces
@@ -170,6 +171,20 @@ def test_of_random_steps_ottt_is_the_gradient_of_their_losses(neuron):
     logits = [model(3 * x_t) for x_t in x]
     torch.stack([LOSS(logits[t], y) for t in rule.draw(12, 0)]).sum().div(12).backward()
     torch.testing.assert_close(found, gradient(model), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("fold", [1, "auto"])
+def test_of_random_steps_a_pruned_weight_has_the_trace_of_an_ordinary_one(fold):
+    (x, y), found = batch(steps=12), []
+    for pruned in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(tau=4.0), nn.Linear(8, 8), sltt.LIF(), nn.Linear(8, 3)).double()
+        weight = model[2].weight
+        if pruned:
+            prune.identity(model[2], "weight")
+        sltt.OTTT(k=3, fold=fold)(model, 3 * x, y, LOSS, seed=0)
+        found.append(weight.grad)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize(("between", "exact"), [(nn.AvgPool1d(2), True), (nn.MaxPool1d(2), False), (nn.ReLU(), False)])

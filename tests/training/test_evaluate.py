@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -5,7 +7,9 @@ from torch import nn
 import sltt
 from sltt.data import Data, Splits
 from sltt.training.evaluation import views
-from tests.training.blobs import Blobs, network
+from sltt.training.phases import Phase
+from sltt.training.trained import Trained
+from tests.training.blobs import Blobs, network, train
 
 
 class Images(Data):
@@ -62,6 +66,25 @@ def test_samples_that_are_no_images_have_no_mirror_image(static):
         sltt.evaluate(network(), Blobs(static=static), device="cpu", mirror=True)
     with pytest.raises(ValueError, match="shift=1 needs images"):
         sltt.evaluate(network(), Blobs(static=static), device="cpu", shift=1)
+
+
+class Cut(Blobs):
+    def load(self, steps):
+        return replace(super().load(steps), fingerprint=f"cut {steps}")
+
+
+def test_a_split_that_is_not_that_of_the_training_is_told(caplog):
+    model, data = network(), Blobs(static=False)
+    model.trained = Trained(3, False, 3, split="blobs")
+    sltt.evaluate(model, data)
+    assert "was trained on the split" not in caplog.text
+    sltt.evaluate(model, Cut(static=False))
+    assert "was trained on the split blobs, and this is cut 3 of other data: these test samples may be" in caplog.text
+
+
+def test_phases_need_the_same_samples_at_each_t(tmp_path):
+    with pytest.raises(ValueError, match="phases need the same samples at each T"):
+        train(tmp_path / "run", data=Cut(static=False), phases=[Phase(1, steps=2), Phase(1)], steps=4)
 
 
 class Noisy(Data):

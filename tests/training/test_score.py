@@ -10,7 +10,7 @@ import sltt
 from sltt.data import Splits
 from sltt.metrics import collects, higher_is_better, name_of
 from sltt.training.console import Console
-from tests.collecting import MacroF1, macro_f1
+from tests.collecting import ConfusionMatrix, MacroF1, macro_f1
 from tests.training.blobs import Blobs, network, stop_at, train
 
 
@@ -115,7 +115,7 @@ def test_a_state_of_a_metric_with_a_dataclass_is_read_again_as_its_fields(tmp_pa
 
 
 def test_a_metric_of_several_numbers_is_refused(tmp_path):
-    message = r"macro_f1 computes shape \[3\], and a training selects by one number: .* average='macro'"
+    message = r"macro_f1 gives shape \[3\], expected one number: .* average='macro'"
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", metric=MacroF1(average=None))
 
@@ -150,7 +150,7 @@ class TopTwo(sltt.metrics.Metric):
 
 def test_an_evaluation_takes_several_metrics_and_one_that_gives_a_matrix():
     model, data = network(), Uneven()
-    matrix = sltt.metrics.ConfusionMatrix()
+    matrix = ConfusionMatrix()
     several = [sltt.metrics.Accuracy(), matrix, TopTwo()]
     found = sltt.evaluate(model, data, metric=several, batch_size=5, device="cpu")
     x, y = data.splits(4).collate(data.splits(4).test)
@@ -162,7 +162,7 @@ def test_an_evaluation_takes_several_metrics_and_one_that_gives_a_matrix():
     assert found.scores["top_two"] == pytest.approx(float((top == y[:, None]).any(1).double().mean()))
     alone = sltt.evaluate(model, data, metric=matrix, batch_size=5, device="cpu")
     torch.testing.assert_close(alone.score, counts)
-    with pytest.raises(ValueError, match=r"computes shape \[3, 3\], and a training selects by one number"):
+    with pytest.raises(ValueError, match=r"gives shape \[3, 3\], expected one number"):
         sltt.fit(model, data, metric=matrix, epochs=1, device="cpu")
     with pytest.raises(ValueError, match="of different names, got accuracy"):
         sltt.evaluate(model, data, metric=[sltt.metrics.Accuracy()] * 2, device="cpu")

@@ -63,7 +63,7 @@ def test_a_loaded_network_predicts_as_the_trained_one(tmp_path):
     model, _ = train(tmp_path / "run", steps=3, epochs=1)
     x = torch.rand(5, 4)
     found = sltt.load(tmp_path / "run", network())
-    assert model.trained == found.trained == Trained(steps=3, static=True, classes=3)
+    assert model.trained == found.trained == Trained(steps=3, static=True, classes=3, split="blobs")
     assert not found.training
     prediction = sltt.predict(found, x)
     assert prediction.shape == (5, 3)
