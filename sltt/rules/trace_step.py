@@ -12,7 +12,7 @@ from sltt import kernels
 from sltt._torch import has_own_operations
 from sltt.neurons import Recurrent
 from sltt.rules.credit import CreditStep
-from sltt.rules.traces import Traces
+from sltt.rules.traces import Traces, node_of
 from sltt.sequence.layout import Layer
 from sltt.sequence.run import Run
 from sltt.sequence.step import NEURON
@@ -133,7 +133,7 @@ class TraceStep(CreditStep):
 
     def delay(self, layer: Layer, x: Tensor) -> Tensor:
         y, traces = super().delay(layer, x), self.traces
-        traces.waits, traces.behind[y.grad_fn] = self.waits, x.grad_fn
+        traces.waits, traces.behind[node_of(y)] = self.waits, x.grad_fn
         return y
 
     def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
@@ -231,7 +231,8 @@ class _Traced(torch.autograd.Function):
     ) -> Any:  # type: ignore[override]
         ctx.settings, ctx.ones = settings, ones
         ctx.save_for_backward(trace, weight)
-        return func(x, weight, bias)  # which may be sparse
+        y = func(x, weight, bias)  # which may be sparse
+        return y.new_empty(0).set_(y) if y._is_view() else y  # views of a function may not be changed in place
 
     @staticmethod
     @kernels.differentiable_once

@@ -39,6 +39,11 @@ def _check_weights(layout: Layout, neurons: dict[nn.Module, str]) -> None:
             )
 
 
+def node_of(y: Tensor) -> Any:
+    """Return a node of the graph that stays behind a tensor where it is changed in place: of a view, its base's."""
+    return getattr(y._base, "grad_fn", None) or y.grad_fn
+
+
 class _Read:
     """The trace of an input, which one layer reads, or several."""
 
@@ -253,7 +258,7 @@ class Traces:
     def wrote(self, trace: _Trace, y: Tensor) -> None:
         """Note what a layer gave, to find the neurons that it feeds."""
         if not trace.decays and not in_backward():
-            self.started[y.grad_fn] = trace
+            self.started[node_of(y)] = trace
 
     def arrive(self, neuron: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Before a layer of neurons runs; returns what it reads."""
@@ -314,7 +319,7 @@ class Traces:
     def _end_at(self, layer: nn.Module, output: Any) -> None:
         """Note the output of a layer with a state, behind which other layers with one are fed."""
         self.ran.add(self.decays[layer])
-        map_tensors(lambda y: self.outputs.add(y.grad_fn), output)
+        map_tensors(lambda y: self.outputs.add(node_of(y)), output)
 
     def carry(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         """After another layer with a state ran: if gradients go through it, as in a leaky readout, it has a λ."""

@@ -187,6 +187,16 @@ def test_of_random_steps_a_pruned_weight_has_the_trace_of_an_ordinary_one(fold):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("fold", [1, "auto"])
+def test_an_activation_in_place_behind_a_convolution_leaves_it_its_trace(fold):
+    x, y, found = (torch.randn(6, 4, 3, 12) > 1).float(), torch.randint(3, (4,)), []
+    convolution, readout = nn.Conv1d(3, 8, 3, padding=1), nn.Linear(96, 3)
+    for inplace in (False, True):
+        model = nn.Sequential(convolution, nn.ReLU(inplace), sltt.LIF(tau=4.0), nn.Flatten(), readout)
+        found.append(gradients(copy.deepcopy(model), sltt.OTTT(fold=fold), x, y)[0])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize(("between", "exact"), [(nn.AvgPool1d(2), True), (nn.MaxPool1d(2), False), (nn.ReLU(), False)])
 def test_what_stands_between_weights_and_neurons_is_exact_where_it_is_linear(between, exact):
     model = nn.Sequential(
