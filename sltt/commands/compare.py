@@ -168,9 +168,8 @@ def compared_json(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
     if name_of(built.metric) == "accuracy":  # by this name too, as scripts know it
         rows = [{**row, "accuracies": row["scores"]} for row in rows]
     metric = {"metric": name_of(built.metric), "higher_is_better": higher_is_better(built.metric)}
-    about = {"recipe": recipe.name, "steps": built.steps, "epochs": built.epochs}
-    about |= {"samples": splits.sizes["test"] or None, "classes": splits.classes, "batch": built.size}
-    about |= {"model": recipe.resolve()["model"]}
+    about = {"recipe": recipe.name, "model": recipe.resolve()["model"], "batch": built.size, "steps": built.steps}
+    about |= {"epochs": built.epochs, "samples": splits.sizes["test"] or None, "classes": splits.classes}
     return {**about, **metric, "rows": rows}
 
 

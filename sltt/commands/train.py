@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from sltt.commands.failures import UsageError
 from sltt.commands.fit_parser import make_parser
@@ -59,8 +58,7 @@ def _train(here: Session, built: Settings, name: str) -> None:
         report.line(f"written to {result.run}; there are no test samples to measure it on")
         return
     run = result.run
-    trained: Any = built.model.trained  # of phases, T is that of the weights
-    built = replace(built, steps=trained.steps)
+    built = replace(built, steps=vars(built.model)["trained"].steps)  # of phases, that of the weights
     last = selected = measure_split(here, built, "test")
     if splits.validation:
         load_selected(built.model, run, here.processes, "last")

@@ -14,7 +14,6 @@ from sltt.metrics import finite_scores, is_share, score_text
 MARGIN = 0.01  # of accuracy: a smaller loss is called none
 OF_AN_ERROR = 0.05  # the same of other metrics, as a part of the reference's
 SAFE, UNSAFE, UNSURE = "Safe", "Not safe", "Not sure"
-OF_MEMORY = "recipe", "model", "batch"
 NOT_COMPARED = "BPTT, which is exact, was not compared"
 
 
@@ -89,7 +88,7 @@ def shared_steps(rules: Sequence[Verdict]) -> int | None:
 def _same_recipe(results: Gathered, kind: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the first result of a kind that is of the same recipe, network and batch as the first of all."""
     first = next(iter([*results.comparisons, *results.profiles, *results.agreements]), {})
-    return [result for result in kind if all(result.get(key) == first.get(key) for key in OF_MEMORY)][:1]
+    return [result for result in kind if all(result.get(k) == first.get(k) for k in ("recipe", "model", "batch"))][:1]
 
 
 def answers(results: Gathered) -> list[str]:

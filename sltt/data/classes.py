@@ -1,8 +1,10 @@
 """The samples of some classes of a data set, with the classes numbered anew."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from sltt.checks import instance, whole_numbers
@@ -34,14 +36,13 @@ class Classes(Data):
 
     def load(self, steps: int) -> Splits:
         splits = self.data.splits(steps)
-        name = str(self.data)
         if splits.classes is None or splits.per_step:
-            raise ValueError(f"the targets of {name} are no classes, one for each sample: Classes cannot choose any")
+            raise ValueError(f"the targets of {self.data} are no classes, one for each sample: none can be chosen")
         if isinstance(splits.train, Mixup):
             raise ValueError("mixup mixes samples of all classes: leave it out where classes are chosen, mixup=0")
         labels = class_labels(splits.unaugmented_train)
         if empty := sorted({*self.classes} - {*labels}):
-            raise ValueError(f"class {empty[0]} of {name} has no training samples: leave it out")
+            raise ValueError(f"class {empty[0]} of {self.data} has no training samples: leave it out")
 
         def choose(split: str, samples: Dataset[Any]) -> Dataset[Any]:
             return _Chosen(samples, self.classes, labels if split in ("train", "plain") else class_labels(samples))
@@ -53,6 +54,10 @@ class Classes(Data):
             classes=len(self.classes),
             fingerprint=fingerprint([splits.fingerprint, *self.classes]),
         )
+
+    def read(self, path: Path, steps: int) -> Tensor:
+        self.data.statistics = self.statistics
+        return self.data.read(path, steps)
 
 
 def class_labels(samples: Any) -> list[int]:

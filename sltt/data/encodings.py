@@ -6,6 +6,7 @@ Shapes: T time steps, C channels.
 
 from abc import ABC, abstractmethod
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,6 +144,11 @@ class Encoded(Data):
         return splits.with_each(
             lambda name, samples: Mapped(samples, code) if name == "train" else _Fixed(samples, code), static=False
         )
+
+    def read(self, path: Path, steps: int) -> Tensor:
+        self.data.statistics = self.statistics
+        samples: Any = [(self.data.read(path, steps), None)]
+        return _Fixed(samples, partial(self.encoding, steps=steps))[0][0]
 
 
 class _Fixed(Mapped):

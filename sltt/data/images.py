@@ -279,8 +279,7 @@ def decode(path: str) -> Tensor:
                 return (pil_to_tensor(image).int() >> 8).byte().repeat(3, 1, 1)
             if image.mode not in ("I", "F"):  # of unknown range
                 return pil_to_tensor(image.convert("RGB"))
-        remedy = "restore it, remove it, or save it with 8 or 16 bits"
-        raise ValueError(f"{path} does not decode as an image: {error}; {remedy}") from error
+        raise ValueError(f"{path} does not decode as an image: {error}; restore it, or save 8 or 16 bits") from error
 
 
 def _folders(home: Path) -> set[str]:

@@ -94,12 +94,10 @@ def measure_split(
     model, steps, size = settings.model, settings.steps, settings.size
     splits = here.splits(settings.data, steps)
     dataset = getattr(splits, split)
-    if dataset is None:
+    if dataset is None or not len(dataset):
         hold_out = "hold some out, as by validation=0.1"
         cause = hold_out if split == "validation" else "the data was made without; choose another split"
         raise ValueError(f"there are no {split} samples: {cause}")
-    if not len(dataset):
-        raise ValueError(f"there are no {split} samples: expected one or more")
     if split == "train":
         dataset = splits.unaugmented_train
     elif (trained := getattr(model, "trained", None)) and trained.split not in (None, splits.fingerprint):

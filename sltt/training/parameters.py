@@ -27,10 +27,8 @@ def parameter_groups(model: nn.Module, norm_weight_decay: float | None, norm_bia
     biases = [m.bias for m in norms if norm_bias_lr != 1 and isinstance(getattr(m, "bias", None), nn.Parameter)]
     own = set(map(id, biases))
     decayed = [p for m in norms if decay for p in m.parameters() if id(p) not in own]
-    if norm_bias_lr != 1 and not biases:
-        raise ValueError("norm_bias_lr is given, but no normalisation layer of the model has a bias: leave it out")
-    if decay and not biases and not decayed:
-        raise ValueError("norm_weight_decay is given, but no normalisation layer has parameters: leave it out")
+    if not biases and (norm_bias_lr != 1 or not decayed):
+        raise ValueError("norm_bias_lr needs normalisation with a bias, norm_weight_decay with parameters: leave it out")
     own |= set(map(id, decayed))
     groups = [
         {"params": [p for p in model.parameters() if id(p) not in own]},

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from PIL import Image
 
 import sltt
-from sltt.data import Delta, Digits, Encoded, Latency, Poisson
+from sltt.data import Classes, Delta, Digits, Encoded, ImageFolder, Latency, Poisson
 from sltt.training.batches import EpochSampler, train_loader
 
 RANGE = {"low": -0.82, "high": 1.85}  # of the normalised digits
@@ -114,3 +115,16 @@ def test_codes_of_other_types_are_those_of_float32(dtype, steps):
     signal = torch.tensor([[5.0], [3.0], [9.0], [9.0]])
     assert torch.equal(Delta(1.0)(signal.to(dtype), 4).float(), Delta(1.0)(signal, 4))
     assert Poisson(high=255.0)(images, 3).dtype == dtype
+
+
+def test_a_file_is_read_as_the_samples_of_the_data_are(tmp_path):
+    for label in "abc":
+        for i in range(4):
+            (tmp_path / label).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8), (60 * i, 90, 7)).save(tmp_path / label / f"{i}.png")
+    images = ImageFolder(str(tmp_path), test=0.25, size=8, crop_padding=0, augment=False)
+    data = Encoded(Classes(images, [2, 0]), Latency(low=-3.0, high=3.0))
+    samples = data.splits(5).train
+    files = [tmp_path / label / f"{i}.png" for label in "ac" for i in range(4)]
+    read = [data.read(path, 5) for path in files]
+    assert all(any(torch.equal(x, one) for one in read) for x, _ in samples)
