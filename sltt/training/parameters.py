@@ -28,7 +28,7 @@ def parameter_groups(model: nn.Module, norm_weight_decay: float | None, norm_bia
     own = set(map(id, biases))
     decayed = [p for m in norms if decay for p in m.parameters() if id(p) not in own]
     if not biases and (norm_bias_lr != 1 or not decayed):
-        raise ValueError("norm_bias_lr needs normalisation with a bias, norm_weight_decay with parameters: leave it out")
+        raise ValueError("norm_bias_lr needs normalisation with a bias, norm_weight_decay with weights: leave it out")
     own |= set(map(id, decayed))
     groups = [
         {"params": [p for p in model.parameters() if id(p) not in own]},

@@ -49,7 +49,7 @@ REFUSED = [
     ({"loss": sltt.losses.PerStep(SUM), "accumulate": 2}, r"CrossEntropyLoss\(reduction='sum'\) adds up over samples"),
     ({"optimizer": torch.optim.LBFGS}, "LBFGS computes the loss several times a step"),
     ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
-    ({"model": nn.Linear(4, 3), "norm_weight_decay": 0.0}, "normalisation with a bias, norm_weight_decay with parameters"),
+    ({"model": nn.Linear(4, 3), "norm_weight_decay": 0.0}, "norm_weight_decay with weights"),
     ({"model": nn.RMSNorm(4), "norm_bias_lr": 2.0}, "norm_bias_lr needs normalisation with a bias"),
     ({"data": Pictures(), "phases": [Phase(1, crop=11)]}, "a phase crops 11 pixels out of samples"),
     ({"phases": [Phase(3), Phase(1, crop=2)]}, "a phase crops 2 pixels out of samples"),
