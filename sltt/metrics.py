@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from sltt._torch import _Loss
-from sltt.checks import function, instance, number
+from sltt.checks import function, instance
 
 
 class Metric(ABC):
@@ -48,19 +48,12 @@ class Accuracy(Metric):
 
 
 class MultiLabelAccuracy(Metric):
-    """The share of labels that are right: logits above the threshold where the target is 1, below where it is 0.
-
-    Args:
-        threshold: of the logits; 0 is a probability of one half.
-    """
-
-    def __init__(self, threshold: float = 0.0):
-        self.threshold = number("threshold", threshold)
+    """The share of labels that are right: logits above 0 where the target is 1, below where it is 0."""
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Logits [..., C] and labels 0 or 1 [..., C]."""
         _check_shape(self, target, prediction.shape)
-        return _mean((prediction > self.threshold) == (target > 0.5), prediction)
+        return _mean((prediction > 0) == (target > 0.5), prediction)
 
 
 class MeanAbsoluteError(Metric):

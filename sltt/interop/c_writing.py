@@ -32,7 +32,8 @@ class Program:
     """
 
     def __init__(self, network: Network, name: str, events: bool):
-        self.network, self.name, self.events = network, name, events
+        self.network, self.name = network, name
+        self.events = events and network.input_scale <= 1  # else an event is less than 1 in the input
         self.types = dict(_TYPES["int8" if network.integers else "float32"])
         self.parts: dict[tuple[str, str], dict[str, str]] = {}  # functions that the network calls; IN and OUT of each
         self.constants: dict[str, tuple[str, Tensor, str]] = {}  # C's type, values, and layer, by name

@@ -13,7 +13,6 @@ the threshold, and its versions differ in the reset; what ours do is written int
 
 # pyright: reportMissingImports=false
 
-import copy
 import re
 from collections.abc import Iterable
 from dataclasses import fields
@@ -117,7 +116,7 @@ class _Export:
         require(weighs or alike, ", which reads what is joined: only layers with weights, pooling and neurons may")
         branches: list[tuple[list[str], int]] = []
         for sources, width in parts:
-            module = copy.deepcopy(layer)
+            module = reading.copy_plain(layer)
             if weighs:
                 module.weight, at = nn.Parameter(module.weight[:, at : at + width]), at + width
                 module.bias = None if branches else module.bias

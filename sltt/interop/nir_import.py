@@ -118,7 +118,7 @@ def _shape(node: Any) -> list[int] | None:
     shape = (node.input_type or {}).get("input")
     if shape is None or any(n is None for n in np.ravel(shape)):
         return None
-    return [int(n) for n in shape]
+    return [int(n) for n in shape] or None  # numbers for all neurons alike have none
 
 
 def _module(node: Any, dt: float, surrogate: Surrogate) -> nn.Module:

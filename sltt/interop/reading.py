@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from sltt.interop.conversion import check_names, has_hooks, layer_title, require
 from sltt.neurons.dropout import Dropout
@@ -81,10 +82,18 @@ def read_calls(model: nn.Module, x: Tensor) -> list[Call]:
 
 def _fold(layer: Any, norm: Any) -> nn.Module:
     """Return a layer that gives what a BatchNorm behind it gives: w (u − μ) / √(σ² + ε) + b."""
-    folded, statistics = copy.deepcopy(layer), (norm.running_mean, norm.running_var, norm.eps)
-    weights = fuse_conv_bn_weights(layer.weight, layer.bias, *statistics, norm.weight, norm.bias)
-    folded.weight, folded.bias = weights
+    folded, statistics = copy_plain(layer), (norm.running_mean, norm.running_var, norm.eps)
+    folded.weight, folded.bias = fuse_conv_bn_weights(layer.weight, layer.bias, *statistics, norm.weight, norm.bias)
     return folded
+
+
+def copy_plain(layer: Any) -> Any:
+    """Return a copy of a layer whose weights may be set: what computed them is gone."""
+    copied = copy.deepcopy(layer)
+    copied.__class__ = type_before_parametrizations(layer)
+    for name in copied._modules.pop("parametrizations", ()):
+        setattr(copied, name, nn.Parameter(getattr(layer, name)))
+    return copied
 
 
 class _Reader(fx.Interpreter):

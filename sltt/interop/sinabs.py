@@ -98,7 +98,7 @@ class _Integrate(IntegrateAndFire):
     """A layer of sinabs that runs in our kernels: it may fire several times in a time step, and learns τ by default."""
 
     def __init__(self, module: Any):
-        plain = type(module) in (LIFSqueeze, IAFSqueeze) and module.does_spike and module.tau_syn is None
+        plain = type(module) in (LIFSqueeze, IAFSqueeze) and module.does_spike and module.alpha_syn_calculated is None
         require(plain and module.min_v_mem is None and not module.record_states, "has other dynamics")
         require(isinstance(module.reset_fn, MembraneSubtract), "has a reset that ours do not have")
         threshold = read_constant("spike_threshold", module.spike_threshold)
@@ -126,7 +126,7 @@ class _Squeezed(AfterReset):
 def _constants(module: Any) -> tuple[Any, ...]:
     functions = module.spike_fn, module.reset_fn, module.surrogate_grad_fn
     others = "spike_threshold", "min_v_mem", "norm_input", "record_states", "tau_syn", "train_alphas"
-    return *functions, repr(functions), *(getattr(module, name) for name in others)
+    return *functions, repr(functions), *(getattr(module, name, None) for name in others)
 
 
 register(

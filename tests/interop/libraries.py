@@ -110,6 +110,7 @@ CASES = {
     "snn SLSTM": (snn, "SLSTM", {"threshold": 0.1, "reset_mechanism": "subtract"}),
     "sinabs LIF": (sinabs, "LIFSqueeze", {"tau_mem": 3.0, "norm_input": False}),
     "sinabs LIF with current": (sinabs, "LIFSqueeze", {"tau_mem": 3.0, "tau_syn": 2.0}),
+    "sinabs LIF, learned": (sinabs, "LIFSqueeze", {"tau_mem": 3.0, "train_alphas": True}),
     "sinabs IAF": (sinabs, "IAFSqueeze", {}),
     "norse LIFBox": (norse, "LIFBoxCell", {"p": "LIFBoxParameters", "of_p": {"v_th": torch.tensor(0.1)}}),
     "norse LIF": (norse, "LIFCell", {"p": "LIFParameters", "of_p": {"v_th": torch.tensor(0.1)}}),

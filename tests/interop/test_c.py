@@ -377,6 +377,15 @@ def test_the_exported_test_passes_under_sanitizers_and_finds_a_wrong_weight(key,
         assert failed.returncode
 
 
+@pytest.mark.parametrize(("most", "there"), [(100, True), (200, False)])
+def test_in_int8_there_are_events_where_one_is_1_in_the_input(most, there, tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 16), sltt.LIF(v_threshold=50.0), nn.Linear(16, 3))
+    x = torch.randint(most + 1, (4, 3, 2, 2, 2)).float()
+    x[0, 0] = most
+    sltt.interop.to_c(model, x, tmp_path / "net", name="net", weights="int8")
+    assert ("net_event(" in (tmp_path / "net" / "net.h").read_text()) == there
+
+
 def test_events_count_as_the_frame_does(compiled):
     cases, library = compiled
     for weights, kind, given in (("float32", np.float32, np.float32), ("int8", np.int32, np.int8)):

@@ -231,6 +231,23 @@ def test_names_that_differ_in_a_dot_are_two_layers():
     assert from_nir(graph)(torch.ones(1, 3).double()).tolist() == [[90.0] * 3]
 
 
+def test_a_weight_that_is_computed_is_folded_as_an_ordinary_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), sltt.LIF(), sltt.Delay([0, 2]), nn.Linear(12, 3)).eval()
+    expected = sltt.unroll(model, x := 3 * torch.randn(5, 4, 4))
+    for layer in (model[0], model[4]):
+        nn.utils.parametrizations.weight_norm(layer)
+    back = from_nir(to_nir(model, x[0], dt=DT), dt=DT)
+    torch.testing.assert_close(sltt.unroll(back, x), expected)
+
+
+def test_numbers_stand_for_the_parameters_of_all_neurons():
+    one = {name: np.array(value) for name, value in (("tau", 2e-3), ("r", 1.0), ("v_leak", 0.0), ("v_threshold", 1.0))}
+    nodes = {"i": nir.Input(np.array([4])), "l": nir.LIF(**one), "o": nir.Output(np.array([4]))}
+    network = from_nir(nir.NIRGraph(nodes, [("i", "l"), ("l", "o")]), dt=DT)
+    assert sltt.unroll(network, 3 * torch.rand(5, 2, 4)).shape == (5, 2, 4)
+
+
 def test_a_normalisation_is_not_folded_into_weights_that_others_read():
     class Shared(nn.Module):
         def __init__(self):
