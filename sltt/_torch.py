@@ -160,6 +160,13 @@ def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
     return next(module.children()) if wrapper else None
 
 
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the network in what Fabric and DistributedDataParallel put around it."""
+    while (inner := wrapped_module(model)) is not None:
+        model = inner
+    return model
+
+
 def has_own_operations() -> bool:
     """Return whether a function mode of the user's is in force, which gives operations another meaning."""
     if not _len_torch_function_stack():

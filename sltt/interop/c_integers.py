@@ -21,7 +21,7 @@ from torch import Tensor
 from sltt.interop import c_network
 from sltt.interop.c_network import LIMIT, PEAK, SHIFT, Affine, Fire, Join, Network, Operation, Pool, Sum, Value, Weights
 
-_FINE = 2**22  # a bias or a shift has no more units than this
+_FINE = 2**26  # a bias or a shift has no more units than this
 _GAIN = 64  # units of an input or a spike behind which there are no weights
 _FIRES = PEAK // 64  # units of most thresholds, at most
 _Units = dict[Value, Tensor]
@@ -187,7 +187,8 @@ def _fire(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: 
     op.integers = True
     op.shift = _shift(op.threshold / unit)
     unit = unit * 2**op.shift
-    op.threshold = (op.threshold / unit).round().clamp(1, PEAK)
+    op.threshold = (op.threshold / unit).ceil() if op.above else (op.threshold / unit).round()
+    op.threshold = op.threshold.clamp(1, PEAK)
     op.start = (op.start / unit).round().clamp(-PEAK, PEAK)
     for name in {"decay", "synapse", "adaptation"} & op.arrays().keys():
         setattr(op, name, (getattr(op, name) * 2**SHIFT).round())

@@ -124,6 +124,7 @@ class Fire(Operation):
     rise: Tensor | None = None
     subtract: Tensor | None = None
     negative: bool = False
+    above: bool = False  # θ is the next number above what u must exceed
     integers: bool = False
     shift: int = 0
     tensors = ("decay", "threshold", "start", "synapse", "adaptation", "rise", "subtract")

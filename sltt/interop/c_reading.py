@@ -157,6 +157,7 @@ class _Reader:
             x = self._affine(name, x, gain, torch.zeros(1))
         fire = Fire(name, [x], _spikes(x, module), decay, threshold, _flat(module.first_states()["v"]) - rest)
         fire.hard, fire.negative = reset_to is not None, isinstance(module, TernaryLIF)
+        fire.above = isinstance(module.surrogate, Above)
         fire.subtract = None if subtract is None else _flat(subtract)
         if isinstance(module, CubaLIF):
             fire.synapse = _flat(values["synaptic_decay"])

@@ -5,22 +5,11 @@ its name: a library of other sources is not found. The last bytes of a library a
 """
 
 import hashlib
-import platform
 import subprocess
-import sys
 from pathlib import Path
 
 SOURCES = sorted(path for path in Path(__file__).parent.glob("**/*") if path.suffix in (".cpp", ".h"))
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-ffp-contract=off")
-_X86 = {"x86-64-v3": "x86_64_v3", "x86-64-v4": "x86_64_v4"}
-# the libraries in the wheel of a platform, each with the compiler's name of what it is compiled for
-PLATFORMS = {
-    "manylinux_2_17_x86_64": {name: name for name in _X86},
-    "manylinux_2_17_aarch64": {"aarch64": "armv8-a"},
-    "macosx_11_0_arm64": {"aarch64": "apple_m1"},
-    "win_amd64": _X86,
-}
-_ZIG = {"macosx_11_0_arm64": "aarch64-macos.11.0", "win_amd64": "x86_64-windows-gnu"}
 SHIPPED = Path(__file__).with_name("shipped")
 _DIGEST = hashlib.sha256().digest_size
 
@@ -28,14 +17,6 @@ _DIGEST = hashlib.sha256().digest_size
 def shipped_name(architecture: str) -> str:
     """Return the file name of a wheel's library."""
     return f"{architecture}-{hashlib.sha256(sources()).hexdigest()[:16]}.so"
-
-
-def compiler_for(target: str) -> tuple[str, ...]:
-    """Return the command that compiles for a platform: GCC for Linux, and zig, of the package ziglang, for others."""
-    if target in _ZIG:
-        return sys.executable, "-m", "ziglang", "c++", "-target", _ZIG[target]
-    machine = target.removeprefix("manylinux_2_17_")  # the symbols that the kernels need are older
-    return ("g++" if platform.machine() == machine else f"{machine}-linux-gnu-g++",)
 
 
 def sources() -> bytes:

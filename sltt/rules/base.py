@@ -121,7 +121,7 @@ class Rule(Frozen, ABC):
         # a backward of the user's own may ask for the gradients of all weights in each time step
         repeats = self.repeats or not (backward is None or str(getattr(backward, "__module__", "")).startswith("sltt."))
         network = Run(model, sequence, self.step(), hoist=self.hoist, repeats=repeats, keep=not self.online)
-        explained = explain_errors(backward or Tensor.backward, network)
+        explained = explain_errors(backward, network)
         if x.device.type != "cpu":  # where a launch takes longer than the sum
             explained = add_together(explained, model)
         norms = [layer for layer in network.layout.layers.values() if layer.role.stepwise]
@@ -149,10 +149,10 @@ class Rule(Frozen, ABC):
             return Fold()
         return choose_fold(network, self.fold, self, loss)
 
-    def run_trial(self, run: Run, fold: int) -> Tensor:
+    def run_trial(self, run: Run, fold: int, backward: Backward) -> Tensor:
         """Run the rule on a copy of a network with so many time steps in a call; return the logits."""
         probe = torch.arange(run.sequence.steps), ProbeLoss()
-        return self.run(Batch(run, *probe, update=lambda: None, seed=0, fold=Fold(fold, fold))).logits
+        return self.run(Batch(run, *probe, backward, update=lambda: None, seed=0, fold=Fold(fold, fold))).logits
 
     def step(self) -> Step:
         """Return what layers do in a time step, for a batch: a `Step` whose methods are overridden.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sltt.sequence.reach import graph_nodes, operations
 from sltt.sequence.run import Run
 from sltt.sequence.state import Stateful, map_tensors, role_of, state_names
 
@@ -52,8 +53,8 @@ def _place(run: Run, error: Exception) -> str | None:
     return None
 
 
-def explain_errors(backward: Callable[[Tensor], Any], run: Run) -> Callable[[Tensor], Any]:
-    """Return `backward` with errors about a graph turned into ValueErrors that name a module."""
+def explain_errors(own: Callable[[Tensor], Any] | None, run: Run) -> Callable[[Tensor], Any]:
+    """Return a backward, the user's own or PyTorch's, with errors about a graph turned into ValueErrors."""
 
     def run_backward(value: Tensor) -> Any:
         if not value.requires_grad:
@@ -61,7 +62,16 @@ def explain_errors(backward: Callable[[Tensor], Any], run: Run) -> Callable[[Ten
             why = "the model has none that is not frozen" if frozen else "the model or the loss detaches it"
             raise ValueError(f"the loss has no gradient for any parameter: {why}")
         try:
-            return backward(value)
+            if own is None:
+                return value.backward()
+            anchor = torch.zeros_like(value, requires_grad=True)
+            result = own(value + anchor)
+            if anchor.grad is None and _leaves(value, run):
+                raise ValueError(
+                    "backward=… asked for the gradients of some tensors alone, and the rule waits for those of tensors "
+                    "in between: call value.backward() without inputs, in place of torch.autograd.grad"
+                )
+            return result
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -72,9 +82,15 @@ def explain_errors(backward: Callable[[Tensor], Any], run: Run) -> Callable[[Ten
     return run_backward
 
 
+def _leaves(value: Tensor, run: Run) -> set[Tensor]:
+    """Return the leaves of a graph but the input and the network's weights."""
+    nodes = graph_nodes([value.grad_fn])
+    return {node.variable for node in nodes - operations(nodes)} - {*run.model.parameters(), run.sequence.x}
+
+
 def check_reached(model: nn.Module) -> None:
     """Raise ValueError where a batch gave no weight a gradient: its loss is made of other weights than the model's."""
-    if all(p.grad is None for p in model.parameters()):
+    if all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters()):  # which may clear it
         why = "the loss does not depend on the logits, or the rule called no backward"
         raise ValueError(f"no parameter of the model has a gradient: {why}")
 

@@ -27,18 +27,19 @@ from sltt._torch import (
     _DropoutNd,
     get_rng_states,
     keep_generators,
-    wrapped_module,
+    unwrapped,
 )
 from sltt.neurons.dropout import Dropout
-from sltt.rules.batch import Batch, Fold
+from sltt.rules.batch import Backward, Batch, Fold
 from sltt.sequence.copies import copy_model
 from sltt.sequence.hooks import without_marked_hooks
 from sltt.sequence.layout import Layer, layout_of
+from sltt.sequence.reach import graph_nodes, operations
 from sltt.sequence.run import Run
 from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence
 
-RunRule = Callable[[Run, int], Tensor]  # runs a rule on copies with so many steps in a call; gives the logits
+RunRule = Callable[[Run, int, Backward], Tensor]  # runs a rule with so many steps in a call; gives the logits
 _PRECISE, _ROUGH = 1e-9, 2e-5
 
 
@@ -106,9 +107,9 @@ class _Opened(Step):
         return y
 
 
-def run_cut(run: Run, fold: int) -> Tensor:
+def run_cut(run: Run, fold: int, backward: Backward) -> Tensor:
     """Run the time steps of a sequence, each with a backward of its own; return the logits."""
-    batch = Batch(run, torch.arange(run.sequence.steps), ProbeLoss(), fold=Fold(fold, fold))
+    batch = Batch(run, torch.arange(run.sequence.steps), ProbeLoss(), backward, fold=Fold(fold, fold))
     for t in range(0, batch.steps, fold):
         value = batch.forward(range(t, min(t + fold, batch.steps)), cut=True)
         if value.requires_grad:
@@ -150,13 +151,6 @@ def apart_from_user(device: torch.device) -> Iterator[None]:
         stack.enter_context(kernels.using(compile="off"))
         _seed()
         yield
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network in what Fabric and DistributedDataParallel put around it."""
-    while (inner := wrapped_module(model)) is not None:
-        model = inner
-    return model
 
 
 def copy_apart(model: nn.Module) -> nn.Module:
@@ -231,14 +225,24 @@ def _compare(run: Run, fold: int, make_step: Callable[[], Step], run_rule: RunRu
 
 def _run(twin: nn.Module, sequence: Sequence, fold: int, step: Step, run_rule: RunRule) -> dict[str, Tensor | None]:
     """Run a rule on a copy; return logits, states, gradients and buffers by name, in the order of their importance."""
+    leaves: dict[Tensor, Tensor | None] = {}  # with the gradients that they had: some may be outside of the network
+
+    def backward(value: Tensor) -> None:
+        nodes = graph_nodes([value.grad_fn])
+        for leaf in {node.variable for node in nodes - operations(nodes)}.difference(leaves):
+            leaves[leaf], leaf.grad = leaf.grad, None
+        value.backward()
+
     with without_marked_hooks(twin.modules()), torch.enable_grad(), Run(twin, sequence, step) as run:
-        results: dict[str, Any] = {"the logits": run_rule(run, fold)}
-        run.results.finish(Tensor.backward)
+        results: dict[str, Any] = {"the logits": run_rule(run, fold, backward)}
+        run.results.finish(backward)
         for layer in run.layout.keepers:
             for name in layer.states:
                 results[f"the state {name} of {layer}"] = getattr(layer.module, name)
     for name, p in twin.named_parameters():  # one behind a long delay may have 0 in a call of several steps alone
         results[f"the gradient of {name}"] = torch.zeros_like(p) if p.grad is None else p.grad
+    for leaf, gradient in leaves.items():
+        leaf.grad = gradient
     return results | {f"the buffer {name}": buffer for name, buffer in twin.named_buffers()}
 
 

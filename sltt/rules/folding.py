@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sltt import kernels
+from sltt._torch import unwrapped
 from sltt.checks import whole_number
 from sltt.memory import call_memory
 from sltt.rules.batch import Fold
-from sltt.rules.fold_trial import PlainError, apart_from_user, copy_apart, find_difference, run_cut, unwrapped
+from sltt.rules.fold_trial import PlainError, apart_from_user, copy_apart, find_difference, run_cut
 from sltt.rules.operations import Sizes, takes_channels_last, watch_samples
 from sltt.sequence.hooks import put_forward, without_marked_hooks
 from sltt.sequence.layout import KnownBatch, Layout

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sltt import kernels
-from sltt._torch import DispatchMode, tree_leaves
-from sltt.rules.fold_trial import is_dropout, unwrapped
+from sltt._torch import DispatchMode, tree_leaves, unwrapped
+from sltt.rules.fold_trial import is_dropout
 from sltt.sequence.hooks import without_marked_hooks
 from sltt.sequence.layout import Layer, layout_of
 from sltt.sequence.proof import is_proved
@@ -194,6 +194,12 @@ class _Watched(Sizes):
         self.operations = operations
         self._normalised: dict[int, str] = {}
         self._pairs: list[tuple[str, str, int, weakref.ref[Tensor]]] = []
+        self._ran: set[Layer] = set()
+
+    def _take_turn(self, layer: Layer) -> None:
+        if layer in self._ran:
+            raise UnknownError(f"runs {layer} twice")
+        self._ran.add(layer)
 
     def handler(self, layer: Layer, folds: bool) -> Any:
         return self.keeper if is_dropout(layer.module) else super().handler(layer, folds)
@@ -210,6 +216,7 @@ class _Watched(Sizes):
         if kernels.others_save():
             raise UnknownError("normalises in a checkpoint")
         if layer.role.stepwise:
+            self._take_turn(layer)
             self.operations.require(*args, **kwargs)
         y = super().norm(layer, *args, **kwargs)
         if args and y is args[0]:
@@ -236,6 +243,7 @@ class _Watched(Sizes):
     def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if not is_proved(layer):
             raise UnknownError(f"keeps a state of its own in {layer}")
+        self._take_turn(layer)
         self.operations.require(*args, **kwargs)
         self.operations.ours = True
         y = layer.plain(*args, **kwargs)

@@ -161,8 +161,8 @@ _KEPT = "_sltt_layouts"  # the attribute of a network with its layouts
 _CHANGES = 3  # batches in a row before each of which the network changed
 
 
-class _Layouts(dict[bool, Layout]):
-    """The layouts of a network, in training mode and not. Copies and files of the network have none."""
+class _Layouts(dict[Any, Layout]):
+    """The layouts of a network, in training mode and not. Deep copies and files of the network have none."""
 
     def __reduce__(self) -> Any:
         return dict, ()
@@ -176,22 +176,22 @@ def layout_of(model: nn.Module) -> Layout:
     layouts = vars(model).get(_KEPT)
     if not isinstance(layouts, _Layouts):
         layouts = vars(model)[_KEPT] = _Layouts()
-    before = layouts.get(model.training)
+    before = layouts.get(key := (model, model.training))  # a shallow copy shares the dictionary
     if before is not None and before.in_use:
         return Layout(model)
     changes = {} if before is None else before.changes()
     if before is not None and not changes:
         before.reused = True
     else:
-        layouts[model.training] = Layout(model)
+        layouts[key] = Layout(model)
         if before is not None:
-            layouts[model.training].follow(before, changes)
-    return layouts[model.training]
+            layouts[key].follow(before, changes)
+    return layouts[key]
 
 
 def last_fold(model: nn.Module) -> Any:
     """Return what `folding` chose last for a network; None before its first batch, and under rules that do not fold."""
-    layout = vars(model).get(_KEPT, {}).get(model.training)
+    layout = vars(model).get(_KEPT, {}).get((model, model.training))
     return layout and layout.chosen
 
 

@@ -74,6 +74,7 @@ class Results:
         self._keep = keep
         self._fixed = [] if x is None else [x]  # what time does not change
         self._results: dict[Any, _Result] = {}
+        self._sums: dict[Tensor, Any] = {}  # of gradients of results in bfloat16 and float16
         self._checked: set[nn.Module] = set()
 
     def once(self, function: Callable[..., Tensor], owner: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -93,6 +94,8 @@ class Results:
             with torch.set_grad_enabled(grad):
                 value = function(*inputs)
             leaf = value.detach().requires_grad_(value.requires_grad)
+            if leaf.requires_grad and leaf.itemsize < 4:
+                leaf.register_post_accumulate_grad_hook(self._add)
             self._results[key] = _Result(value, leaf, _version(leaf))
             self._fixed.append(leaf)
         result = self._results[key]
@@ -122,8 +125,13 @@ class Results:
     def finish(self, backward: Callable[[Tensor], Any]) -> None:
         """Send the gradients that the time steps left in the results through the graphs behind them."""
         for value, leaf, _ in reversed(self._results.values()):  # a later result may have been made from an earlier
-            if leaf.grad is not None:
-                backward(add_gradients(torch.zeros((), device=value.device), [(value, leaf.grad)]))
+            if (gradient := self._sums.get(leaf, leaf.grad)) is not None:
+                backward(add_gradients(torch.zeros((), device=value.device), [(value, gradient.to(value.dtype))]))
+
+    def _add(self, leaf: Tensor) -> None:
+        """Add the gradient of a call in float32: in a sum of 8 bits, those of later steps would be lost."""
+        self._sums[leaf] = self._sums.get(leaf, 0.0) + leaf.grad.float()  # type: ignore[union-attr]
+        leaf.grad = None
 
 
 def add_gradients(total: Tensor, gradients: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -4,12 +4,13 @@ Such a network may take several time steps in a call, and does not change its we
 nothing is assumed: see `sltt.rules.folding`.
 """
 
+from collections import Counter
 from typing import Any
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from sltt._torch import _DropoutNd, has_global_hooks, has_own_operations, wrapped_module
+from sltt._torch import _DropoutNd, has_global_hooks, has_own_operations, unwrapped, wrapped_module
 from sltt.sequence.hooks import count_hooks
 from sltt.sequence.state import LIBRARIES
 
@@ -26,10 +27,13 @@ def find_unproved(layers: dict[nn.Module, Any]) -> str | None:
     hooked = next((layer for module, layer in layers.items() if count_hooks(module)), None)
     if hooked:
         return f"has hooks on {hooked}, which see one time step in a call"
+    places = Counter(module for _, module in unwrapped(next(iter(layers))).named_modules(remove_duplicate=False))
     inside: set[nn.Module] = set()  # what keeps a state, which takes the time steps one after the other
     for module, layer in layers.items():
         if module not in inside and not is_proved(layer):
             return f"has a forward of its own in {layer}"
+        if places[module] > 1 and (layer.role.stepwise or layer.states):
+            return f"runs {layer} in two places"
         inner = [layers[m] for m in module.modules()] if isinstance(module, ParametrizationList) else []
         if any(i.role.stepwise or i.role.kind == "keeper" or isinstance(i.module, _DropoutNd) for i in inner):
             return f"computes a weight by layers that tell time steps apart in {layer}"

@@ -14,7 +14,7 @@ from sltt.sequence.layout import Layer
 from sltt.sequence.pairs import run_layers
 from sltt.sequence.run import Run
 from sltt.sequence.spikes import show
-from sltt.sequence.steps import channels_last, in_backward
+from sltt.sequence.steps import channels_last, in_backward, repeat
 
 NEURON = (
     "runs twice in a time step, and has one membrane potential: use a neuron of its own for each place. A forward that "
@@ -93,9 +93,9 @@ class Step:
             self.run.take_turn(layer, TWICE)
         if layer.advance is not None and len(args) == 1 and self._is_plain() and not in_backward():
             run = self.run
+            if run.fold == 1:
+                run.take_turn(layer, KEEPER)
             if (y := layer.advance(args[0], run.fold, run.cut, run.weights)) is not None:
-                if run.fold == 1:
-                    run.take_turn(layer, KEEPER)
                 return y
         return self.run.one_by_one(layer, args, kwargs)
 
@@ -119,7 +119,7 @@ class Step:
             return plain(x)
         # a checkpoint runs the layer again on all of x
         if run.fold > 1 and run.sequence.same_at_each_step(x, run.fold) and not kernels.others_save():
-            return torch.cat([plain(x[: run.batch])] * run.fold)  # which keeps the memory format
+            return repeat(plain(x[: run.batch]), run.fold)
         y = kernels.run_layer(operation, x, weight, bias, run.weights, run.recompute)
         if run.recompute and kernels.tag_of(y):
             run.seen.append(y)

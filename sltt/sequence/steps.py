@@ -48,7 +48,7 @@ class Sequence:
         """Return x of so many time steps; calls of a sequence share it, unless the network changed it in place."""
         folded = self._folded.get(steps)
         if folded is None or self.x.requires_grad or folded.is_inference() or folded._version:
-            whole = torch.cat([self.x] * steps)  # which keeps the memory format of images alone
+            whole = repeat(self.x, steps)
             folded = self._folded[steps] = channels_last(whole) if self.last else whole
         return folded
 
@@ -76,6 +76,14 @@ def channels_last(x: Tensor) -> Tensor:
         return x.reshape(len(x), *x.shape[2:], 1).movedim(-1, 1)
     last = x.movedim(1, -1)
     return x if last.is_contiguous() else last.contiguous().movedim(-1, 1)
+
+
+def repeat(x: Tensor, steps: int) -> Tensor:
+    """Return x [B, ...] n times, [n·B, ...], in its memory format; its gradient is one sum, not one of sums."""
+    last = x.ndim > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    x = x.movedim(1, -1) if last else x
+    whole = x.expand(steps, *x.shape).contiguous().flatten(0, 1)
+    return whole.movedim(-1, 1) if last else whole
 
 
 def in_backward() -> bool:

@@ -1,6 +1,5 @@
 """Misuse that only running copies of a network can show."""
 
-import math
 import sys
 import warnings
 from contextlib import nullcontext
@@ -8,10 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
 
 from sltt import kernels
 from sltt._torch import FABRIC, _BatchNorm, keep_generators
@@ -23,7 +20,7 @@ from sltt.sequence.hooks import keep_hooks
 from sltt.sequence.layout import Layout
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.run import Run
-from sltt.sequence.state import Stateful
+from sltt.sequence.state import Stateful, state_tensors
 from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence, time_steps
 
@@ -35,8 +32,8 @@ def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None
 
         sltt.check(model, x)
 
-    It finds attention among samples, neurons that run twice in a time step of compiled code, modules that mix the
-    samples of a batch, time steps that cannot share a call as the rule's `fold` asks, and states that no rule knows of.
+    It finds neurons that run twice in a time step of compiled code, modules that mix the samples of a batch, time steps
+    that cannot share a call as the rule's `fold` asks, and states that no rule knows of.
     A forward that moves something outside of the network, such as a log, does so in copies too: with `fold=1` a rule
     runs none.
 
@@ -47,7 +44,7 @@ def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None
         rule: that trains.
         steps: T for a static input.
 
-    Raises ValueError for attention among samples, a neuron in two places, and time steps that cannot share a call.
+    Raises ValueError for a neuron in two places, and time steps that cannot share a call.
     """
     instance("model", model, nn.Module)
     instance("rule", rule, Rule)
@@ -63,7 +60,8 @@ def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None
     if mixing := _find_mixing(model, sequence):
         warnings.warn(
             f"{mixing} mixes the samples of a batch, in evaluation mode too: what a sample gives depends on the others."
-            " Attention is among tokens, [B, N, E] and not [N, B, E]; a sum over dimension 0 is one over samples",
+            " Attention is among tokens: of [B, heads, N, E], or nn.MultiheadAttention(batch_first=True) of [B, N, E]."
+            " A sum over dimension 0 is one over samples",
             stacklevel=4,
         )
 
@@ -82,7 +80,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _check_call(model: nn.Module, sequence: Sequence) -> None:
-    """Run a call of the network without the compiler: neurons run once in it, attention is among tokens, nothing stays.
+    """Run a call of the network without the compiler: neurons run once in it, and nothing stays.
 
     Where the network does not run so, the training says what is wrong.
     """
@@ -90,15 +88,10 @@ def _check_call(model: nn.Module, sequence: Sequence) -> None:
     try:
         twin = _copy(model)
         before = [*plain_tensors(twin)]  # held, so that no other tensor gets their ids
-        attending = (
-            module.register_forward_pre_hook(partial(_among_tokens, name, samples), with_kwargs=True)
-            for name, module in twin.named_modules()
-            if isinstance(module, nn.MultiheadAttention)
-        )
         with (
-            keep_hooks(*attending), evaluation_mode(twin), torch.no_grad(), keep_generators(sequence.x.device),
+            evaluation_mode(twin), torch.no_grad(), keep_generators(sequence.x.device),
             torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
-            Run(twin, sequence, _Eager(), grad=False) as run, _Attention(samples),
+            Run(twin, sequence, _Eager(), grad=False) as run,
         ):  # fmt: skip
             run.result(run(sequence.input(range(1))))
     except ValueError:
@@ -119,44 +112,6 @@ def _warn_of_unseen(model: nn.Module) -> None:
                 "weights are neither trained nor saved. Use nn.ModuleList or nn.ModuleDict",
                 stacklevel=4,
             )
-
-
-def _among_tokens(name: str, samples: int, module: Any, args: Any, kwargs: Any) -> None:
-    """Raise ValueError where attention is among samples; a forward pre-hook."""
-    query: Tensor = args[0] if args else kwargs["query"]
-    tokens = int(query.ndim == 3 and module.batch_first)
-    what = f"{name or 'the model'} ({type(module).__name__}) attends over dimension {tokens} of its input"
-    _check_tokens(query, tokens, samples, what, "give it tokens [B, N, E] and make it with batch_first=True")
-
-
-class _Attention(TorchFunctionMode):
-    """Do as `_among_tokens` in `F.scaled_dot_product_attention`, whose tokens are the last but one dimension."""
-
-    def __init__(self, samples: int):
-        super().__init__()
-        self.samples = samples
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            query: Tensor = args[0] if args else kwargs["query"]
-            tokens = query.ndim - 2
-            what = f"scaled_dot_product_attention attends over dimension {tokens} of its query"
-            _check_tokens(query, tokens, self.samples, what, "give it queries, keys and values [B, heads, N, E]")
-        return func(*args, **kwargs)
-
-
-def _check_tokens(query: Tensor, tokens: int, samples: int, what: str, remedy: str) -> None:
-    """Raise ValueError where `tokens`, a dimension of a query, is that of the samples.
-
-    It has so many elements then, and no other dimension but the features has them.
-    """
-    others = math.prod(query.shape[:-1]) // max(1, query.shape[tokens])
-    if query.shape[tokens] == samples and others % samples != 0:
-        raise ValueError(
-            f"{what} {list(query.shape)}, the {samples} samples of a time step: {remedy}. Attention over time has no "
-            "step by step form: let neurons carry the past, or train without a rule"
-        )
 
 
 def warn_of_leftovers(model: nn.Module, before: list[Any], samples: int) -> None:
@@ -207,8 +162,11 @@ def _run(model: nn.Module, x: Tensor, seed: int) -> list[ModuleCall]:
     seen: list[ModuleCall] = []
 
     def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        read, gave = (_first_row(tensor, len(x)) for tensor in (inputs[0] if inputs else None, output))
-        seen.append((f"{name or 'the model'} ({type(module).__name__})", read, gave))
+        states = (state for inner in module.modules() for state in state_tensors(inner))  # also of silent neurons
+        given = output[0] if isinstance(output, tuple) else output, *states
+        rows = [row.flatten().double() for value in given if (row := _first_row(value, len(x))) is not None]
+        read = _first_row(inputs[0] if inputs else None, len(x))
+        seen.append((f"{name or 'the model'} ({type(module).__name__})", read, torch.cat(rows) if rows else None))
 
     hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules()]
     with (
@@ -222,8 +180,8 @@ def _run(model: nn.Module, x: Tensor, seed: int) -> list[ModuleCall]:
 
 def _first_row(x: Any, rows: int) -> Tensor | None:
     """Return a copy of sample 0; None where the dimension of the samples is not plain to see."""
-    plain = isinstance(x, Tensor) and x.ndim > 0 and x.shape.count(rows) == 1 and len(x) == rows
-    return x[0].clone() if plain else None
+    plain = isinstance(x, Tensor) and x.shape.count(rows) == 1
+    return x.select([*x.shape].index(rows), 0).clone() if plain else None
 
 
 def _equal_tensors(a: Tensor | None, b: Tensor | None) -> bool:

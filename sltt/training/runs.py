@@ -40,7 +40,7 @@ def new_run(folder: str | Path | None, name: str, config: dict[str, Any]) -> Pat
                 f"{folder} exists: a run never overwrites another. Continue it with --resume {quote(str(folder))}, "
                 "in Python with resume=True, or choose another folder."
             )
-        return _make(Path(folder), config, exist_ok=True)
+        return _make(Path(folder), config, exist_ok=os.path.isdir(folder))
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1, 1000):
         with suppress(FileExistsError):

@@ -347,6 +347,22 @@ def test_no_sum_of_integers_leaves_32_bits(tmp_path):
     assert [op.gain.unique().tolist() for op in network.operations if hasattr(op, "gain")] == [[8.0]]
 
 
+def test_weights_behind_large_biases_keep_their_8_bits(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64), sltt.LIF(), nn.Linear(64, 5))
+    for layer in (model[0], model[1], model[2]):
+        layer.bias.data.normal_(0, 0.3)
+    network = to_c(model, torch.randn(6, 8, 64), tmp_path / "a", weights="int8").network
+    assert {op.weight.abs().max().item() for op in network.operations if hasattr(op, "weight")} == {127}
+
+
+def test_in_int8_a_neuron_that_fires_above_its_threshold_does_not_at_it(tmp_path):
+    neuron = sltt.IF(0.5, surrogate=sltt.surrogates.Above(sltt.surrogates.Triangle()))
+    model, x = nn.Sequential(nn.AvgPool2d(2), neuron, nn.Flatten(), nn.Linear(16, 3)), torch.rand(6, 8, 1, 8, 8).round()
+    network = to_c(model, x, tmp_path / "a", weights="int8").network
+    expected = sltt.unroll(model, x)
+    torch.testing.assert_close((network.unroll(x) * network.logit_scale).float(), expected, rtol=0, atol=0.01)
+
+
 @pytest.mark.parametrize("recipe", SIZES)
 def test_what_the_recipes_take_in_memory(recipe, tmp_path):
     make, x, steps, most = SIZES[recipe]

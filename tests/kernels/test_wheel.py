@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from hatch_build import PLATFORMS, compiler_for
 from sltt.kernels import native
-from sltt.kernels.compiling import PLATFORMS, compiler_for
 from sltt.kernels.layers import sparse
 from tests.kernels.exact import NATIVE
 
@@ -48,6 +48,7 @@ def unpacked(target, folder):
 
 LOADS = """
 import torch
+from hatch_build import PLATFORMS, compiler_for
 from sltt.kernels import native
 from sltt.kernels.layers import sparse
 from sltt.kernels.spikes.bits import pack

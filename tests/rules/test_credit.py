@@ -207,6 +207,15 @@ def test_where_the_error_cannot_come_back_in_time(how, rule, message):
         found(Around(how), sltt.SLTT(credit="none", fold=1), x, y)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_windows_of_one_step_keep_many_spikes_of_a_delay(depth):
+    """Which are kept as bits."""
+    x, y = torch.randn(5, 64, 6), torch.zeros(64).long()
+    model = nn.Sequential(nn.Linear(6, 64), sltt.LIF(), sltt.Delay([depth]), nn.Linear(64, 3))
+    got = [found(model, rule, x, y) for rule in (sltt.TBPTT(1, fold=1), sltt.SLTT(credit="none"))]
+    torch.testing.assert_close(*got)
+
+
 def test_mixed_keeps_a_delay_for_its_window():
     model, (x, y) = chain(None, [0, 2], [1, 3]), data()
     torch.testing.assert_close(found(model, sltt.Mixed({"2": "all", "5": "all"}), x, y), expected(model, x, y))

@@ -312,15 +312,42 @@ def test_a_target_that_pytorch_broadcasts_is_that_of_each_step():
     torch.testing.assert_close(found, expected)
 
 
+class Twice(nn.Module):
+    """Layers without places of their own: one that runs twice has one name."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.kept = nn.ModuleList(dict.fromkeys(layers))
+        self.order = [[*self.kept].index(layer) for layer in layers]
+
+    def forward(self, x):
+        for i in self.order:
+            x = self.kept[i](x)
+        return x
+
+
 @pytest.mark.parametrize("rule", [sltt.SLTT, sltt.BPTT])
-def test_trying_a_network_gives_the_input_no_gradient(rule):
+def test_trying_a_network_gives_what_is_outside_of_it_no_gradient(rule):
     (x, y), found = batch(), []
-    model = small_network(sltt.LIF).append(Through(lambda layer, z: torch.einsum("bi->bi", z)))
+    outside = torch.ones(3, dtype=torch.float64)
+    model = small_network(sltt.LIF).append(Through(lambda layer, z: torch.einsum("bi->bi", z) * outside))
     for fold in ("auto", 1):
-        given = x.clone().requires_grad_()
+        given, outside.grad = x.clone().requires_grad_(), torch.ones(3, dtype=torch.float64)
+        outside.requires_grad_()
         rule(fold=fold)(copy.deepcopy(model), given, y, LOSS)
-        found.append(given.grad)
+        found.append((given.grad, outside.grad))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, Net, Twice])
+@pytest.mark.parametrize("make", [lambda: nn.BatchNorm1d(6), lambda: sltt.Dropout(0.0)])
+def test_a_layer_with_steps_that_runs_twice_takes_one(kind, make):
+    """Its statistics, and the masks that it draws, come in the order of the steps."""
+    shared, (x, y) = make(), batch()
+    model = kind(nn.Linear(6, 6), shared, sltt.LIF(), nn.Linear(6, 6), shared, sltt.LIF(), nn.Linear(6, 3)).double()
+    found, expected = (gradients(model, sltt.SLTT(fold=fold), x, y) for fold in ("auto", 1))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert len(set(sltt.unroll(model, x).shape)) == 3
 
 
 def test_trying_a_network_leaves_no_trace():

@@ -80,6 +80,39 @@ def test_backward_hook_gets_every_scalar(rule):
     assert len(calls) == BACKWARDS[next(name for name, one in RULES.items() if one is rule)]
 
 
+@pytest.mark.parametrize("delayed", [False, True])
+def test_a_backward_for_some_tensors_gives_their_gradients_or_is_refused(rule, delayed):
+    model, (x, y) = small_network(), batch()
+    if delayed:
+        model[3] = sltt.Delay([1])
+    weights = [*model.parameters()]
+
+    def backward(value):
+        for p, grad in zip(weights, torch.autograd.grad(value, weights, allow_unused=True), strict=True):
+            if grad is not None:
+                p.grad = grad if p.grad is None else p.grad + grad
+
+    refused = ""
+    try:
+        seeded(rule, model, x, y, LOSS, backward=backward)
+    except ValueError as error:
+        refused = str(error)
+    if refused:
+        assert "without inputs" in refused or (delayed and isinstance(rule, sltt.RateBased))
+        return
+    found = gradient(model)
+    model.zero_grad()
+    seeded(rule, model, x, y, LOSS)
+    torch.testing.assert_close(found, gradient(model))
+
+
+def test_a_hook_may_update_and_clear_a_gradient_in_the_backward(rule):
+    model, (x, y) = small_network(), batch()
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(marked(lambda p: setattr(p, "grad", None)))
+    rule(model, x, y, LOSS)
+
+
 @each_kind
 def test_gradients_add_up_until_they_are_zeroed(rule):
     x, y = batch()

@@ -154,6 +154,22 @@ def test_a_rule_that_sets_buffers_back_leaves_those_that_once_reads(rule):
     assert_same(results(model, rule, x, y, {}), results(twin, rule, x, y, {}))
 
 
+@pytest.mark.parametrize("fold", [1, 64])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_gradients_of_many_steps_in_16_bits_add_up_in_32(fold, pooled):
+    pool = nn.AvgPool2d(2 if pooled else 1)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), pool, sltt.LIF(), nn.Flatten(), nn.LazyLinear(10))
+    x, y = 3 * torch.rand(8, 1, 8, 8), torch.randint(10, (8,))
+    model(x), sltt.reset(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        sltt.SLTT(fold=fold)(model, x, y, nn.CrossEntropyLoss(), steps=512)
+        found, model[0].weight.grad = model[0].weight.grad, None
+        for _ in range(512):
+            sltt.detach(model)
+            (nn.functional.cross_entropy(model(x), y) / 512).backward()
+    assert (found - model[0].weight.grad).norm() < 0.008 * found.norm()
+
+
 def test_a_change_in_place_of_what_is_kept_is_refused():
     class Changing(Stem):
         def forward(self, x):

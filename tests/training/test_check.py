@@ -106,22 +106,6 @@ class Attends(nn.Module):
         return self.head(self.neuron(self.attention(query=x, key=x, value=x)[0]).sum(0 if x.shape[0] == 3 else 1))
 
 
-@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.BPTT(fold=2)], ids=repr)
-def test_attention_among_samples_or_time_steps_is_named(rule):
-    x = torch.randn(4, 5, 12)
-    with pytest.raises(
-        ValueError, match=r"attention \(MultiheadAttention\) attends over dimension 0 .* batch_first=True"
-    ):
-        sltt.check(Attends(batch_first=False), x, rule=rule)
-    with pytest.raises(ValueError, match=r"\[(5|10), 4\], the (5|10) samples of a time step"):
-        sltt.check(Attends(batch_first=True, form=lambda x: x[:, 0]), x, rule=rule)
-    with pytest.raises(ValueError, match=r"attends over dimension 1 of its input \[3, (5|10), 4\]"):
-        sltt.check(Attends(batch_first=True, form=lambda x: x.transpose(0, 1)), x, rule=rule)
-    sltt.check(Attends(batch_first=True), x, rule=rule)
-    if rule.fold == 1:
-        sltt.check(Attends(batch_first=False, form=lambda x: x.transpose(0, 1)), x, rule=rule)
-
-
 class Tokens(nn.Module):
     """Attention by a function, among what `form` makes of tokens [B, 3, 4]."""
 
@@ -134,12 +118,25 @@ class Tokens(nn.Module):
         return self.head(self.neuron(F.scaled_dot_product_attention(q, q, q).reshape(len(x), 3, 4)).sum(1))
 
 
-@pytest.mark.parametrize("rule", [sltt.SLTT(), sltt.BPTT(fold=2)], ids=repr)
-def test_attention_by_a_function_among_samples_is_named(rule):
-    x = torch.randn(4, 5, 12)
-    for form in (lambda x: x.flatten(1), lambda x: x.transpose(0, 1), lambda x: x.flatten(1)[None, None]):
-        with pytest.raises(ValueError, match=r"attends over dimension [012] of its query .*\[B, heads, N, E\]"):
-            sltt.check(Tokens(form), x, rule=rule)
+@pytest.mark.parametrize(
+    "model",
+    [
+        Attends(batch_first=False),
+        Attends(batch_first=True, form=lambda x: x.transpose(0, 1)),
+        Tokens(lambda x: x.flatten(1)),
+        Tokens(lambda x: x.transpose(0, 1)),
+        Tokens(lambda x: x.flatten(1)[None, None]),
+    ],
+)
+def test_attention_among_samples_is_named(model):
+    with pytest.warns(UserWarning, match="mixes the samples .*batch_first=True"):
+        sltt.check(model, torch.randn(4, 5, 12))
+
+
+@pytest.mark.filterwarnings("error")
+def test_attention_among_tokens_is_not():
     for form in (lambda x: x, lambda x: x[:, None], lambda x: x.unflatten(2, (2, 2)).transpose(1, 2)):
-        sltt.check(Tokens(form), x, rule=rule)
-        sltt.check(Tokens(form), x[:, :3], rule=rule)  # as many samples as tokens
+        for samples in (5, 3):  # as many as tokens
+            sltt.check(Tokens(form), torch.randn(4, samples, 12))
+    sltt.check(Attends(batch_first=True), x := torch.randn(4, 5, 12))
+    sltt.check(Attends(batch_first=False, form=lambda x: x.transpose(0, 1)), x)
