@@ -251,19 +251,17 @@ def predict_from(by: Prediction, logits: Tensor, lengths: Sequence[int] | None =
 
     With `lengths`, from the real steps of each sample alone.
     """
-    if lengths is not None and by != "steps":
-        real = real_steps(lengths, len(logits), logits)
-        if by == "last":
-            return logits[real.sum(0) - 1, torch.arange(logits.shape[1], device=logits.device)]
-        shape = *real.shape, *[1] * (logits.ndim - 2)
-        if by == "max":
-            return logits.masked_fill(~real.view(shape), -torch.inf).amax(0)
-        return (logits * real.view(shape)).sum(0) / real.sum(0).view(shape[1:])
-    if by == "mean":
-        return logits.mean(0)
+    if by == "steps":
+        return logits
+    if lengths is None:
+        return logits[-1] if by == "last" else logits.amax(0) if by == "max" else logits.mean(0)
+    real = real_steps(lengths, len(logits), logits)
     if by == "last":
-        return logits[-1]
-    return logits.amax(0) if by == "max" else logits
+        return logits[real.sum(0) - 1, torch.arange(logits.shape[1], device=logits.device)]
+    shape = *real.shape, *[1] * (logits.ndim - 2)
+    if by == "max":
+        return logits.masked_fill(~real.view(shape), -torch.inf).amax(0)
+    return (logits * real.view(shape)).sum(0) / real.sum(0).view(shape[1:])
 
 
 def to_score(loss: Any, logits: Tensor, target: Any) -> tuple[Tensor, Any]:

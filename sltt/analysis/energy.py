@@ -323,11 +323,11 @@ def _fan_out(func: Any, x: Tensor, weight: Tensor, *settings: Any) -> Tensor:
 
 def _count_spikes(x: Tensor, units: Tensor | None) -> Tensor | None:
     """Return the spikes or events in each input of a layer; None where it reads data."""
-    counts = (x if units is None else units).abs().double()
+    counts, one = (x if units is None else units).abs().double(), _has_one_value(x.abs())  # the weights may hold it
     whole = bool(((counts - counts.round()).abs() < 1e-3).all())
-    if whole and (units is not None or bool((counts <= 1).all()) or int(x.count_nonzero()) < x.numel() / 2):
+    if whole and (units is not None or (not one and x.count_nonzero() < x.numel() / 2)):
         return counts.round()
-    return (x != 0).double() if _has_one_value(x.abs()) else None
+    return (x != 0).double() if one else None
 
 
 def _pass_counts(func: Any, args: Any, kwargs: Any, out: Any) -> None:

@@ -60,7 +60,9 @@ def from_loaders(loaders: Loaders, batch_size: int) -> Data:
 
 def _check_loader(name: str, loader: DataLoader[Any], batch_size: int) -> None:
     remedy = f"sltt.data.from_datasets({name}, static=…) takes the data set without a loader"
-    if not isinstance(loader.sampler, RandomSampler | SequentialSampler) or loader.batch_size is None:
+    order: Any = loader.sampler
+    plain = isinstance(order, RandomSampler | SequentialSampler) and len(order) == len(order.data_source)
+    if not plain or getattr(order, "replacement", False) or loader.batch_size is None:
         raise ValueError(f"the loader of {name} has an order of its own, which no resumed run could repeat: {remedy}")
     if name == "train" and (size := loader.batch_size) != batch_size:
         raise ValueError(f"the loader has batch_size={size}, the training {batch_size}: say batch_size={size}")

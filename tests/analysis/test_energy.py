@@ -54,6 +54,7 @@ def test_spikes_keep_their_number_through_pooling(spikes, function, expected):
 INPUTS = [
     ([0.0, 1.0, 0.0, -1.0], 0, 2),
     ([0.0, 0.3, 0.3, 0.3], 0, 3),  # one size
+    ([0.0, 2.0, 0.0, 0.0], 0, 1),
     ([0.0, 3.0, 0.0, 0.0, 1.0], 0, 4),
     ([0.0, 3.0, 1.0, 2.0, 1.0], 5, 0),  # whole numbers that are mostly not zero are data
     ([0.0, 200.0, 0.0, 0.0, 100.0], 5, 0),  # pixels

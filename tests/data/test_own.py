@@ -6,7 +6,15 @@ import torch
 import yaml
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import sltt
 from sltt.data import from_datasets
@@ -192,6 +200,10 @@ MISTAKES = {
     ),
     "weights": (
         lambda: as_data([DataLoader(images(), 8, sampler=WeightedRandomSampler([1.0] * 30, 30))], 8),
+        "the loader of train has an order of its own",
+    ),
+    "with replacement": (
+        lambda: as_data([DataLoader(images(), 8, sampler=RandomSampler(images(), replacement=True))], 8),
         "the loader of train has an order of its own",
     ),
     "time second": (lambda: as_data(DataLoader(sequences(), 8), 8), "sequences whose time comes second"),
