@@ -56,26 +56,26 @@ class MultiLabelAccuracy(Metric):
         return _mean((prediction > 0) == (target > 0.5), prediction)
 
 
-class MeanAbsoluteError(Metric):
+class _Error(Metric):
+    higher_is_better = False
+    power: int
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Compare values with targets of one shape."""
+        _check_shape(self, target, prediction.shape)
+        return _mean((prediction - target).abs() ** self.power, prediction)
+
+
+class MeanAbsoluteError(_Error):
     """Mean of |o − y|."""
 
-    higher_is_better = False
-
-    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Compare values with targets of one shape."""
-        _check_shape(self, target, prediction.shape)
-        return _mean((prediction - target).abs(), prediction)
+    power = 1
 
 
-class MeanSquaredError(Metric):
+class MeanSquaredError(_Error):
     """Mean of (o − y)²."""
 
-    higher_is_better = False
-
-    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Compare values with targets of one shape."""
-        _check_shape(self, target, prediction.shape)
-        return _mean((prediction - target).square(), prediction)
+    power = 2
 
 
 def _mean(values: Tensor, prediction: Tensor) -> Tensor:

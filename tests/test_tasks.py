@@ -232,6 +232,14 @@ def fitted(tmp_path, data, loss, metric, outputs=2, steps=6, **settings):
     return model, result
 
 
+def test_labels_that_the_loss_ignores_are_no_damage(tmp_path):
+    samples = [(torch.rand(6, 4), torch.tensor([0, 1, 1, 0, 0, -100 if i % 2 else 1])) for i in range(20)]
+    data = from_datasets(samples, static=False, per_step=True, classes=2)
+    loss = sltt.losses.PerStep(nn.CrossEntropyLoss(ignore_index=-100))
+    _, result = fitted(tmp_path, data, loss, sltt.metrics.Accuracy())
+    assert len(result.history) == 2
+
+
 def test_regression_is_selected_and_reported_by_its_error(tmp_path, capsys):
     samples = [(x, x.mean().reshape(1)) for x in torch.rand(60, 6, 4)]
     data = from_datasets(samples, 0.2, samples[:10], static=False)

@@ -9,10 +9,13 @@ import hashlib
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sltt.analysis import agreement, count_operations, measure_energy
 from sltt.analysis.energy import as_text
@@ -23,7 +26,8 @@ from sltt.commands.results import Gathered, give, rule_of, scores_cell
 from sltt.commands.tables import Cell, Row, Table, numeral
 from sltt.commands.vary import grid, label_row, to_options, values
 from sltt.commands.verdict import answers
-from sltt.data import Classes
+from sltt.data import Classes, Splits
+from sltt.data.own import find_labels
 from sltt.metrics import higher_is_better, name_of
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.padding import lengths_of
@@ -170,7 +174,17 @@ def compared_json(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
     metric = {"metric": name_of(built.metric), "higher_is_better": higher_is_better(built.metric)}
     about = {"recipe": recipe.name, "model": recipe.resolve()["model"], "batch": built.size, "steps": built.steps}
     about |= {"epochs": built.epochs, "samples": splits.sizes["test"] or None, "classes": splits.classes}
-    return {**about, **metric, "rows": rows}
+    return {**about, "chance": _chance(splits), **metric, "rows": rows}
+
+
+def _chance(splits: Splits) -> float | None:
+    """Return the accuracy of a network that names the most frequent class for all test samples, where it is known."""
+    if splits.classes is None:
+        return None
+    labels = find_labels(splits.test, None)
+    if not labels or np.ndim(labels[0]):  # one for each pixel or step
+        return 1 / splits.classes
+    return max(Counter(map(int, labels)).values()) / len(labels)
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:

@@ -74,9 +74,7 @@ class Task:
         self.order = listed  # in which classes come, and are numbered in the data
         self.data: Splits = Classes(built.dataset, self.order).splits(built.steps)
         if isinstance(self.data.collate([self.data.unaugmented_train[0]])[1], Padded):  # pyright: ignore[reportIndexIssue]
-            raise ValueError(
-                f"{built.dataset} pads its sequences, and embeddings are of T steps each: leave pad=True out"
-            )
+            raise ValueError(f"{built.dataset} pads its sequences, and embeddings are of T steps: leave pad=True out")
         if untested := sorted({*range(len(self.order))} - {*class_labels(self.data.test)}):
             raise ValueError(f"class {self.order[untested[0]]} has no test samples: leave it out, by --order")
         self.shots(0)

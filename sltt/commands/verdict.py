@@ -33,12 +33,17 @@ class Verdict:
     fold: int = 1  # time steps that share a call there
     cosine: float | None = None  # of its gradient with that of BPTT
     died: int = 0  # seeds without a score
-    classes: int | None = None
+    chance: float | None = None  # the share of the test samples that are of one class
 
     @property
     def score(self) -> float | None:
         """Return the mean over the seeds."""
         return statistics.mean(self.scores) if self.scores else None
+
+    @property
+    def is_share(self) -> bool:
+        """Return whether scores are a share of the samples, or lie between 0 and 1 as one does, such as AUROC."""
+        return is_share(self.metric) or (self.sign > 0 and all(0 <= score <= 1 for score in self.scores))
 
     def rests_on(self) -> str:
         """Name the seeds, the epochs and the test samples."""
@@ -68,7 +73,7 @@ def verdicts(results: Gathered) -> list[Verdict]:
                     row.get("fold", 1),
                     row["cosine"],
                     died,
-                    comparison.get("classes"),
+                    comparison.get("chance"),
                 )
     for profile in _same_recipe(results, results.profiles):
         for row in profile["costs"]:
@@ -164,7 +169,7 @@ def _ratio(seconds: tuple[float, float, float], others: tuple[float, float, floa
 def _judge(verdict: Verdict, reference: Verdict) -> tuple[str, str, str, bool]:
     """Return the comparison as text, why it is not sure, the verdict, and whether the loss is within the margin."""
     if verdict.score is None or reference.score is None:
-        return "", "", UNSAFE if verdict.died else "", False
+        return "", "", UNSAFE if verdict.died and not reference.died else "", False
     name, other = verdict.metric.replace("_", " "), reference.rule
     lost, noise, margin = verdict.sign * (reference.score - verdict.score), noise_of(verdict, reference), MARGIN
     if is_share(verdict.metric):
@@ -172,13 +177,14 @@ def _judge(verdict: Verdict, reference: Verdict) -> tuple[str, str, str, bool]:
         text = f"{name} within {points} of {other}" if lost > 0 else f"{name} not below that of {other}"
         text = f"{name} {points} below {other}" if lost > MARGIN else text
     else:
-        margin, measured = OF_AN_ERROR * abs(reference.score), f"±{score_text(verdict.metric, noise)}"
+        margin = MARGIN if verdict.is_share else OF_AN_ERROR * abs(reference.score)
+        measured = f"±{score_text(verdict.metric, noise)}"
         reached, beside = (score_text(verdict.metric, score) for score in (verdict.score, reference.score))
         text = f"{name} {reached}, {other} {beside}"
     why = "" if math.isinf(noise) else f"measured to {measured} only, which does not separate it from {other}"
     if exact := other.startswith("BPTT"):
-        chance = 1 / verdict.classes if verdict.classes and is_share(verdict.metric) else -math.inf
-        if guesses := max(verdict.score, reference.score) <= chance + noise:
+        chance = verdict.chance if verdict.chance and is_share(verdict.metric) else -math.inf
+        if guesses := max(verdict.score, reference.score) <= chance + (0 if math.isinf(noise) else noise):
             why = f"neither is above chance, {chance:.0%}: train longer"
     else:
         guesses, why = False, NOT_COMPARED
@@ -195,12 +201,12 @@ def noise_of(verdict: Verdict, other: Verdict) -> float:
     """Return twice the standard error of a difference of scores: over seeds, and of shares of the drawn test samples.
 
     The samples are the same for all seeds, so that more seeds do not help there. Their part is that of two samples of a
-    binomial distribution, by Agresti and Coull: 40 right of 40 is not all. One seed of an error has infinite noise.
+    binomial distribution, by Agresti and Coull: 40 right of 40 is not all. Of one seed, the noise is infinite.
     """
-    squares = 0.0 if is_share(verdict.metric) or min(len(verdict.scores), len(other.scores)) > 1 else math.inf
+    squares = 0.0 if min(len(verdict.scores), len(other.scores)) > 1 else math.inf
     for rule in (verdict, other):
         squares += statistics.variance(rule.scores) / len(rule.scores) if len(rule.scores) > 1 else 0.0
-        if rule.samples is not None and is_share(rule.metric):
+        if rule.samples is not None and rule.is_share:
             share = (statistics.mean(rule.scores) * rule.samples + 2) / (rule.samples + 4)
             squares += max(0.0, share * (1 - share)) / rule.samples
     return 2 * math.sqrt(squares)

@@ -85,9 +85,7 @@ class _OneStep(nn.Module):
         ]
         if unknown:
             remedy = "of many neurons of other libraries sltt.interop.convert makes ours"
-            raise ValueError(
-                f"ONNX export knows the states of every sltt.Neuron, not of {', '.join(unknown)}; {remedy}"
-            )
+            raise ValueError(f"ONNX export knows the states of sltt.Neuron, not of {', '.join(unknown)}; {remedy}")
         # a delay of 0 steps keeps nothing
         layers = {n: m for n, m in model.named_modules() if isinstance(m, _KEEPERS) and getattr(m, "depth", 1)}
         self.places = [(m, state) for m in layers.values() for state in m.states]

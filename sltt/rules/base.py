@@ -21,6 +21,7 @@ from sltt.rules.fold_trial import ProbeLoss
 from sltt.rules.folding import choose_fold
 from sltt.rules.gradients import add_together
 from sltt.rules.stream import Stream
+from sltt.sequence.once import add_gradients
 from sltt.sequence.padding import Padded, check_lengths, target_of
 from sltt.sequence.run import Run
 from sltt.sequence.step import Step
@@ -81,7 +82,8 @@ class Rule(Frozen, ABC):
 
         Args:
             model: maps the input of one time step [B, ...] to logits [B, C], and keeps its own state.
-            x: a sequence, time first [T, B, ...]; or, with `steps`, a static input [B, ...] shown at every step.
+            x: a sequence, time first [T, B, ...]; or, with `steps`, a static input [B, ...] shown at every step. What
+                made it gets its gradient in one backward, at the end.
             target: what `loss` compares the logits with, usually class indices [B]; `sltt.Padded` for sequences of
                 several lengths.
             loss: `loss(logits [B, C], target) -> scalar`, of one time step; or a `SequenceLoss`, where the rule can.
@@ -108,6 +110,7 @@ class Rule(Frozen, ABC):
         if seed is not None:
             whole_number("seed", seed)
         per_step = is_per_step(loss)
+        made, x = x, x.detach().requires_grad_() if isinstance(x, Tensor) and x.grad_fn is not None else x
         sequence = time_steps(x, steps, None if per_step else target_of(target))
         if not sequence.batch:
             raise ValueError(f"expected at least one sample to train on, got an input of shape {list(x.shape)}")
@@ -134,6 +137,8 @@ class Rule(Frozen, ABC):
                 batch.loss = bind_loss(loss, network)
                 out = self.run(batch)
                 network.results.finish(explained)
+                if x is not made and x.grad is not None:  # once, for all steps
+                    explained(add_gradients(out.loss.new_zeros(()), [(made, x.grad)]))
                 total, logits = network.result(out.loss, out.logits)
                 logits = logits.mean(0, keepdim=True) if mean_logits and len(logits) > 1 else logits
             if backward is None and update is None:

@@ -97,11 +97,6 @@ def check_reached(model: nn.Module) -> None:
 
 def _cause(run: Run) -> str | None:
     """Return why a backward fails, as far as that can be found."""
-    if run.sequence.x.grad_fn is not None:
-        return (
-            "the input has a graph, through which the backward of each time step would go: make it in the network, "
-            "once a sequence by sltt.once, or detach it"
-        )
     if leftover := next((kept for kept in plain_tensors(run.model) if kept[-1].grad_fn is not None), None):
         name, module, attribute, _ = leftover
         kind = type(module).__name__

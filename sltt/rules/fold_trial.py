@@ -234,6 +234,7 @@ def _run(twin: nn.Module, sequence: Sequence, fold: int, step: Step, run_rule: R
         value.backward()
 
     with without_marked_hooks(twin.modules()), torch.enable_grad(), Run(twin, sequence, step) as run:
+        run.goes_on = True
         results: dict[str, Any] = {"the logits": run_rule(run, fold, backward)}
         run.results.finish(backward)
         for layer in run.layout.keepers:

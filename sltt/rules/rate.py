@@ -312,9 +312,7 @@ class _NormLayer(_RateLayer):
         norm = self.module
         norm._check_input_dim(x)
         if x.numel() == x.shape[1]:
-            raise ValueError(
-                f"BatchNorm needs more than one value for each channel, got {list(x.shape)}: use a larger batch"
-            )
+            raise ValueError(f"BatchNorm needs more than one value a channel, got {list(x.shape)}: use a larger batch")
         running, (momentum,) = kernels.batch_statistics(norm, 1)
         y, mean, inverse = torch.native_batch_norm(
             x, norm.weight, norm.bias, *(running or (None, None)), True, momentum, norm.eps

@@ -64,13 +64,13 @@ def run_in_segments(batch: Batch, length: int, checkpoints: int | None, fold: Fo
         return leaves
 
     kept = [(0, Snapshot(run))]
-    end: Surroundings | None = None
+    end: Any = None
     leaves: list[Tensor | None] = []
     try:
         for last in reversed(range(len(segments))):
             at, start = kept[-1]
             if end is not None and at < last:
-                start.restore(leaves=False)
+                start.restore()
             while at < last:
                 free = len(segments) if checkpoints is None else checkpoints + 1 - len(kept)
                 ahead = steps_ahead(last + 1 - at, free)
@@ -83,7 +83,8 @@ def run_in_segments(batch: Batch, length: int, checkpoints: int | None, fold: Fo
                 _check_unchanged(batch, weights)
             leaves = differentiate(segments[last], kept.pop()[1].restore(leaves=last > 0), leaves)
             if end is None:
-                end = Surroundings(run)
+                run.detach()
+                end = Snapshot(run) if run.goes_on else Surroundings(run)
     finally:
         for counter in counters:
             counter.replays = False

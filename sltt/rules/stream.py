@@ -54,6 +54,7 @@ class Stream:
         if not rule.pads:
             raise ValueError(f"{rule} has mean rates of whole sequences, and a stream has no end: use SLTT or OTTT")
         run.resume(self.states)
+        run.goes_on = True
         kept = vars(run.step)
         if self._traces and self._traces[0] == rule:
             kept["traces"] = self._traces[1]

@@ -235,9 +235,7 @@ class Traces:
     def _read_again(self, layer: nn.Module) -> _Trace | None:
         """Return the trace of the time step whose backward runs this layer again."""
         if self.waits:
-            raise ValueError(
-                f"a checkpoint runs {layer} again, and its trace has gone on: leave it out, or credit='none'"
-            )
+            raise ValueError(f"a checkpoint runs {layer} again, after its trace: leave it out, or credit='none'")
         if (layer, 1) in self.traces:
             raise ValueError(
                 f"a checkpoint runs {layer} again, which the network uses several times in a time step: OTTT cannot "

@@ -14,6 +14,7 @@ from sltt._torch import _BatchNorm
 from sltt.sequence.claims import run_of
 from sltt.sequence.hooks import own_forward, runs_hooks
 from sltt.sequence.once import once
+from sltt.sequence.spikes import show
 from sltt.sequence.state import emits_spikes
 
 
@@ -79,7 +80,10 @@ def _run_pair(norm: nn.Module, neuron: nn.Module, x: Tensor) -> Tensor | None:
         return None
     first, second = (run.layout.layers.get(module) for module in (norm, neuron))
     is_known = first is not None and second is not None and second.spikes and first.role.stepwise
-    return run.step.pair(first, second, x) if is_known else None  # pyright: ignore[reportArgumentType]
+    y = run.step.pair(first, second, x) if is_known else None  # pyright: ignore[reportArgumentType]
+    if y is not None:
+        show(neuron, y)
+    return y
 
 
 def is_pair(norm: nn.Module, neuron: nn.Module | None = None) -> bool:

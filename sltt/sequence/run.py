@@ -81,6 +81,7 @@ class Run:
         self._handled: list[Layer] = []
         self._exit_stack = ExitStack()
         self.folds = False  # a call has taken several time steps
+        self.goes_on = False  # somebody reads the states behind the last step
 
     def __enter__(self) -> Self:
         if self.layout.in_use:

@@ -56,10 +56,10 @@ class Snapshot:
         self.states = [(layer, name, map_tensors(lambda s: s, getattr(layer.module, name))) for layer, name in names]
         self.surroundings = Surroundings(run)
 
-    def restore(self, leaves: bool = True) -> list[Tensor | None]:
+    def restore(self, leaves: bool = False) -> list[Tensor | None]:
         """Set everything back; returns the states as leaves that collect their gradient, None for those without one.
 
-        With leaves=False states are as they were, with the graph behind them, as a learnable first state has one.
+        Without `leaves` states are as they were, with the graph behind them, as a learnable first state has one.
         """
         collected: list[Tensor | None] = []
 

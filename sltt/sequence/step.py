@@ -13,7 +13,6 @@ from sltt.sequence.hooks import runs_hooks
 from sltt.sequence.layout import Layer
 from sltt.sequence.pairs import run_layers
 from sltt.sequence.run import Run
-from sltt.sequence.spikes import show
 from sltt.sequence.steps import channels_last, in_backward, repeat
 
 NEURON = (
@@ -172,7 +171,6 @@ class Step:
         run.take_turn(neuron, NEURON)
         if run.recompute:
             kernels.tag_sum(x, run.seen)
-        show(neuron.module, y)
         return y
 
     def sequence(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:

@@ -99,11 +99,6 @@ def time_steps(x: Tensor, steps: int | None, target: Any = None) -> Sequence:
     static = steps is not None
     form = "[B, ...] with steps=T" if static else "[T, B, ...], time first"
     instance("x", x, Tensor)
-    if x.is_nested or x.layout != torch.strided:
-        raise ValueError(
-            f"expected a dense input {form}, got a nested or sparse tensor: use x.to_dense(), or of several lengths "
-            "torch.nested.to_padded_tensor and sltt.Padded"
-        )
     if x.ndim < 2:
         raise ValueError(f"expected input {form}, got shape {list(x.shape)}")
     length = x.shape[0] if steps is None else whole_number("steps", steps, least=1)
@@ -137,6 +132,4 @@ def check_input(x: Tensor) -> None:
     # NaN if a value is; `x.isfinite()` would take more memory than x, at a small network's peak
     if not torch.stack(x.detach().aminmax()).isfinite().all():
         bad = x.numel() - int(x.isfinite().sum())
-        raise ValueError(
-            f"expected a finite input, got {bad} NaN or infinite of {x.numel()} values: look for them in the data"
-        )
+        raise ValueError(f"expected a finite input, got {bad} NaN or infinite of {x.numel()} values: look at the data")

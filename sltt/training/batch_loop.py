@@ -78,7 +78,7 @@ class BatchLoop:
         """Yield batches, checked and on the device, and the share of a padded batch's real steps that is here."""
         here = self.learner.session
         for x, y in batches:
-            check_labels(target_of(y), self.splits.classes)
+            check_labels(target_of(y), self.splits.classes, self.learner.settings.loss)
             check_length(x, y, self.splits, self.stage.steps)
             if here.fabric.device.type != "cpu":  # where the rule does not look, since that would wait
                 check_input(x)

@@ -46,9 +46,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises FileNotFoundError, or ValueError for a file that is damaged or not a checkpoint of sltt.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no checkpoint at {path}: name the folder of a run, or a file such as best.ckpt in one"
-        )
+        raise FileNotFoundError(f"no checkpoint at {path}: name the folder of a run, or a file such as best.ckpt")
     with path.open("rb") as file:
         try:
             if part := zipfile.ZipFile(file).testzip():  # PyTorch writes checksums, and does not compare them

@@ -64,8 +64,9 @@ def check_weights(model: nn.Module, remedy: str = "lower the learning rate or se
                 raise FloatingPointError(f"the statistics {name}.{key} of BatchNorm are not finite any more: {remedy}")
 
 
-def check_labels(labels: Tensor, classes: int | None) -> None:
+def check_labels(labels: Tensor, classes: int | None, loss: Any) -> None:
     """Before they go to a GPU, where an assertion would end the process without saying which."""
+    labels = labels[labels != getattr(getattr(loss, "loss", loss), "ignore_index", None)]
     if classes is None or labels.is_floating_point() or not labels.numel():
         return
     low, high = int(labels.min()), int(labels.max())

@@ -60,8 +60,6 @@ def check_factory(factory: Any) -> None:
     groups = made.param_groups if isinstance(made, Optimizer) else []
     if [p is parameter for group in groups for p in group["params"]] != [True]:
         raise ValueError(f"optimizer must make an Optimizer of the parameters that it is called with, got {made!r:.80}")
-    if isinstance(made, torch.optim.LBFGS):
-        raise ValueError("LBFGS computes the loss several times a step, and a rule once a batch: use SGD or AdamW")
 
 
 def setting(default: Any = MISSING, *, kw_only: bool = True, **about: Any) -> Any:
@@ -202,9 +200,7 @@ class Settings(Execution):
         super().__post_init__()
         for callback in self.callbacks or ():
             if (type(callback).on_batch, type(callback).on_epoch) == (Callback.on_batch, Callback.on_epoch):
-                raise ValueError(
-                    f"{type(callback).__name__} defines neither on_batch nor on_epoch, which a training calls"
-                )
+                raise ValueError(f"{type(callback).__name__} defines neither on_batch nor on_epoch")
         if self.quantised and self.ema is not None:
             raise ValueError("quantised trains the weights that are rounded, and ema averages others: leave one out")
 

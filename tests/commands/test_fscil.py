@@ -82,7 +82,7 @@ def test_the_report_has_a_section_of_it(folder, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pad": True, "static": False}, "pads its sequences, and embeddings are of T steps each: leave pad=True out"),
+        ({"pad": True, "static": False}, "pads its sequences, and embeddings are of T steps: leave pad=True out"),
         ({"left_out": 8}, "class 8 has no test samples: leave it out, by --order"),
     ],
     ids=["padded", "no test samples"],

@@ -78,9 +78,10 @@ def test_seconds_of_an_epoch_are_not_compared_with_those_of_a_batch():
     [
         ([0.99, 0.99], 10_000, "accuracy not below that of BPTT"),
         ([0.86, 0.86], 10_000, "accuracy 12.0 points below BPTT"),
-        ([0.90], 50, "Not sure: measured to ±11 points only, which does not separate it from BPTT. One seed: repeat"),
-        ([0.98], 50, "Not sure: measured to ±9 points only, which"),
-        ([0.90], 100_000, "Not safe here. One seed: repeat with --seeds 3."),
+        ([0.90, 0.90], 50, "Not sure: measured to ±11 points only, which does not separate it from BPTT."),
+        ([0.98, 0.98], 50, "Not sure: measured to ±9 points only, which"),
+        ([0.90, 0.90], 100_000, "Not safe here."),
+        ([0.90], 100_000, "gradient agreement 1.00. One seed: repeat with --seeds 3."),
         ([0.80, 1.00], 100_000, "Not sure: measured to ±20 points only, which"),
     ],
 )
@@ -97,12 +98,12 @@ def test_a_rule_that_died_has_no_verdict_and_without_bptt_the_first_is_the_refer
     assert answers(found)[0].startswith("SLTT:k=1: accuracy not below that of SLTT, the same memory at T = 4")
 
 
-@pytest.mark.parametrize(("classes", "exact"), [(10, "BPTT"), (None, "SLTT")])
-def test_what_learned_nothing_or_has_no_exact_reference_is_not_called_safe(classes, exact):
+@pytest.mark.parametrize(("chance", "exact"), [(0.1, "BPTT"), (None, "SLTT")])
+def test_what_learned_nothing_or_has_no_exact_reference_is_not_called_safe(chance, exact):
     found = gathered(compared(exact, [0.097, 0.103], memory=40), compared("SLTT:k=1", [0.103, 0.097], memory=20))
-    found.comparisons[0]["classes"] = classes
+    found.comparisons[0]["chance"] = chance
     first, take = answers(found)
-    assert "neither is above chance, 10%" in first if classes else "BPTT, which is exact, was not compared" in first
+    assert "neither is above chance, 10%" in first if chance else "BPTT, which is exact, was not compared" in first
     assert take.startswith("Take SLTT:k=1. Not sure: ")
 
 
@@ -155,6 +156,19 @@ def test_the_verdict_of_an_error_needs_several_seeds():
     assert "Safe here." in said(("BPTT", [0.1, 0.10001]), ("SLTT", [0.10003, 0.10004]))
     assert "Not sure: measured to ±0.4001 only, which" in said(("BPTT", [0.1, 0.11]), ("SLTT", [0.1, 0.5]))
     assert "Not sure: measured to ±0.08 only, which" in said(("BPTT", [0.1, 0.1]), ("SLTT", [0.05, 0.13]))
+
+
+def test_a_score_between_0_and_1_is_judged_as_an_accuracy():
+    found = gathered(compared("BPTT", [0.95, 0.95]), compared("SLTT", [0.93, 0.93]), samples=400)
+    found.comparisons[0] |= {"metric": "auroc"}
+    assert "auroc 0.93, BPTT 0.95" in answers(found)[0]
+    assert "Not sure: measured to ±0.03" in answers(found)[0]
+
+
+def test_where_bptt_died_too_there_is_no_verdict():
+    found = gathered(*({**compared(rule, []), "errors": ["no crop"]} for rule in ("BPTT", "SLTT")))
+    assert "1 of 1 seeds of SLTT died" in answers(found)[0]
+    assert "afe here" not in " ".join(answers(found))
 
 
 def test_scores_that_are_no_numbers_are_left_out():

@@ -153,13 +153,6 @@ def test_what_is_at_the_edge_is_taken(make, name, value, expected):
     assert type(found) is type(expected)
 
 
-@pytest.mark.parametrize("rule", [sltt.SLTT(fold=1), sltt.OTTT(), sltt.TBPTT(window=2)])
-def test_an_input_that_was_made_with_a_graph_is_explained(rule):
-    encoder = nn.Linear(6, 6)
-    with pytest.raises(ValueError, match=r"the input has a graph, .*by sltt.once, or detach it"):
-        train(rule, x=encoder(X[0]), steps=4)
-
-
 @pytest.mark.parametrize("target", [Y[:, None], nn.functional.one_hot(Y, 3)], ids=["[B, 1]", "one-hot"])
 def test_labels_of_another_shape_are_the_targets_fault(target):
     with pytest.raises(ValueError, match=r"labels are class indices, one a sample: y.squeeze\(1\) .*y.argmax\(1\)"):

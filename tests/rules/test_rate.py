@@ -263,7 +263,7 @@ def test_frames_of_whole_numbers():
 
 def test_batch_norm_of_a_single_value_is_refused():
     model = nn.Sequential(nn.BatchNorm1d(6), sltt.LIF(), nn.Linear(6, 3))
-    with pytest.raises(ValueError, match="more than one value for each channel"):
+    with pytest.raises(ValueError, match="more than one value a channel"):
         RULE(model, torch.randn(2, 1, 6), torch.tensor([0]), LOSS)
 
 

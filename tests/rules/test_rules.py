@@ -80,6 +80,19 @@ def test_backward_hook_gets_every_scalar(rule):
     assert len(calls) == BACKWARDS[next(name for name, one in RULES.items() if one is rule)]
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_what_made_the_input_gets_its_gradient_once(rule, static):
+    model, encoder, (x, y) = small_network(), nn.Linear(6, 6).double(), batch()
+    given = torch.tanh(encoder(x[0] if static else x))
+    leaf = given.detach().requires_grad_()
+    for z in (given, leaf):
+        seeded(rule, model, z, y, LOSS, steps=4 if static else None)
+    found = gradient(encoder)
+    encoder.zero_grad()
+    torch.tanh(encoder(x[0] if static else x)).backward(leaf.grad)
+    torch.testing.assert_close(found, gradient(encoder))
+
+
 @pytest.mark.parametrize("delayed", [False, True])
 def test_a_backward_for_some_tensors_gives_their_gradients_or_is_refused(rule, delayed):
     model, (x, y) = small_network(), batch()

@@ -13,7 +13,7 @@ from torch import nn
 
 import sltt
 from sltt.analysis import peak_memory
-from tests.conftest import LOSS, NEURONS, gradient, gradients, seeded, small_network
+from tests.conftest import LOSS, NEURONS, batch, gradient, gradients, seeded, small_network
 from tests.interop.libraries import CASES, network_of
 from tests.neurons.test_kinds import EQUATIONS
 
@@ -124,3 +124,13 @@ def test_a_rule_in_chunks_has_the_gradient_of_the_whole(rule, name):
     torch.save(stream.state_dict(), saved := io.BytesIO())
     again.load_state_dict(torch.load(io.BytesIO(saved.getvalue())))
     assert torch.equal(again(x), stream(x))
+
+
+def test_every_rule_leaves_the_states_behind_the_last_step(rule):
+    model, (x, y) = small_network(), batch(steps=6)
+    stream, expected = sltt.Stream(model), sltt.Stream(model)
+    if not rule.pads:
+        pytest.skip("it has mean rates of whole sequences")
+    expected(x)
+    rule(model, x, y, LOSS, stream=stream)
+    torch.testing.assert_close(stream.states, expected.states)

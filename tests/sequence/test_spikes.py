@@ -108,3 +108,19 @@ def test_the_number_that_a_kernel_counted_is_exact_and_of_unchanged_spikes_only(
     rates("layer", spikes[:4])
     rates("layer", spikes.mul_(0))
     assert rates.state_dict() == {"layer": (2**25 + 5, 16)}
+
+
+@pytest.mark.parametrize("fold", [1, 4])
+def test_neurons_behind_a_norm_in_a_forward_of_ones_own_count_once(fold):
+    class Own(nn.Sequential):
+        def forward(self, x):
+            for layer in self:
+                x = layer(x)
+            return x
+
+    model, x = Own(nn.Linear(6, 64), nn.BatchNorm1d(64), sltt.LIF(), nn.Linear(64, 3)), torch.randn(4, 5, 6)
+    sltt.SLTT(fold=fold)(model, x, torch.zeros(5).long(), LOSS)  # finds the pair
+    with firing_rates(model) as rates:
+        sltt.SLTT(fold=fold)(model, x, torch.zeros(5).long(), LOSS)
+    rates.settle()
+    assert [*rates._count.values()] == [4 * 5 * 64]

@@ -47,7 +47,6 @@ REFUSED = [
     ({"rule": sltt.OTTT(online=True), "accumulate": 2}, r"OTTT\(online=True\) updates the weights .*, and accumulate"),
     ({"loss": SUM, "accumulate": 2}, r"CrossEntropyLoss\(reduction='sum'\) adds up over samples"),
     ({"loss": sltt.losses.PerStep(SUM), "accumulate": 2}, r"CrossEntropyLoss\(reduction='sum'\) adds up over samples"),
-    ({"optimizer": torch.optim.LBFGS}, "LBFGS computes the loss several times a step"),
     ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
     ({"model": nn.Linear(4, 3), "norm_weight_decay": 0.0}, "norm_weight_decay with weights"),
     ({"model": nn.RMSNorm(4), "norm_bias_lr": 2.0}, "norm_bias_lr needs normalisation with a bias"),
