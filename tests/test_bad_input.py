@@ -157,7 +157,6 @@ OTHER_CALLS = [
     ("fit(config: object)", partial(fit, config={"a": object()}), ValueError, "config must hold numbers, texts, lists"),
     ("predict(lengths: number)", lambda: sltt.predict(network(), X, lengths=2), ValueError, "of 5 samples, got 2"),
     ("predict(lengths of no sequence)", lambda: sltt.predict(network(), X[0, 0], lengths=[1]), ValueError, "time firs"),
-    ("unroll of spikes as sparse", lambda: sltt.unroll(network(), X.to_sparse()), ValueError, "a dense input"),
     ("LIF of nothing", lambda: sltt.LIF()(None), ValueError, "x must be a Tensor, got None"),
     ("lif_step(decay: 2)", partial(sltt.lif_step, X, X, decay=2.0), ValueError, "decay must be at least 0 and at most"),
     ("Accuracy of floats", lambda: sltt.metrics.Accuracy()(X[0], torch.ones(5)), ValueError, "takes class indices"),

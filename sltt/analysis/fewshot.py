@@ -62,8 +62,7 @@ def session_sizes(classes: int, base: int, way: int) -> list[int]:
     rest = classes - base
     if rest < way:
         raise ValueError(
-            f"{base} base classes and {way} new ones are {base + way}, and there are {classes} classes: choose a "
-            "smaller base or way"
+            f"{base} base classes and {way} new ones are more than {classes}: choose a smaller base or way"
         )
     if rest % way:
         raise ValueError(f"{rest} new classes do not part into sessions of {way}: choose another way, or fewer classes")

@@ -100,10 +100,7 @@ class Results:
             self._fixed.append(leaf)
         result = self._results[key]
         if _version(result.leaf) != result.version:
-            raise RuntimeError(
-                f"what {function} gave was changed in place, but it is to serve every time step: write x = x * 2, not "
-                "x *= 2"
-            )
+            raise RuntimeError(f"what {function} gave was changed in place, and serves all steps: x = 2 * x for x *= 2")
         return result.leaf
 
     def is_fixed(self, x: Tensor, marked: bool = True) -> bool:

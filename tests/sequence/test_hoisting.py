@@ -178,7 +178,7 @@ def test_a_change_in_place_of_what_is_kept_is_refused():
                 x.mul_(2)
             return self.head(self.lif1(x).flatten(1))
 
-    with pytest.raises(RuntimeError, match="was changed in place, but it is to serve every time step"):
+    with pytest.raises(RuntimeError, match="was changed in place, and serves all steps"):
         sltt.SLTT(hoist=True)(Changing().double(), *images(), LOSS, steps=2)
 
 
