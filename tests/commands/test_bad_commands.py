@@ -106,7 +106,7 @@ CASES = f"""
 2 | unknown option --nueron.tau | compare --vary model.nueron.tau=1
 2 | required: --base | fscil digits
 2 | --order: expected numbers separated by commas, got 'a' | fscil digits --base 6 --order a
-1 | 9 base classes and 2 new ones are 11, and there are 10 classes | {FSCIL} --base 9 --way 2
+1 | 9 base classes and 2 new ones are more than 10 | {FSCIL} --base 9 --way 2
 1 | sltt fscil compares accuracies | {FSCIL} --base 6 --way 1 --metric sltt.metrics.MeanSquaredError
 2 | --budget: expected a memory size such as 8GB | profile --budget much
 1 | --trial needs accuracies, and the metric here is multi_label | agreement --trial 1 --metric MultiLabelAccuracy
