@@ -61,9 +61,7 @@ def session_sizes(classes: int, base: int, way: int) -> list[int]:
     whole_number("way", way, least=1)
     rest = classes - base
     if rest < way:
-        raise ValueError(
-            f"{base} base classes and {way} new ones are more than {classes}: choose a smaller base or way"
-        )
+        raise ValueError(f"{base} base classes and {way} new ones are more than {classes}: choose a smaller base")
     if rest % way:
         raise ValueError(f"{rest} new classes do not part into sessions of {way}: choose another way, or fewer classes")
     return [base, *[way] * (rest // way)]

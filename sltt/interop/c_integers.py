@@ -187,8 +187,7 @@ def _fire(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: 
     op.integers = True
     op.shift = _shift(op.threshold / unit)
     unit = unit * 2**op.shift
-    op.threshold = (op.threshold / unit).ceil() if op.above else (op.threshold / unit).round()
-    op.threshold = op.threshold.clamp(1, PEAK)
+    op.threshold = getattr(op.threshold / unit, "ceil" if op.above else "round")().clamp(1, PEAK)
     op.start = (op.start / unit).round().clamp(-PEAK, PEAK)
     for name in {"decay", "synapse", "adaptation"} & op.arrays().keys():
         setattr(op, name, (getattr(op, name) * 2**SHIFT).round())

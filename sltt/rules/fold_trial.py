@@ -225,7 +225,7 @@ def _compare(run: Run, fold: int, make_step: Callable[[], Step], run_rule: RunRu
 
 def _run(twin: nn.Module, sequence: Sequence, fold: int, step: Step, run_rule: RunRule) -> dict[str, Tensor | None]:
     """Run a rule on a copy; return logits, states, gradients and buffers by name, in the order of their importance."""
-    leaves: dict[Tensor, Tensor | None] = {}  # with the gradients that they had: some may be outside of the network
+    leaves: dict[Tensor, Tensor | None] = {}  # with the gradients that they had: some are outside of the network
 
     def backward(value: Tensor) -> None:
         nodes = graph_nodes([value.grad_fn])
@@ -233,18 +233,20 @@ def _run(twin: nn.Module, sequence: Sequence, fold: int, step: Step, run_rule: R
             leaves[leaf], leaf.grad = leaf.grad, None
         value.backward()
 
-    with without_marked_hooks(twin.modules()), torch.enable_grad(), Run(twin, sequence, step) as run:
-        run.goes_on = True
-        results: dict[str, Any] = {"the logits": run_rule(run, fold, backward)}
-        run.results.finish(backward)
-        for layer in run.layout.keepers:
-            for name in layer.states:
-                results[f"the state {name} of {layer}"] = getattr(layer.module, name)
-    for name, p in twin.named_parameters():  # one behind a long delay may have 0 in a call of several steps alone
-        results[f"the gradient of {name}"] = torch.zeros_like(p) if p.grad is None else p.grad
-    for leaf, gradient in leaves.items():
-        leaf.grad = gradient
-    return results | {f"the buffer {name}": buffer for name, buffer in twin.named_buffers()}
+    try:
+        with without_marked_hooks(twin.modules()), torch.enable_grad(), Run(twin, sequence, step) as run:
+            run.goes_on = True
+            results: dict[str, Any] = {"the logits": run_rule(run, fold, backward)}
+            run.results.finish(backward)
+            for layer in run.layout.keepers:
+                for name in layer.states:
+                    results[f"the state {name} of {layer}"] = getattr(layer.module, name)
+        for name, p in twin.named_parameters():  # one behind a long delay may have 0 in a call of several steps alone
+            results[f"the gradient of {name}"] = torch.zeros_like(p) if p.grad is None else p.grad
+        return results | {f"the buffer {name}": buffer for name, buffer in twin.named_buffers()}
+    finally:
+        for leaf, gradient in leaves.items():
+            leaf.grad = gradient
 
 
 def _find_unequal(first: dict[str, Any], second: dict[str, Any], tolerance: float) -> str | None:

@@ -341,6 +341,25 @@ def test_trying_a_network_gives_what_is_outside_of_it_no_gradient(rule):
     torch.testing.assert_close(*found)
 
 
+def test_a_trial_that_fails_leaves_gradients_outside_of_the_network_alone():
+    (x, y), found, calls, outside = batch(), [], [], torch.ones(3)
+
+    def scale(layer, z):
+        calls.append(z.dtype)
+        if calls[-1] == torch.float64 and calls.count(torch.float64) == 2:  # on a copy
+            raise RuntimeError("once")
+        return torch.einsum("bi->bi", z) * outside
+
+    model = small_network(sltt.LIF).append(Through(scale)).float()
+    for fold in ("auto", 1):
+        outside.grad = torch.ones(3)
+        outside.requires_grad_()
+        sltt.SLTT(fold=fold)(copy.deepcopy(model), x.float(), y, LOSS)
+        found.append(outside.grad)
+    torch.testing.assert_close(*found)
+    assert calls.count(torch.float64) >= 2
+
+
 @pytest.mark.parametrize("kind", [nn.Sequential, Net, Twice])
 @pytest.mark.parametrize("make", [lambda: nn.BatchNorm1d(6), lambda: sltt.Dropout(0.0)])
 def test_a_layer_with_steps_that_runs_twice_takes_one(kind, make):
