@@ -39,12 +39,13 @@ class Metric(ABC):
 
 
 class Accuracy(Metric):
-    """The share of samples, of time steps or of pixels, whose largest logit is that of the class."""
+    """The share of samples, of time steps or of pixels with a class, whose largest logit is that of the class."""
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Logits [B, C, ...] and class indices [B, ...]."""
+        """Logits [B, C, ...] and class indices [B, ...]; others, such as those that a loss ignores, do not count."""
         _check_classes(self, target, prediction)
-        return _mean(prediction.argmax(1) == target, prediction)
+        counted = ((target >= 0) & (target < prediction.shape[1])).sum().clamp(min=1)
+        return _mean((prediction.argmax(1) == target) * (target.numel() / counted), prediction)
 
 
 class MultiLabelAccuracy(Metric):

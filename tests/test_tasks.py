@@ -305,6 +305,8 @@ def test_metrics_are_what_they_say():
     logits, labels = torch.tensor([[1.0, -2.0], [-1.0, 3.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
     assert sltt.metrics.MultiLabelAccuracy()(logits, labels) == 0.75
     assert sltt.metrics.Accuracy()(logits, torch.tensor([0, 0])) == 0.5
+    assert sltt.metrics.Accuracy()(logits, torch.tensor([0, -100])) == 1.0
+    assert sltt.metrics.Accuracy()(logits, torch.tensor([255, 0])) == 0.0
     assert sltt.metrics.MeanAbsoluteError()(logits, labels) == pytest.approx((0 + 3 + 1 + 2) / 4)
     assert sltt.metrics.MeanSquaredError()(logits, labels) == pytest.approx((0 + 9 + 1 + 4) / 4)
     logits[0, 1] = torch.nan

@@ -33,7 +33,7 @@ from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.padding import lengths_of
 from sltt.training.console import Console, megabytes
 from sltt.training.evaluation import measure_split
-from sltt.training.fit import Fit, train
+from sltt.training.fit import train
 from sltt.training.runs import list_changes, read_config
 from sltt.training.session import Session, session
 from sltt.training.settings import Settings
@@ -100,8 +100,9 @@ def compare(
         if here.splits(first.dataset, first.steps).test is None:
             raise ValueError(f"{first.data} has no test samples, on which rules are compared: choose other data")
         for seed in range(seeds):
+            built, settings = settings_of(rule, varied, seed, folder, recipe, report)
             try:
-                built, result = train_one(here, rule, varied, seed, folder, recipe, report)
+                result = train(here, settings)
                 measured = measure_split(here, built, "test")
                 row["scores"].append(measured.score)
                 row["runs"].append(result.run.name)
@@ -119,8 +120,7 @@ def compare(
     return row
 
 
-def train_one(
-    here: Session,
+def settings_of(
     rule: str | None,
     varied: Mapping[str, str],
     seed: int,
@@ -128,10 +128,10 @@ def train_one(
     recipe: Recipe,
     report: Console,
     classes: list[int] | None = None,
-) -> tuple[Settings, Fit]:
-    """Train with one seed, or go on where its run in `folder` stopped; on `classes` only, if given.
+) -> tuple[Settings, Settings]:
+    """Return what the recipe builds, and of it a training with one seed, which goes on where its run has stopped.
 
-    Returns what the recipe builds, with the trained weights and its whole data, and the training.
+    The training is on `classes` only, if given. Raises ValueError for a run with other settings.
     """
     name = label_row(rule or rule_of(recipe.resolve()), varied)
     run = folder / f"{_file_name(name)}-seed{seed}"
@@ -150,7 +150,7 @@ def train_one(
             raise ValueError(
                 f"{run} was trained with other settings ({'; '.join(other)}): choose another --save, or delete the run"
             )
-    return built, train(here, replace(built, data=data, run=run, resume=resume, config=config, report=report))
+    return built, replace(built, data=data, run=run, resume=resume, config=config, report=report)
 
 
 def _file_name(label: str) -> str:
@@ -174,6 +174,7 @@ def compared_json(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
     metric = {"metric": name_of(built.metric), "higher_is_better": higher_is_better(built.metric)}
     about = {"recipe": recipe.name, "model": recipe.resolve()["model"], "batch": built.size, "steps": built.steps}
     about |= {"epochs": built.epochs, "samples": splits.sizes["test"] or None, "classes": splits.classes}
+    about |= {"validation_samples": splits.sizes["validation"] or None}
     return {**about, "chance": _chance(splits), **metric, "rows": rows}
 
 

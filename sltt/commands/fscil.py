@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sltt.analysis.fewshot import FewShot, chance, draw_shots, embeddings, incremental, prototypes, session_sizes
-from sltt.commands.compare import default_folder, tell_died, train_one
+from sltt.commands.compare import default_folder, settings_of, tell_died
 from sltt.commands.failures import cause
 from sltt.commands.parsing import CommandOptions, Recipe, count, numbers, refuse_seed
 from sltt.commands.results import give, scores_text
@@ -27,6 +27,7 @@ from sltt.metrics import name_of
 from sltt.sequence.padding import Padded
 from sltt.training.batches import finish_loaders
 from sltt.training.console import Console
+from sltt.training.fit import train
 from sltt.training.session import Session, session
 
 SCORES = {"base": "A_base", "new": "A_new", "harmonic": "A_h", "last": "A_last", "average": "A_avg"}
@@ -94,9 +95,10 @@ def few_shots(task: Task, rules: Sequence[str], seeds: int, folder: Path, report
             scored: list[FewShot] = []
             errors: list[str] = []
             for seed in range(seeds):
+                classes = task.order[: task.sizes[0]]
+                built, settings = settings_of(rule, {}, seed, folder, recipe, report, classes)
                 try:
-                    classes = task.order[: task.sizes[0]]
-                    built, _ = train_one(here, rule, {}, seed, folder, recipe, report, classes)
+                    train(here, settings)
                     scored.append(_classify(here, task, seed, built))
                 except Exception as error:  # the others still run
                     report.warn(f"{rule}, seed {seed} died: {cause(error)}")

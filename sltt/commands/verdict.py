@@ -8,7 +8,6 @@ from typing import Any
 
 from sltt.analysis.advice import DELAYS, LESS, SHARED, count_of, name_rules
 from sltt.commands.results import Gathered
-from sltt.commands.vary import best_of
 from sltt.metrics import finite_scores, is_share, score_text
 
 MARGIN = 0.01  # of accuracy: a smaller loss is called none
@@ -104,7 +103,7 @@ def answers(results: Gathered) -> list[str]:
     """
     for comparison in results.comparisons[:1]:
         if any(row.get("varied") for row in comparison["rows"]):
-            return [best_of(comparison["rows"], comparison["metric"], comparison["higher_is_better"])]
+            return [best_of(comparison)]
     rules = verdicts(results)
     reference = next((verdict for verdict in rules if verdict.rule == "BPTT"), rules[0] if rules else None)
     others = [verdict for verdict in rules if verdict is not reference]
@@ -210,3 +209,28 @@ def noise_of(verdict: Verdict, other: Verdict) -> float:
             share = (statistics.mean(rule.scores) * rule.samples + 2) / (rule.samples + 4)
             squares += max(0.0, share * (1 - share)) / rule.samples
     return 2 * math.sqrt(squares)
+
+
+def best_of(comparison: Mapping[str, Any]) -> str:
+    """Return a sentence on the row best by validation, and whether the next one differs clearly."""
+    rows, metric = comparison["rows"], comparison["metric"]
+    trained = [(row, reached) for row in rows if row["scores"] and (reached := finite_scores(row["validation"]))]
+    if not trained:
+        return "Nothing was held out, so that there is no best value: set --data.validation 0.1."
+    trained.sort(key=lambda pair: statistics.mean(pair[1]), reverse=comparison["higher_is_better"])
+    ranked, scores_of_rows = zip(*trained, strict=True)
+    first, means = ranked[0], [statistics.mean(reached) for reached in scores_of_rows]
+    text = (
+        f"{first['rule']} has the best validation {metric.replace('_', ' ')}: {score_text(metric, means[0])}; "
+        f"on the test samples {score_text(metric, statistics.mean(finite_scores(first['scores']) or [math.nan]))}."
+    )
+    if died := len(first.get("errors", ())):
+        text += f" {died} of its seeds died."
+    if len(ranked) == 1:
+        return text
+    text += f" The next is {ranked[1]['rule']}: {score_text(metric, means[1])}"
+    if any(len(scores) < 2 for scores in scores_of_rows[:2]):
+        return f"{text}. One seed: repeat with --seeds 3."
+    sign, samples = 1 if comparison["higher_is_better"] else -1, comparison.get("validation_samples")
+    first_two = (Verdict("", list(scores), metric, sign, samples) for scores in scores_of_rows[:2])
+    return f"{text}." if abs(means[0] - means[1]) > noise_of(*first_two) else f"{text}, no clear difference."

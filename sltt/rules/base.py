@@ -141,7 +141,7 @@ class Rule(Frozen, ABC):
                     explained(add_gradients(out.loss.new_zeros(()), [(made, x.grad)]))
                 total, logits = network.result(out.loss, out.logits)
                 logits = logits.mean(0, keepdim=True) if mean_logits and len(logits) > 1 else logits
-            if backward is None and update is None:
+            if backward is None and update is None and getattr(x, "grad", None) is None:
                 check_reached(model)
         except Exception as error:
             note(error, network)

@@ -101,7 +101,8 @@ CASES = f"""
 2 | --rules names the rules here: leave --rule out | compare --rules SLTT --rule OTTT
 2 | --seeds says how many | compare --seed 7
 2 | sltt profile takes no --resume | profile --resume nowhere
-2 | expected an option and its values, such as model.neuron.tau=1.1,2,4 | compare --vary tau
+2 | expected an option and different values, such as model.neuron.tau=1.1,2,4 | compare --vary tau
+2 | different values, such as model.neuron.tau=1.1,2,4, got 'steps=2,2' | compare --vary steps=2,2
 2 | --vary does not take seed: use --seeds 3 | compare --vary seed=1,2
 2 | unknown option --nueron.tau | compare --vary model.nueron.tau=1
 2 | required: --base | fscil digits

@@ -16,6 +16,7 @@ from sltt.analysis import count_operations
 from sltt.commands import compare, main, vary
 from sltt.commands.parsing import Recipe
 from sltt.commands.rule_texts import rule_options, rules
+from sltt.commands.verdict import best_of
 from sltt.training.console import Console, as_json
 from tests.conftest import LOSS
 from tests.data.recordings import nmnist
@@ -196,11 +197,13 @@ def test_runs_of_different_values_have_different_folders():
 def test_a_folder_with_runs_of_other_settings_is_refused(capsys, here, monkeypatch):
     words = [*WORDS, "--rules", "SLTT:k=1", "--save", "kept"]
     assert main(words) == 0
+    before = (here / "kept" / "compare.json").read_bytes()
     of_optimizer = "optimizer.init_args.lr was 0.005 and is 0.5"
     of_data = "data.init_args.validation was 0.1 and is 0.2"
     for other, names in (("epochs=2", "epochs"), ("data.validation=0.2", of_data), ("optimizer.lr=0.5", of_optimizer)):
         assert main([*words, f"--{other}"]) == 1
         assert f"was trained with other settings ({names}): choose another --save" in capsys.readouterr().err
+    assert (here / "kept" / "compare.json").read_bytes() == before
     assert yaml.safe_load((here / "kept" / "SLTT-k-1-seed0" / "config.yaml").read_text())["epochs"] == 1
 
 
@@ -225,9 +228,10 @@ def test_commas_within_brackets_are_no_separators():
     assert vary.values("phases=[{epochs: 1, steps: 2}],null") == ("phases", ["[{epochs: 1, steps: 2}]", "null"])
 
 
-def swept(*rows):
+def swept(*rows, samples=None):
     rows = [{"rule": name, "scores": [0.5] * len(found), "validation": found} for name, found in rows]
-    return vary.best_of(rows, "accuracy", True)
+    about = {"metric": "accuracy", "higher_is_better": True, "validation_samples": samples}
+    return best_of({"rows": rows, **about})
 
 
 def test_the_best_value_is_told_from_the_next_or_not():
@@ -236,7 +240,8 @@ def test_the_best_value_is_told_from_the_next_or_not():
     assert "no clear difference" in swept(("a", [0.7, 0.9]), ("b", [0.75, 0.95]))
     assert "One seed" in swept(("a", [0.7]), ("b", [0.9]))
     assert "Nothing was held out" in swept(("a", [None]), ("b", [None]))
-    assert vary.best_of([{"rule": "a", "scores": [1.0], "validation": [1.0]}], "error", False).startswith("a has")
+    assert "no clear difference" in swept(("a", [0.7, 0.7]), ("b", [0.8, 0.8]), samples=40)
+    assert "no clear" not in swept(("a", [0.7, 0.7]), ("b", [0.8, 0.8]), samples=4000)
 
 
 def test_numbers_that_are_not_finite_are_null_in_json():

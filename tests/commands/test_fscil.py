@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Subset, TensorDataset
 
 import sltt
-from sltt.commands import compare, main
+from sltt.commands import fscil, main
 from sltt.training import fit
 from tests.commands.tiny import TINY, run
 
@@ -58,7 +58,7 @@ def test_the_base_training_sees_base_classes_only(folder, capsys, monkeypatch):
         seen.append(training.dataset.splits(training.steps))
         raise RuntimeError("far enough")
 
-    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(fscil, "train", train)
     code, out, err = run(capsys, *WORDS, "--json", "--rules", "BPTT,SLTT", "--save", folder)
     assert code == 1
     assert "2 runs died; the same command tries them again: SLTT, seed 0: far enough" in err

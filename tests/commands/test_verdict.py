@@ -3,8 +3,7 @@ import pytest
 from sltt.analysis.advice import SHARED
 from sltt.commands.results import Gathered, scores_text
 from sltt.commands.sections import sections
-from sltt.commands.vary import best_of
-from sltt.commands.verdict import advice_on, answers, shared_steps, verdicts
+from sltt.commands.verdict import advice_on, answers, best_of, shared_steps, verdicts
 
 METRIC = {"metric": "accuracy", "higher_is_better": True}
 
@@ -127,7 +126,7 @@ def test_a_rule_whose_seeds_died_is_not_safe():
     assert "1 of 3 seeds of TBPTT died. Not safe here." in tbptt
     assert take == "Take BPTT. No other rule here needs less memory."
     rows = [{**row, "validation": row["scores"]} for row in found.comparisons[0]["rows"]]
-    assert "2 of its seeds died." in best_of(rows[1:3], "accuracy", True)
+    assert "2 of its seeds died." in best_of({"rows": rows[1:3], **METRIC})
 
 
 def test_the_reference_may_have_no_memory_that_was_measured():
@@ -180,9 +179,9 @@ def test_scores_that_are_no_numbers_are_left_out():
     assert kept == [("BPTT", [0.9, 0.9], 0), ("SLTT", [0.8], 1), ("OTTT", [], 2)]
     rows = [{"rule": "a", "scores": [nan, 0.5], "validation": [nan, 0.4]}]
     rows += [{"rule": "b", "scores": [0.7], "validation": [0.6]}]
-    best = best_of(rows, "accuracy", True)
+    best = best_of({"rows": rows, **METRIC})
     assert best.startswith("b has the best validation accuracy: 60.00%; on the test samples 70.00%. The next is a: 40")
-    assert best_of([rows[0] | {"validation": [nan]}], "accuracy", True).startswith("Nothing was held out")
+    assert best_of({"rows": [rows[0] | {"validation": [nan]}], **METRIC}).startswith("Nothing was held out")
 
 
 def test_a_ratio_of_times_has_its_bounds_and_memory_is_of_one_t():

@@ -81,8 +81,9 @@ def test_backward_hook_gets_every_scalar(rule):
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_what_made_the_input_gets_its_gradient_once(rule, static):
-    model, encoder, (x, y) = small_network(), nn.Linear(6, 6).double(), batch()
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_made_the_input_gets_its_gradient_once(rule, static, frozen):
+    model, encoder, (x, y) = small_network().requires_grad_(not frozen), nn.Linear(6, 6).double(), batch()
     given = torch.tanh(encoder(x[0] if static else x))
     leaf = given.detach().requires_grad_()
     for z in (given, leaf):
