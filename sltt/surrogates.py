@@ -24,6 +24,10 @@ class Surrogate(Frozen, ABC):
     A subclass defines `derivative`. It must be elementwise, and keep the shape and dtype of its argument.
     """
 
+    def __init_subclass__(cls) -> None:
+        if cls.__call__ is not Surrogate.__call__:
+            raise TypeError(f"{cls.__name__} has a __call__ of its own, which kernels do not run: define `fires`")
+
     def fires(self, x: Tensor) -> Tensor:
         """Return True where a neuron fires, at x = u − V_th."""
         return x >= 0

@@ -166,7 +166,6 @@ OTHER_CALLS = [
     ("from_datasets(per_step)", per_step, ValueError, "expected targets of each time step, .* is per_step=True right"),
     ("read(text)", partial(recordings.read, Path("x.txt"), (3, 3), "count", 4), recordings.RecordingError, "not a rec"),
     ("to_nir(dt)", lambda: sltt.interop.to_nir(network(), X[0], dt=0), ValueError, "dt must be greater than 0, got 0"),
-    ("to_c(empty)", lambda: sltt.interop.to_c(network(), X[:, :0], "c"), ValueError, r"example is empty, \[4, 0, 6\]"),
     ("to_c(shape)", lambda: sltt.interop.to_c(network(), X[..., :1], "c"), RuntimeError, "shapes cannot be multiplied"),
     ("to_c(zeros)", lambda: sltt.interop.to_c(network(), 0 * X, "c", weights="int8"), ValueError, "is zero everywhere"),
     ("fit(resume without run)", partial(fit, resume=True, run=None), ValueError, "resume=True needs the folder"),

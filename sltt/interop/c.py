@@ -91,8 +91,6 @@ def to_c(
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another folder, or remove this one")
     check_exportable(model)
-    if not example.numel():
-        raise ValueError(f"the example is empty, {list(example.shape)}: give some samples")
     x = torch.stack([sequence.input(range(t, t + 1)) for t in range(sequence.steps)]).float().cpu()
     model = copy_model(model).float().cpu().eval()
     expected = unroll(model, x)

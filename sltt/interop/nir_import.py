@@ -65,8 +65,6 @@ class GraphNetwork(nn.Module):
         if waiting:
             expected = "cycles of neurons and one layer of weights"
             raise ValueError(f"the graph is recurrent, around {sorted(waiting)}: expected {expected}")
-        if unread := [name for name, reads in self.reads.items() if not reads and name not in kinds[nir.Input]]:
-            raise ValueError(f"nothing leads to {unread}: add the edges, or remove these nodes")
         (self.input,), (self.output,) = kinds.values()
         self.keys = unique_names(self.reads)
         self.layers = nn.ModuleDict({key: modules[name] for name, key in self.keys.items()})

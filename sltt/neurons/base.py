@@ -188,7 +188,7 @@ class Neuron(Stateful):
             raise ValueError(f"{has}: expected a number, a surrogate or a tensor")
         parameters = tuple((name, value.ndim > 0) for name, value in tensors.items())
         step = type(self).step
-        reads = _numbers_read(step) if isinstance(step, FunctionType) and step.__module__[:5] != "sltt." else ()
+        reads = _numbers_read(step, *(value for _, value in constants if isinstance(value, Surrogate)))
         return CustomStep(step, len(self.states), parameters, constants, reads), tuple(tensors.values())
 
     def _plain_steps(self, x: Tensor, dtype: torch.dtype, steps: int, cut: bool) -> Tensor:
@@ -236,18 +236,18 @@ def check_forward(neuron: nn.Module) -> None:
         raise RuntimeError(f"{type(neuron).__name__} ran inside a backward pass: {reason}. {remedy}")
 
 
-def _numbers_read(step: FunctionType) -> tuple[Any, ...]:
-    """Return the numbers that a function reads from outside, in lists and dictionaries too: they are compiled in."""
-    numbers, waiting, seen = [], [step], set[Any]()
+def _numbers_read(*values: Any) -> tuple[Any, ...]:
+    """Return the numbers that users' functions and surrogates read from outside: they are compiled in."""
+    numbers, waiting, seen = [], [*values], set[Any]()
     while waiting:
-        if (function := waiting.pop()) in seen:
-            continue
-        seen.add(function)
-        for value in variables_of(function):
-            if isinstance(value, FunctionType):
-                waiting += [value] if value.__module__.partition(".")[0] not in ("torch", "sltt") else []
-            elif isinstance(value, int | float | str | bool | list | tuple | dict):
-                numbers.append(repr(value))
+        value = waiting.pop()
+        if isinstance(value, int | float | str | bool | list | tuple | dict):
+            numbers.append(repr(value))
+        elif isinstance(value, FunctionType | Surrogate) and value not in seen:
+            seen.add(value)
+            of: Any = [value] if isinstance(value, FunctionType) else type(value).__mro__
+            own = [one for one in of if one.__module__.partition(".")[0] not in ("torch", "sltt", "builtins", "abc")]
+            waiting += [read for one in own for read in (variables_of(one) if one is value else vars(one).values())]
     return tuple(numbers)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sltt.checks import whole_numbers
 from sltt.kernels import Spikes, look
 from sltt.neurons.base import check_forward
+from sltt.sequence.hooks import own_forward
 from sltt.sequence.state import Role, Stateful, set_role
 
 
@@ -91,4 +92,8 @@ class Delay(Stateful):
         return f"taps={list(self.taps)}"
 
 
-set_role(Delay, Role("keeper", lambda m: m.states, lambda m: m.reset(), advance=lambda m: m.advance))
+def _advance_of(delay: Delay) -> Any:
+    return None if own_forward(delay, Delay) else delay.advance
+
+
+set_role(Delay, Role("keeper", lambda m: m.states, lambda m: m.reset(), advance=_advance_of))

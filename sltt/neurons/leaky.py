@@ -140,20 +140,20 @@ class IntegrateAndFire(Neuron):
         return kernel_step(type(self), decay if learned is None else None, **self.constants()), learned
 
     def prepare(self) -> Callable[[Tensor, int, bool], Tensor]:
-        own = type(self).decay not in (LIF.decay, IF.decay) or type(self).constants is not IntegrateAndFire.constants
-        if own or self.kernel_step()[0] is None:
+        known = type(self).decay in (LIF.decay, IF.decay) and type(self).__module__.startswith("sltt.")
+        if not known or self.kernel_step()[0] is None:
             return self.advance
         read = operator.attrgetter(*_CONSTANTS, *(["tau"] if type(self).decay is LIF.decay else []))
-        states, step, fast = vars(self), None, None
+        states, step, learned, fast = vars(self), None, None, None
         constants: tuple[Any, ...] = ()
         seen: Any = None  # constants, and kind of input, that the step was chosen for
 
         def advance(x: Tensor, steps: int, cut: bool) -> Tensor:
-            nonlocal step, fast, constants, seen
+            nonlocal step, learned, fast, constants, seen
             now = read(self)  # a forward or a hook may change them
             if not constants or not all(map(operator.is_, now, constants)):
-                constants, seen, (step, _) = now, None, self.kernel_step()
-            if step is None:
+                constants, seen, (step, learned) = now, None, self.kernel_step()
+            if step is None or learned is not None:  # a `tau` that is a tensor
                 return self.advance(x, steps, cut)
             v, first = states["v"], x if steps == 1 else split_steps(x, steps)
             if v is None:

@@ -43,7 +43,7 @@ class CreditStep(Step):
         return bool(self.delays)
 
     def handler(self, layer: Layer, folds: bool) -> Any:
-        return self.delay if isinstance(layer.module, Delay) else super().handler(layer, folds)
+        return self.delay if isinstance(layer.module, Delay) and layer.advance else super().handler(layer, folds)
 
     def delay(self, layer: Layer, x: Tensor) -> Tensor:
         """Run a delay."""

@@ -154,9 +154,7 @@ class _Cut(Step):
             self.module = next((m for m in (self.kept[-1], *last) if self._parts(m, value, before)), None)
             self._first.clear()
         elif self.module is not None and not self._separates(value, before):
-            raise RuntimeError(
-                f"time step {t} has another graph than the first, so Mixed cannot cut it at that layer: use BPTT"
-            )
+            raise RuntimeError(f"time step {t} has another graph than the first, and Mixed cannot cut it: use BPTT")
         return value
 
     def _parts(self, module: nn.Module, value: Tensor, before: set[Any]) -> bool:

@@ -90,9 +90,7 @@ class OTTT(RandomSteps):
             step.traces.end(value, len(call))
             learns = graph and (call.start in trained or some is not None)
             if self.online and step.waits:
-                raise ValueError(
-                    "errors come back through delays steps later, and online updates the weights: use credit='none'"
-                )
+                raise ValueError("errors through delays come later, and online updates the weights: use credit='none'")
             batch.backpropagate(value if learns else None, call.stop)
             if self.online and learns and batch.update is not None:
                 batch.update()

@@ -352,7 +352,5 @@ def _make_layer(layer: Layer, steady: bool, steps: int) -> _RateLayer | None:
             raise ValueError(f"RateBased knows PyTorch's plain BatchNorm, not {layer}: use that, or SLTT")
         return _NormLayer(layer, steps)
     if isinstance(module, _DropoutNd) and module.training and module.p > 0:
-        raise ValueError(
-            f"{layer} draws another mask at every step, and the rate pass has one only: use sltt.Dropout, or SLTT"
-        )
+        raise ValueError(f"{layer} draws a mask at every step, and the rate pass has one: use sltt.Dropout, or SLTT")
     return None

@@ -53,8 +53,7 @@ class TraceStep(CreditStep):
 
     def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         norm = layer.module
-        learns = self.inputs and self.run.follows and norm.bias is not None and norm.bias.requires_grad
-        if not learns:
+        if not (self.inputs and self.run.follows and self.traces.learns(norm, norm.bias)):
             return super().norm(layer, *args, **kwargs)
         if not (layer.role.stepwise and layer.is_known and len(args) == 1):
             return self._operations_of(layer).forward(*args, **kwargs)
@@ -71,7 +70,7 @@ class TraceStep(CreditStep):
         traced = neuron.module in traces.decays and not traces.learns_decay(neuron.module)
         if not traced or not self.may_pair(norm, neuron):
             return None
-        if self.inputs and self.run.follows and bias is not None and bias.requires_grad:
+        if self.inputs and self.run.follows and traces.learns(norm.module, bias):
             trace = traces.read(norm.module, None)
             bias = bias if trace is None else _scale_gradient(bias, trace.ones[-1])
         y = self.run_pair(norm, neuron, x, bias)
@@ -185,10 +184,8 @@ class _TracedForward(TorchFunctionMode):
     ) -> Tensor:  # fmt: skip
         """Compute the layer's output from its weight, whose gradient is that of its trace."""
         x, settings = input, () if func is F.linear else (stride, padding, dilation, groups)
-        # without a graph, the weight of pruning has none
         learns = weight.requires_grad or not torch.is_grad_enabled()
-        known = (self.layer, self.traces.uses[self.layer]) in self.traces.traces
-        if not (weight.requires_grad or known or (bias is not None and bias.requires_grad)):
+        if not (self.traces.learns(self.layer, weight) or (bias is not None and bias.requires_grad)):
             return self._apply(func, settings, x, weight, bias)
         if padding == "same":
             sides: Any = self.layer._reversed_padding_repeated_twice  # from the last axis on
@@ -215,7 +212,8 @@ class _TracedForward(TorchFunctionMode):
         return kernels.run_layer(kernels.LayerFunction(func, axes, settings), x, weight, bias, self.run.weights)
 
     def _normalise(self, func: Any, *args: Any, bias: Tensor | None, **settings: Any) -> Tensor:
-        if bias is None or not bias.requires_grad or (trace := self.traces.read(self.layer, None)) is None:
+        trace = self.traces.read(self.layer, None) if self.traces.learns(self.layer, bias) else None
+        if bias is None or trace is None:
             return func(*args, bias=bias, **settings)
         y: Tensor = func(*args, bias=_scale_gradient(bias, trace.ones[-1]), **settings)
         self.traces.wrote(trace, y)
@@ -266,5 +264,6 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...
 def _scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
     """Return the same tensor, and its gradient times a factor."""
     same = x.view_as(x)
-    same.register_hook(lambda grad: grad * factor)
+    if x.requires_grad:
+        same.register_hook(lambda grad: grad * factor)
     return same

@@ -121,9 +121,7 @@ class Traces:
 
     def __init__(self, layout: Layout, decay: float | None, inputs: bool):
         if any(layer.compiled for layer in layout.layers.values()):
-            raise ValueError(
-                "OTTT traces what layers read, which compiled code hides: give it the network before torch.compile"
-            )
+            raise ValueError("compiled code hides what layers read, which OTTT traces: train before torch.compile")
         spiking = layout.neurons.values()
         # of a neuron made of neurons, the inner ones
         names = {m: n for n, m in layout.neurons.items() if not any(c in spiking for c in m.modules() if c is not m)}
@@ -232,6 +230,10 @@ class Traces:
             return None
         return trace
 
+    def learns(self, layer: nn.Module, parameter: Tensor | None) -> bool:
+        """Return whether a parameter of a layer learns; of a computed one, which has no gradient, its trace says so."""
+        return (layer, self.uses[layer]) in self.traces or (parameter is not None and parameter.requires_grad)
+
     def _read_again(self, layer: nn.Module) -> _Trace | None:
         """Return the trace of the time step whose backward runs this layer again."""
         if self.waits:
@@ -243,9 +245,7 @@ class Traces:
             )
         trace = self.traces.get((layer, 0))
         if trace is None and (self.inputs or layer in self.hidden):
-            raise ValueError(
-                f"a checkpoint ran {layer} without a graph, in which OTTT follows it: call it with use_reentrant=False"
-            )
+            raise ValueError(f"a checkpoint ran {layer} without a graph, which OTTT needs: set use_reentrant=False")
         return trace
 
     def hide(self, layer: nn.Module) -> None:
@@ -271,7 +271,7 @@ class Traces:
             return False
         with torch.enable_grad():  # also in a step without a backward
             step, decay = neuron.kernel_step()
-        return step is not None and decay is not None and decay.requires_grad
+        return step is not None and decay is not None and (decay.requires_grad or neuron in self.through_decay)
 
     def _feed(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
         """Note that a layer with a state is fed by those behind its input; return this input."""

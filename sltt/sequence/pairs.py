@@ -62,7 +62,8 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor, hoisted: int = 0) -> Tens
             first = modules.pop(0)
             x = run.results.keep(first, first, (x,))
     while modules:
-        y = _run_pair(*modules[:2], x) if is_pair(*modules[:2]) else None
+        pair = len(modules) > 1 and isinstance(modules[0], _BatchNorm) and emits_spikes(modules[1])
+        y = _run_pair(*modules[:2], x) if pair else None
         if y is None:
             x, modules = run_before_norm(modules[0], x, *modules[1:2]), modules[1:]
         else:
@@ -84,11 +85,6 @@ def _run_pair(norm: nn.Module, neuron: nn.Module, x: Tensor) -> Tensor | None:
     if y is not None:
         show(neuron, y)
     return y
-
-
-def is_pair(norm: nn.Module, neuron: nn.Module | None = None) -> bool:
-    """Return whether two modules are a BatchNorm and a layer of neurons."""
-    return isinstance(norm, _BatchNorm) and neuron is not None and emits_spikes(neuron)
 
 
 def _flatten(layers: Iterable[nn.Module]) -> list[nn.Module]:

@@ -153,10 +153,6 @@ def role_of(cls: type) -> Role:
     for library in {c.__module__.partition(".")[0] for c in cls.__mro__} & LIBRARIES:
         import_module(f"sltt.interop.{library}")
     bases = [c for c in cls.__mro__ if c in _roles]
-    for other in bases[1:]:
-        if {_roles[c].kind for c in (bases[0], other)} == {"keeper"} and not issubclass(bases[0], other):
-            ways = f"keep their states in different ways: say how by sltt.register({cls.__name__}, states=…)"
-            raise ValueError(f"{cls.__name__} is a {bases[0].__name__} and a {other.__name__}, which {ways}")
     # what keeps a state is a keeper in the first place, as a BatchNorm with a state is; but for a subclass with a role
     keeper = next((c for c in bases if _roles[c].kind == "keeper"), None)
     return _OTHER if not bases else _roles[keeper if keeper and not issubclass(bases[0], keeper) else bases[0]]

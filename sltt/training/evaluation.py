@@ -192,8 +192,6 @@ def views(x: Tensor, static: bool, mirror: bool, shift: int) -> list[tuple[float
     if (mirror or shift) and x.ndim != (4 if static else 5):
         name = "mirror=True" if mirror else f"shift={shift}"
         raise ValueError(f"{name} needs images [C, H, W] as samples of a time step, got a batch {list(x.shape)}")
-    if shift and shift >= min(x.shape[-2:]):
-        raise ValueError(f"shift must be less than the {min(x.shape[-2:])} pixels of the images, got {shift}")
     weighted = [(1.0, x)]
     if shift:
         weighted = [(0.5, x), *((0.25, shift_image(x, pixels)) for pixels in (-shift, shift))]

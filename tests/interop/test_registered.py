@@ -63,18 +63,3 @@ def test_a_registered_type_is_a_neuron_like_ours():
         torch.testing.assert_close(gradients(model, rule, x, y)[0], gradients(ours, rule, x, y)[0])
     rule(model, x, y, LOSS)
     assert model[1].potential is None
-
-
-def test_a_type_of_two_libraries_says_how_it_keeps_its_state():
-    class Other(nn.Module):
-        pass
-
-    class Both(Theirs, Other):
-        pass
-
-    sltt.register(Theirs, states=["potential"])
-    sltt.register(Other, states=["u"])
-    with pytest.raises(ValueError, match=r"Both is a Theirs and a Other.*sltt.register\(Both, states=…\)"):
-        sltt.reset(Both())
-    sltt.register(Both, states=["potential"])
-    sltt.reset(Both())

@@ -94,6 +94,25 @@ def test_results_do_not_depend_on_threads_or_on_the_number_of_calls():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32], ids=["a model in bfloat16", "autocast"])
+def test_bfloat16_has_the_results_of_float32_on_its_numbers(kept, cut):
+    torch.manual_seed(0)
+    half, step = torch.bfloat16, sltt.LIF(tau=2.0).kernel_step()[0]
+    numbers = torch.randn(4 * 20, 64), (torch.rand(20, 64) < 0.3).float(), torch.randn(64, 64) / 4, torch.randn(64)
+    given = [t.to(dtype) for t, dtype in zip(numbers, (half, half, kept, kept), strict=True)]
+    out_gradient, results = torch.randn(4 * 20, 64).to(half), []
+    for dtype in (half, torch.float32):
+        x, s, weight, bias = leaves = [(t if dtype == half else t.float()).requires_grad_() for t in given]
+        arguments = torch.zeros(20, 64), weight, bias, None, kernels.WeightCache(), 4, cut
+        with kernels.using(compile="on"), torch.autocast("cpu", half, enabled=dtype == half):
+            spikes, last, v = kernels.recurrent_steps(step, x, s, *arguments)
+            results.append([spikes, last, v, *torch.autograd.grad(spikes, leaves, out_gradient.to(dtype))])
+        assert spikes.dtype == last.dtype == dtype
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected.to(found.dtype))
+
+
 def network(layer=None, neuron=None):
     recurrent = sltt.Recurrent(neuron or sltt.LIF(tau=2.0), layer or nn.Linear(64, 64))
     return nn.Sequential(nn.Linear(20, 64), recurrent, nn.Linear(64, 3))

@@ -121,6 +121,26 @@ def test_layers_read_spikes_as_bits_and_graded_ones_as_they_are(sparse_calls):
         sparse_calls.clear()
 
 
+@pytest.mark.parametrize("make", [sltt.ALIF, lambda **kwargs: sltt.IntegerLIF(levels=2, **kwargs)])
+def test_a_surrogate_reads_what_its_class_has_now(make):
+    class Annealed(sltt.surrogates.Surrogate):
+        alpha = 1.0
+
+        def derivative(self, x):
+            return self.alpha / (1 + (self.alpha * x) ** 2)
+
+    found, neuron = [], make(surrogate=Annealed())
+    for mode in ("on", "on", "off"):
+        x = torch.linspace(-1, 3, 64).requires_grad_()
+        with kernels.using(compile=mode):
+            neuron(x).sum().backward()
+        sltt.reset(neuron)
+        found.append(x.grad)
+        Annealed.alpha = 4.0
+    assert not torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[1], found[2])
+
+
 def test_a_function_of_ones_own_that_is_called_like_that_of_surrogates_gives_no_bits():
     class _Spike(torch.autograd.Function):
         @staticmethod

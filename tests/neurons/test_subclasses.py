@@ -56,6 +56,60 @@ class PerNeuron(sltt.PLIF):
         self.w = nn.Parameter(torch.linspace(-1, 1, 5))
 
 
+class Started(sltt.LIF):
+    def first_states(self):
+        return {"v": 0.5}
+
+
+class Advanced(sltt.LIF):
+    def advance(self, x, steps=1, cut=False):
+        return super().advance(2 * x, steps, cut)
+
+
+class Fused(sltt.LIF):
+    def fused_steps(self, x, steps, cut):
+        return super().fused_steps(2 * x, steps, cut)
+
+
+class Gains(sltt.Delay):
+    """A gain for each tap."""
+
+    def __init__(self):
+        super().__init__([0, 2])
+        self.gain = nn.Parameter(torch.tensor([1.0, 3.0]))
+
+    def forward(self, x):
+        return super().forward(x) * self.gain.repeat_interleave(x.shape[1])
+
+
+@pytest.mark.parametrize("fold", [1, 3, "auto"])
+@pytest.mark.parametrize("kind", [Started, Advanced, Fused, Gains])
+def test_what_a_subclass_changes_holds_under_rules_as_in_a_loop(kind, fold):
+    torch.manual_seed(0)
+    layer = kind() if kind is Gains else kind(tau=2.0)
+    model = nn.Sequential(nn.Linear(4, 5), layer, nn.Linear(10 if kind is Gains else 5, 3))
+    x, y, loss = 3 * torch.randn(6, 8, 4), torch.arange(8) % 3, nn.CrossEntropyLoss()
+    sum(loss(model(x_t), y) for x_t in x).div(6).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    sltt.reset(model)
+    sltt.BPTT(fold=fold)(model, x, y, loss)
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+
+
+def test_a_time_constant_that_is_a_parameter_learns():
+    found, neurons = [], [sltt.LIF(tau=2.0), sltt.LIF(tau=2.0)]
+    neurons[1].tau = nn.Parameter(torch.tensor(2.0))
+    for neuron in neurons:
+        torch.manual_seed(0)
+        first = nn.Linear(4, 5)
+        sltt.SLTT()(nn.Sequential(first, neuron, nn.Linear(5, 3)), 3 * torch.randn(6, 8, 4), torch.arange(8) % 3,
+                    nn.CrossEntropyLoss())  # fmt: skip
+        found.append(first.weight.grad)
+    torch.testing.assert_close(*found)
+    assert neurons[1].tau.grad.abs() > 0
+
+
 def literal(neuron, xs):
     """The steps one by one by the plain function."""
     named = {k: v.view(1, -1) if torch.is_tensor(v) and v.ndim else v for k, v in neuron.arguments().items()}

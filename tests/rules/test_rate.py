@@ -300,7 +300,7 @@ class OwnForward(sltt.LIF):
         (nn.Sequential(nn.SyncBatchNorm(6), sltt.LIF(), nn.Linear(6, 3)), r"plain BatchNorm, not 0 \(SyncBatchNorm\)"),
         (
             nn.Sequential(nn.Dropout(0.1), sltt.LIF(), nn.Linear(6, 3)),
-            r"0 \(Dropout\) draws another mask .* sltt.Dropout",
+            r"0 \(Dropout\) draws a mask .* sltt.Dropout",
         ),
     ],
     ids=["twice", "resting", "foreign state", "own forward", "SyncBatchNorm", "dropout"],

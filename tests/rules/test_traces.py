@@ -174,16 +174,18 @@ def test_of_random_steps_ottt_is_the_gradient_of_their_losses(neuron):
 
 
 @pytest.mark.parametrize("fold", [1, "auto"])
-def test_of_random_steps_a_pruned_weight_has_the_trace_of_an_ordinary_one(fold):
+def test_of_random_steps_what_is_pruned_has_the_trace_of_an_ordinary_one(fold):
     (x, y), found = batch(steps=12), []
     for pruned in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 8), sltt.LIF(tau=4.0), nn.Linear(8, 8), sltt.LIF(), nn.Linear(8, 3)).double()
-        weight = model[2].weight
-        if pruned:
-            prune.identity(model[2], "weight")
+        model.insert(1, nn.LayerNorm(8)).insert(2, sltt.PLIF(tau=4.0)).double()
+        learned = [(model[4], "weight"), (model[1], "bias"), (model[2], "w")]
+        parameters = [getattr(*one) for one in learned]
+        for module, name in learned if pruned else ():
+            prune.identity(module, name)
         sltt.OTTT(k=3, fold=fold)(model, 3 * x, y, LOSS, seed=0)
-        found.append(weight.grad)
+        found.append([p.grad for p in parameters])
     torch.testing.assert_close(*found)
 
 

@@ -38,11 +38,6 @@ def test_views_are_the_image_and_what_is_moved_over_its_reflected_border(shape):
     assert torch.equal(last, down.flip(-1))
 
 
-def test_a_shift_is_less_than_the_image():
-    with pytest.raises(ValueError, match="less than the 2 pixels"):
-        sltt.evaluate(network(), Images(True), device="cpu", shift=2)
-
-
 @pytest.mark.parametrize("static", [True, False], ids=["static", "sequence"])
 def test_mirrored_evaluation_takes_the_mean_logits_of_each_image_and_of_its_mirror_image(static):
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ from sltt.kernels.options import options
 from sltt.kernels.spikes.bits import pack, unpack
 
 Trace = Callable[[Tensor], tuple[Tensor, list[Any]]]
+DTYPES = torch.float32, torch.bfloat16  # of tensors; all sums are in float32
 
 
 def recurrent_steps(
@@ -37,27 +38,28 @@ def recurrent_steps(
         trace: maps the spikes that the layer reads to what stands for them, and for 1 in each time step, in the
             gradients of W and b; with `cut` only.
     """
-    tensors = [t for t in (x, s, v, weight, bias, decay) if t is not None]
+    tensors, dtype = [t for t in (x, s, v, weight, bias, decay) if t is not None], x.dtype
     kernel = _kernel_of(step, v, decay)
-    plain = all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
+    plain = all(t.dtype in DTYPES and t.is_cpu and t.is_contiguous() for t in tensors)
     if kernel is None or not plain or not x.numel():
         return None
+    x, s, weight, bias = (t if t is None else t.float() for t in (x, s, weight, bias))  # type: ignore[assignment]
     call = _RecurrentCall(kernel, step, weights, steps, cut, trace)
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        spikes, s, last = _Recurrence.apply(x, s, v, weight, bias, decay, call)  # type: ignore[misc]
+    else:
         spikes, last, _ = _forward(call, x, s, v, weight, bias, keep=False)
-        return spikes, spikes[-len(v) :].clone(), last
-    return _Recurrence.apply(x, s, v, weight, bias, decay, call)  # type: ignore[return-value]
+        s = spikes[-len(v) :].clone()
+    return spikes.to(dtype), s.to(dtype), last  # type: ignore[union-attr]
 
 
 def runs_recurrence(step: NeuronStep, weight: Tensor) -> bool:
     """Return whether `recurrent_steps` runs such neurons, with a weight W, in any number of time steps."""
-    return weight.dtype == torch.float32 and weight.is_contiguous() and _kernel_of(step, weight[:0], None) is not None
+    return weight.dtype in DTYPES and weight.is_contiguous() and _kernel_of(step, weight[:0].float(), None) is not None
 
 
 def _kernel_of(step: NeuronStep, v: Tensor, decay: Tensor | None) -> NativeStep | None:
-    if options().sparse == "off" or torch.is_autocast_enabled("cpu"):
-        return None
-    return native_step(step, v, v.dtype, v.dtype, decay, gradient=True)
+    return None if options().sparse == "off" else native_step(step, v, v.dtype, v.dtype, decay, gradient=True)
 
 
 class _RecurrentCall(NamedTuple):
@@ -109,32 +111,37 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor | None, grad_last: Tensor | None, grad_v: Tensor | None) -> Any:  # type: ignore[override]
-        kept, weight, decay, v = ctx.saved_tensors
-        needs_x, needs_s, needs_v, needs_weight, needs_bias, needs_decay, _ = ctx.needs_input_grad
-        grad = torch.zeros_like(kept) if grad is None else grad.contiguous()
-        if grad_last is not None:
-            grad = grad.clone()
-            grad[-ctx.first :] += grad_last
-        of_v = torch.empty_like(kept[: ctx.first]) if needs_v else None
-        delta = torch.empty_like(kept)
-        kernel, step, _, steps, cut, _ = ctx.call
-        gain = 1 - float(step.rate(decay)) if step.decay_input else 1.0
-        if not cut and steps > 1:
-            of_v = _through_time(ctx, grad, grad_v, kept, weight, delta, gain)
-        else:
-            arguments = grad, grad_v, kept, ctx.spikes, kept.dtype, None, False, kept
-            kernel.gradient(delta, of_v, *arguments, steps, cut)
-        of_decay = _decay_gradient(ctx, delta, kept, v, decay) if needs_decay else None
-        if gain != 1:
-            delta.mul_(gain)
-        of_weight = _weight_gradient(ctx.read, delta.flatten(0, -2), weight) if needs_weight else None
-        of_bias = None
-        if needs_bias:
-            ones = [1.0] if ctx.ones is None else ctx.ones  # what stands for 1 in each time step
-            of_bias = sum(d.flatten(0, -2).sum(0) * row for d, row in zip(delta.chunk(len(ones)), ones, strict=True))
-        of_s = delta[: ctx.first] @ weight if needs_s else None
-        return delta if needs_x else None, of_s, of_v if needs_v else None, of_weight, of_bias, of_decay, None
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
+        with torch.autocast("cpu", enabled=False):  # a rule may call it inside of a user's
+            return _gradients(ctx, *grads)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, grad_last: Tensor | None, grad_v: Tensor | None) -> Any:
+    kept, weight, decay, v = ctx.saved_tensors
+    needs_x, needs_s, needs_v, needs_weight, needs_bias, needs_decay, _ = ctx.needs_input_grad
+    grad = torch.zeros_like(kept) if grad is None else grad.contiguous()
+    if grad_last is not None:
+        grad = grad.clone()
+        grad[-ctx.first :] += grad_last
+    of_v = torch.empty_like(kept[: ctx.first]) if needs_v else None
+    delta = torch.empty_like(kept)
+    kernel, step, _, steps, cut, _ = ctx.call
+    gain = 1 - float(step.rate(decay)) if step.decay_input else 1.0
+    if not cut and steps > 1:
+        of_v = _through_time(ctx, grad, grad_v, kept, weight, delta, gain)
+    else:
+        arguments = grad, grad_v, kept, ctx.spikes, kept.dtype, None, False, kept
+        kernel.gradient(delta, of_v, *arguments, steps, cut)
+    of_decay = _decay_gradient(ctx, delta, kept, v, decay) if needs_decay else None
+    if gain != 1:
+        delta.mul_(gain)
+    of_weight = _weight_gradient(ctx.read, delta.flatten(0, -2), weight) if needs_weight else None
+    of_bias = None
+    if needs_bias:
+        ones = [1.0] if ctx.ones is None else ctx.ones  # what stands for 1 in each time step
+        of_bias = sum(d.flatten(0, -2).sum(0) * row for d, row in zip(delta.chunk(len(ones)), ones, strict=True))
+    of_s = delta[: ctx.first] @ weight if needs_s else None
+    return delta if needs_x else None, of_s, of_v if needs_v else None, of_weight, of_bias, of_decay, None
 
 
 def _through_time(
