@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sltt.analysis import agreement, count_operations, measure_energy
 from sltt.analysis.energy import as_text
@@ -28,7 +29,7 @@ from sltt.commands.vary import grid, label_row, to_options, values
 from sltt.commands.verdict import answers
 from sltt.data import Classes, Splits
 from sltt.data.own import find_labels
-from sltt.metrics import higher_is_better, name_of
+from sltt.metrics import Accuracy, MeanAbsoluteError, MeanSquaredError, higher_is_better, name_of
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.padding import lengths_of
 from sltt.training.console import Console, megabytes
@@ -171,21 +172,23 @@ def compared_json(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
     splits = built.dataset.splits(built.steps)
     if name_of(built.metric) == "accuracy":  # by this name too, as scripts know it
         rows = [{**row, "accuracies": row["scores"]} for row in rows]
-    metric = {"metric": name_of(built.metric), "higher_is_better": higher_is_better(built.metric)}
-    about = {"recipe": recipe.name, "model": recipe.resolve()["model"], "batch": built.size, "steps": built.steps}
+    about = {"metric": name_of(built.metric), "higher_is_better": higher_is_better(built.metric)}
+    about |= {"recipe": recipe.name, "model": recipe.resolve()["model"], "batch": built.size, "steps": built.steps}
     about |= {"epochs": built.epochs, "samples": splits.sizes["test"] or None, "classes": splits.classes}
-    about |= {"validation_samples": splits.sizes["validation"] or None}
-    return {**about, "chance": _chance(splits), **metric, "rows": rows}
+    held_out, chance = splits.sizes["validation"] or None, _chance(splits, built.metric)
+    return {**about, "validation_samples": held_out, "chance": chance, "rows": rows}
 
 
-def _chance(splits: Splits) -> float | None:
-    """Return the accuracy of a network that names the most frequent class for all test samples, where it is known."""
-    if splits.classes is None:
-        return None
-    labels = find_labels(splits.test, None)
-    if not labels or np.ndim(labels[0]):  # one for each pixel or step
-        return 1 / splits.classes
-    return max(Counter(map(int, labels)).values()) / len(labels)
+def _chance(splits: Splits, metric: Any) -> float | None:
+    """Return the score of one answer for all test samples, the most frequent class or the mean; None if not known."""
+    labels = find_labels(splits.test, None) or []
+    if isinstance(metric, Accuracy) and splits.classes:
+        listed = labels and not np.ndim(labels[0])  # not one for each pixel or step
+        return max(Counter(map(int, labels)).values()) / len(labels) if listed else 1 / splits.classes
+    if isinstance(metric, MeanAbsoluteError | MeanSquaredError) and labels:
+        targets = torch.as_tensor(np.array(labels), dtype=torch.float64)
+        return float(metric(targets.mean(0).expand_as(targets), targets))
+    return None
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:

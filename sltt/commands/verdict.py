@@ -32,7 +32,7 @@ class Verdict:
     fold: int = 1  # time steps that share a call there
     cosine: float | None = None  # of its gradient with that of BPTT
     died: int = 0  # seeds without a score
-    chance: float | None = None  # the share of the test samples that are of one class
+    chance: float | None = None  # the score of one answer for all test samples
 
     @property
     def score(self) -> float | None:
@@ -182,9 +182,10 @@ def _judge(verdict: Verdict, reference: Verdict) -> tuple[str, str, str, bool]:
         text = f"{name} {reached}, {other} {beside}"
     why = "" if math.isinf(noise) else f"measured to {measured} only, which does not separate it from {other}"
     if exact := other.startswith("BPTT"):
-        chance = verdict.chance if verdict.chance and is_share(verdict.metric) else -math.inf
-        if guesses := max(verdict.score, reference.score) <= chance + (0 if math.isinf(noise) else noise):
-            why = f"neither is above chance, {chance:.0%}: train longer"
+        chance = math.nan if verdict.chance is None else verdict.chance
+        gained = max(verdict.sign * (score - chance) for score in (verdict.score, reference.score))
+        if guesses := gained <= (0 if math.isinf(noise) else noise):
+            why = f"neither beats one answer for all samples, {score_text(verdict.metric, chance)}: train longer"
     else:
         guesses, why = False, NOT_COMPARED
     safe = SAFE if lost <= margin and noise <= 2 * margin and exact and not guesses else UNSURE

@@ -238,6 +238,8 @@ def find_labels(dataset: Any, columns: tuple[str, str] | None) -> Sequence[Any] 
         return dataset.tensors[-1].tolist()
     if getattr(dataset, "target_transform", None) is None and hasattr(dataset, "targets"):  # of torchvision
         return list(dataset.targets)
+    if isinstance(dataset, _Samples) and isinstance(dataset.dataset, TensorDataset):  # others may change a target
+        return find_labels(dataset.dataset, None)
     return None
 
 

@@ -38,7 +38,7 @@ def decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], 
 
     @torch.no_grad()
     def current() -> Decays:
-        value: Any = _check_decay(theirs(neuron), name, neuron) if theirs else ours.decay
+        value: Any = _check_decay(theirs(neuron), name) if theirs else ours.decay
         value = value() if callable(value) else value
         synaptic = ours.synaptic_decay() if isinstance(ours, CubaLIF) else 0.0
         return value.detach().mean() if isinstance(value, Tensor) else value, synaptic
@@ -46,14 +46,11 @@ def decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], 
     return current
 
 
-def _check_decay(value: Any, name: str, neuron: nn.Module) -> Decay:
+def _check_decay(value: Any, name: str) -> Decay:
     """Return the λ that `sltt.register(decay=)` gives a neuron; raise ValueError where it is none."""
     floats = isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0
     if floats and (value.device.type != "cpu" or bool(((value >= 0) & (value <= 1)).all())):  # to look waits for a GPU
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
         return float(value)
-    raise ValueError(
-        f"the λ of {name} ({type(neuron).__name__}) is to be a number from 0 to 1, or a tensor of them, and `decay` of "
-        f"sltt.register gives {value!r}"
-    )
+    raise ValueError(f"the λ of {name} is a number from 0 to 1, or a tensor of them, and sltt.register gives {value!r}")

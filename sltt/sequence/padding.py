@@ -81,10 +81,7 @@ def check_lengths(lengths: Sequence[Any], steps: int, batch: int) -> None:
         numbers = torch.empty(0)
     one_each = numbers.shape == (batch,) and numbers.dtype != torch.bool
     if not one_each or not ((numbers >= 1) & (numbers <= steps) & (numbers == numbers.floor())).all():
-        shown = repr(lengths)
-        raise ValueError(
-            f"expected lengths from 1 to T = {steps} of {batch} samples, got {shown if len(shown) < 80 else shown[:77]}"
-        )
+        raise ValueError(f"expected lengths from 1 to T = {steps} of {batch} samples, got {lengths!r:.77}")
 
 
 def target_of(target: Any) -> Any:

@@ -255,3 +255,18 @@ def test_the_brackets_of_a_rule_are_shown(capsys):
     table.add_row("Mixed:windows={[12]: all}")
     Console().console.print(table)
     assert "Mixed:windows={[12]: all}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("metric", "targets", "chance"),
+    [
+        (sltt.metrics.Accuracy(), [0, 1, 1, 1], 0.75),
+        (sltt.metrics.MeanAbsoluteError(), [0.0, 1.0, 1.0, 4.0], 1.25),
+        (sltt.metrics.MeanSquaredError(), [[0.0], [1.0], [1.0], [4.0]], 2.25),
+        (nn.L1Loss(), [0.0, 1.0, 1.0, 4.0], None),
+    ],
+)
+def test_chance_is_the_score_of_one_answer_for_all_test_samples(metric, targets, chance):
+    samples = torch.utils.data.TensorDataset(torch.rand(4, 3), torch.tensor(targets))
+    splits = sltt.data.from_datasets(samples, test=samples, static=True).splits(4)
+    assert compare._chance(splits, metric) == chance

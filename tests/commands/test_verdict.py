@@ -102,7 +102,11 @@ def test_what_learned_nothing_or_has_no_exact_reference_is_not_called_safe(chanc
     found = gathered(compared(exact, [0.097, 0.103], memory=40), compared("SLTT:k=1", [0.103, 0.097], memory=20))
     found.comparisons[0]["chance"] = chance
     first, take = answers(found)
-    assert "neither is above chance, 10%" in first if chance else "BPTT, which is exact, was not compared" in first
+    assert (
+        "neither beats one answer for all samples, 10.00%" in first
+        if chance
+        else "BPTT, which is exact, was not compared" in first
+    )
     assert take.startswith("Take SLTT:k=1. Not sure: ")
 
 
@@ -154,6 +158,9 @@ def test_the_verdict_of_an_error_needs_several_seeds():
     assert "Safe here." in said(("BPTT", [0.1, 0.1]), ("SLTT", [0.05, 0.05]))
     assert "Safe here." in said(("BPTT", [0.1, 0.10001]), ("SLTT", [0.10003, 0.10004]))
     assert "Not sure: measured to ±0.4001 only, which" in said(("BPTT", [0.1, 0.11]), ("SLTT", [0.1, 0.5]))
+    found = gathered(compared("BPTT", [0.1, 0.1]), compared("SLTT", [0.1, 0.1]))
+    found.comparisons[0] |= {"metric": "mean_squared_error", "higher_is_better": False, "chance": 0.1}
+    assert "Not sure: neither beats one answer for all samples, 0.1: train longer." in answers(found)[0]
     assert "Not sure: measured to ±0.08 only, which" in said(("BPTT", [0.1, 0.1]), ("SLTT", [0.05, 0.13]))
 
 

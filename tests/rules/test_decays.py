@@ -92,6 +92,6 @@ def test_a_decay_that_is_none_is_refused(value):
 
     sltt.register(Theirs, states=["v"], spikes=True, decay=lambda neuron: value)
     model, (x, y) = nn.Sequential(nn.Linear(6, 6), Theirs(), nn.Linear(6, 3)), batch()
-    message = "λ of 1 .Theirs. is not known" if value is None else r"λ of 1 \(Theirs\) is to be a number from 0 to 1"
+    message = "λ of 1 .Theirs. is not known" if value is None else r"λ of 1 is a number from 0 to 1"
     with pytest.raises(ValueError, match=message):
         sltt.OTTT()(model.double(), x, y, LOSS)
