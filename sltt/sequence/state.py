@@ -235,7 +235,10 @@ def _other_folds(module: Any) -> str | None:
     return "changes its estimate in every call" if spectral and module.training else None
 
 
-_EXPLICIT = "is recurrent and keeps no state itself: put it into a sltt.Stateful that keeps its state"
+_EXPLICIT = (
+    "is recurrent and keeps no state itself: put it into a sltt.Stateful that keeps its state; or, if it reads the "
+    "tokens of one time step and forgets them, say so: sltt.register(nn.GRU, states=[])"
+)
 _COPIED = "runs each step on a new copy of the model, which would forget the state: use DistributedDataParallel"
 _OTHER = Role("other", folds=_other_folds)
 set_role(_BatchNorm, Role("norm", folds=_norm_folds, stepwise=True, of=_BatchNorm))
