@@ -432,7 +432,8 @@ def main() -> None:
             rows.append(row)
     out = given.out or DOCS / "results" / f"{'rates' if given.rates else 'widths' if points else 'sequences'}.json"
     result = {"hardware": hardware(1, given.device), "rates": {work: firing(work_of(work)) for work in works}}
-    before: dict[str, Any] = json.loads(out.read_text()) if given.works and out.exists() else {"hardware": None}
+    merges = (given.works or points) and out.exists()
+    before: dict[str, Any] = json.loads(out.read_text()) if merges else {"hardware": None}
     if before["hardware"] == result["hardware"]:
         result["rates"] = before["rates"] | result["rates"]
         rows = sorted([*(row for row in before["rows"] if row["work"] not in works), *rows], key=place)

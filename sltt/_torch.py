@@ -30,7 +30,6 @@ try:
     from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
     from torch.nn.modules.dropout import _DropoutNd
     from torch.nn.modules.instancenorm import _InstanceNorm
-    from torch.nn.modules.loss import _Loss
     from torch.nn.utils.parametrizations import _SpectralNorm
     from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
     from torch.utils._device import DeviceContext

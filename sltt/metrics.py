@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sltt._torch import _Loss
 from sltt.checks import function, instance
 
 
@@ -121,9 +120,9 @@ def name_of(metric: Callable[..., Any]) -> str:
 
 
 def higher_is_better(metric: Callable[..., Any]) -> bool:
-    """Return whether more is better; true for a metric that does not say, unless it is a loss of PyTorch."""
+    """Return whether more is better; true for a metric that does not say, unless it is named as a loss or an error."""
     flag = getattr(metric, "higher_is_better", None)
-    return not isinstance(metric, _Loss) if flag is None else bool(flag)
+    return not name_of(metric).endswith(("loss", "error", "entropy", "mse")) if flag is None else bool(flag)
 
 
 def is_share(name: str) -> bool:

@@ -274,7 +274,7 @@ def test_a_class_at_each_step(tmp_path):
     model = sltt.load(result.run, model)
     assert sltt.predict(model, torch.rand(6, 3, 4)).shape == (6, 3, 2)
     classes = from_datasets([(torch.rand(6, 4), 0)] * 4, static=False)
-    with pytest.raises(ValueError, match="PerStep needs a target for each time step, and the data has one for all"):
+    with pytest.raises(ValueError, match="PerStep needs a target for each time step: from_datasets"):
         fitted(tmp_path, classes, PerStep(CE), sltt.metrics.Accuracy())
 
 

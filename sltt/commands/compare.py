@@ -104,6 +104,7 @@ def compare(
             built, settings = settings_of(rule, varied, seed, folder, recipe, report)
             try:
                 result = train(here, settings)
+                built = replace(built, steps=result.steps)  # of phases, that of the weights
                 measured = measure_split(here, built, "test")
                 row["scores"].append(measured.score)
                 row["runs"].append(result.run.name)
@@ -169,11 +170,11 @@ def tell_died(rows: Sequence[Mapping[str, Any]]) -> None:
 def compared_json(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the rows, for scripts, with T and the number of test samples."""
     built = recipe.build()
-    splits = built.dataset.splits(built.steps)
+    splits, steps = built.dataset.splits(built.steps), next((r["steps"] for r in rows if r["steps"]), built.steps)
     if name_of(built.metric) == "accuracy":  # by this name too, as scripts know it
         rows = [{**row, "accuracies": row["scores"]} for row in rows]
     about = {"metric": name_of(built.metric), "higher_is_better": higher_is_better(built.metric)}
-    about |= {"recipe": recipe.name, "model": recipe.resolve()["model"], "batch": built.size, "steps": built.steps}
+    about |= {"recipe": recipe.name, "model": recipe.resolve()["model"], "batch": built.size, "steps": steps}
     about |= {"epochs": built.epochs, "samples": splits.sizes["test"] or None, "classes": splits.classes}
     held_out, chance = splits.sizes["validation"] or None, _chance(splits, built.metric)
     return {**about, "validation_samples": held_out, "chance": chance, "rows": rows}

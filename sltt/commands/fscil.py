@@ -9,6 +9,7 @@ of sltt train.
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def few_shots(task: Task, rules: Sequence[str], seeds: int, folder: Path, report
                 classes = task.order[: task.sizes[0]]
                 built, settings = settings_of(rule, {}, seed, folder, recipe, report, classes)
                 try:
-                    train(here, settings)
-                    scored.append(_classify(here, task, seed, built))
+                    steps = train(here, settings).steps  # of phases, that of the weights
+                    scored.append(_classify(here, task, seed, replace(built, steps=steps)))
                 except Exception as error:  # the others still run
                     report.warn(f"{rule}, seed {seed} died: {cause(error)}")
                     errors.append(f"seed {seed}: {cause(error)}")

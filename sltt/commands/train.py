@@ -58,7 +58,7 @@ def _train(here: Session, built: Settings, name: str) -> None:
         report.line(f"written to {result.run}; there are no test samples to measure it on")
         return
     run = result.run
-    built = replace(built, steps=vars(built.model)["trained"].steps)  # of phases, that of the weights
+    built = replace(built, steps=result.steps)  # of phases, that of the weights
     last = selected = measure_split(here, built, "test")
     if splits.validation:
         load_selected(built.model, run, here.processes, "last")

@@ -47,7 +47,7 @@ def write_card(loop: Loop, row: dict[str, Any]) -> None:
     lines = [f"# {type(model).__name__} in {folder.name}", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     lines += ["", f"Load it: `model = {load_call(folder, loop.config)}`, then `sltt.predict(model, x)`.", ""]
-    lines += _energy(loop)
+    lines += _energy(loop, loop.trained(row["epoch"]).steps)
     write_atomically(folder / CARD, lambda file: file.write("\n".join(lines).encode()))
 
 
@@ -57,16 +57,16 @@ def add_test_score(folder: Path, score: str) -> None:
     write_atomically(folder / CARD, lambda file: file.write(text.encode()))
 
 
-def _energy(loop: Loop) -> list[str]:
+def _energy(loop: Loop, steps: int) -> list[str]:
     """Return the tables of `sltt profile` for the inference of a held-out sample, which is not augmented."""
     if loop.processes.count > 1:
         return ["Energy: not estimated by several processes: sltt profile"]
     try:
         samples = loop.splits.validation or loop.splits.test or loop.splits.train
         x, y = loop.learner.session.batch(*loop.splits.collate([samples[0]]))
-        steps = loop.settings.steps if loop.splits.static else None
+        repeat = steps if loop.splits.static else None
         with evaluation_mode(loop.learner.model):
-            tables = measure_energy(loop.learner.model, x, steps=steps, lengths=lengths_of(y)).tables()
+            tables = measure_energy(loop.learner.model, x, steps=repeat, lengths=lengths_of(y)).tables()
     except Exception as error:  # the training is done, and not lost for a layer that cannot be counted
         return [f"Energy: not estimated: {error}"]
     lines = []

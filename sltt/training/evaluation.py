@@ -78,10 +78,8 @@ def evaluate(settings: Evaluation) -> Metrics:
     if isinstance(trained, Trained):
         steps = trained.steps if steps is None else steps
         if prediction_of(settings.loss) != trained.prediction:
-            log.warning(
-                "the network was trained with a loss that predicts by %s, and is measured with one that predicts by "
-                "%s: give evaluate its loss", trained.prediction, prediction_of(settings.loss)
-            )  # fmt: skip
+            said = "the loss of the training predicts by %s, and this one by %s: give evaluate that of the training"
+            log.warning(said, trained.prediction, prediction_of(settings.loss))
     settings = replace(settings, steps=4 if steps is None else steps)
     with session(settings) as here:
         return measure_split(here, settings, settings.split, settings.mirror, settings.shift, memory=True)
@@ -101,10 +99,11 @@ def measure_split(
     if split == "train":
         dataset = splits.unaugmented_train
     elif (trained := getattr(model, "trained", None)) and trained.split not in (None, splits.fingerprint):
-        log.warning(
-            "the network was trained on the split %s, and this is %s of other data: these %s samples may be some "
-            "that it was trained on, and its classes may have other numbers", trained.split, splits.fingerprint, split
-        )  # fmt: skip
+        said = (
+            "the network was trained on the split %s, and this is %s of other data: these %s samples may be some that "
+        )
+        said += "it was trained on, and its classes may have other numbers"
+        log.warning(said, trained.split, splits.fingerprint, split)
     here = here.choose_format(model, lambda: splits.collate_of(dataset)([dataset[0]])[0], splits.static)
     loader = here.eval_loader(dataset, splits, size)
     net, loss, metrics = here.set_up(model), here.set_up_loss(settings.loss), check_metrics(settings.metric)

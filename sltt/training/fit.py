@@ -26,11 +26,12 @@ from sltt.training.settings import RESUMABLE, Settings, names_of, takes
 
 @dataclass
 class Fit:
-    """A finished training: its folder, a row of metrics for each epoch, and the epoch whose weights the model has."""
+    """A finished training: its folder, a row of metrics for each epoch, the epoch of the weights, and T there."""
 
     run: Path
     history: list[dict[str, Any]]
     epoch: int
+    steps: int
 
 
 @takes(Settings)
@@ -103,11 +104,11 @@ def train(here: Session, settings: Settings, name: str = "run") -> Fit:
         loop.run()
         load_selected(model, made, here.processes)
         epoch = loop.state.best_epoch or loop.state.epoch
-        model.trained = loop.trained(epoch)  # pyright: ignore[reportArgumentType]  # so that `predict` knows T
+        model.trained = trained = loop.trained(epoch)  # pyright: ignore[reportArgumentType]
         if here.processes.rank == 0:
             write_card(loop, loop.state.history[epoch - 1])
-            write_sample(loop)
-        return Fit(made, loop.state.history, epoch)
+            write_sample(loop, trained.steps)
+        return Fit(made, loop.state.history, epoch, trained.steps)
 
 
 def _check(here: Session, settings: Settings, report: Console) -> tuple[Session, Splits]:
@@ -123,34 +124,28 @@ def _check(here: Session, settings: Settings, report: Console) -> tuple[Session,
     if settings.size < count:
         raise ValueError(f"batch_size={settings.size} is shared by {count} processes: expected a sample for each")
     if settings.accumulate > 1 and (online := next((s.rule for s in stages if s.rule.online), None)):
-        raise ValueError(
-            f"{online} updates the weights at every time step, and accumulate once a batch: leave accumulate out, or "
-            "use a rule without online"
-        )
+        raise ValueError(f"{online} updates the weights at every time step, accumulate once a batch: leave one out")
+    if isinstance(settings.loss, nn.Module) and any(p.requires_grad for p in settings.loss.parameters()):
+        raise ValueError("the loss has parameters, which are not trained: give them to the network, or freeze them")
     if settings.accumulate > 1 or count > 1:
         parts = settings.loss.modules() if isinstance(settings.loss, nn.Module) else [settings.loss]
-        if summed := [part for part in parts if getattr(part, "reduction", None) == "sum"]:
-            raise ValueError(
-                f"{type(summed[0]).__name__}(reduction='sum') adds up over samples, and a part of a batch has a share "
-                "of them: set reduction='mean', or leave accumulate and devices at 1"
-            )
+        if any("sum" in (getattr(p, "reduction", None), *getattr(p, "keywords", {}).values()) for p in parts):
+            remedy = "set reduction='mean', or leave accumulate and devices at 1"
+            raise ValueError(f"a loss with reduction='sum' adds up over samples, and a batch has parts: {remedy}")
     if count > 1:
         here.processes.check_same("; ".join(f"{k} {[*v.shape]}" for k, v in model.state_dict().items()), "the network")
     splits = here.splits(settings.dataset, stages[0].steps)
     for steps in {stage.steps for stage in stages}:
         if here.splits(settings.dataset, steps).fingerprint != splits.fingerprint:
+            remedy = "train the phases one after the other, with --weights"
             raise ValueError(
-                f"phases need the same samples at each T, and the data has others at T = {steps} than at T = "
-                f"{stages[0].steps}: train the phases one after the other, with --weights"
+                f"phases need the same samples at each T, and the data has others at T = {steps}: {remedy}"
             )
     samples = safeguards.first_samples(splits, stages[0].steps)
     if splits.per_step != is_per_step(settings.loss):
-        raise ValueError(
-            "the data has a target for each time step: wrap the loss, sltt.losses.PerStep(loss)"
-            if splits.per_step
-            else f"{type(settings.loss).__name__} needs a target for each time step, and the data has one for all: "
-            "sltt.data.from_datasets(…, per_step=True)"
-        )
+        other = f"{type(settings.loss).__name__} needs a target for each time step: from_datasets(…, per_step=True)"
+        wrap = "the data has a target for each time step: wrap the loss, sltt.losses.PerStep(loss)"
+        raise ValueError(wrap if splits.per_step else other)
     for callback in settings.callbacks or ():
         if callback.needs_validation and splits.validation is None:
             raise ValueError(f"{type(callback).__name__} needs validation samples: hold some out, as by validation=0.1")

@@ -65,6 +65,7 @@ class Learner:
                 "average_steps": self.average.step if self.average else 0,
                 "optimizer": self.optim.state_dict(),
                 "scaler": self.session.fabric.strategy.precision.state_dict(),
+                "loss": getattr(self.loss, "state_dict", dict)(),
             }
 
     def load(self, checkpoint: dict[str, Any], path: Path) -> None:
@@ -76,3 +77,5 @@ class Learner:
         with self.optimizing():
             load_optimizer(self.optim, checkpoint["optimizer"], path)
         self.session.fabric.strategy.precision.load_state_dict(checkpoint["scaler"])
+        if checkpoint["loss"]:
+            self.loss.load_state_dict(checkpoint["loss"])

@@ -98,16 +98,23 @@ def stage_at(stages: Sequence[Stage], epoch: int) -> Stage:
 def set_rates(
     optim: torch.optim.Optimizer, initial: list[tuple[float, float]], stage: Stage, schedule: Schedule, epoch: float
 ) -> None:
-    """Set learning rate and weight decay at `epoch`, a fraction in the middle of one; `initial` are the optimizer's."""
+    """Set learning rate and weight decay at `epoch`, a fraction in the middle of one; `initial` are the optimizer's.
+
+    A weight decay that a callback has changed stays, and the factor by which it has changed a learning rate.
+    """
     start, stop = stage.span
     factor_at = schedule.decay if start else schedule.factor  # only the first phase warms up
     factor = number("the factor of the schedule", factor_at(epoch - start, stop - start), least=0)
     first, _ = initial[0]
     for group, (lr, weight_decay) in zip(optim.param_groups, initial, strict=True):
         rate = lr if stage.lr is None else stage.lr * (lr / first if first else 1.0)
-        group["lr"] = factor * rate * group.get("lr_factor", 1.0)
-        if "weight_decay" in group and "norm" not in group:
-            group["weight_decay"] = weight_decay if stage.weight_decay is None else stage.weight_decay
+        if (written := group.get("lr_written")) and group["lr"] != written:
+            group["lr_factor"] = group.get("lr_factor", 1.0) * group["lr"] / written
+        group["lr"] = group["lr_written"] = factor * rate * group.get("lr_factor", 1.0)
+        decay = group.get("weight_decay")
+        if decay is not None and "norm" not in group and decay == group.get("decay_written", decay):
+            of_stage = weight_decay if stage.weight_decay is None else stage.weight_decay
+            group["weight_decay"] = group["decay_written"] = of_stage
 
 
 def freeze_norm(model: nn.Module) -> None:

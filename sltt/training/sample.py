@@ -38,8 +38,8 @@ class Sample:
     label: int | None
 
 
-def write_sample(loop: Loop) -> None:
-    """Write what the trained network does with the first validation sample, or training sample where none is held out.
+def write_sample(loop: Loop, steps: int) -> None:
+    """Write what the trained network does in so many steps with the first validation sample, or else training sample.
 
     The training is done, and not lost for a network that cannot be watched: then there is no file.
     """
@@ -52,7 +52,7 @@ def write_sample(loop: Loop) -> None:
             evaluation_mode(loop.learner.model),
             observe_spikes(spiking_layers(loop.learner.model), lambda name, s: fired.setdefault(name, []).append(s)),
         ):
-            logits = unroll(loop.learner.model, x, steps=loop.settings.steps if splits.static else None).flatten(1)
+            logits = unroll(loop.learner.model, x, steps=steps if splits.static else None).flatten(1)
     except Exception as error:
         loop.report.warn(f"the spikes of a sample are not kept: {error}")
         return

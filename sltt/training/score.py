@@ -72,10 +72,8 @@ class Score:
         if self.collecting and not self.selects:
             return value
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise ValueError(
-            f"the metric {name_of(self.metric)} gives {got}, expected one number: the mean over the samples; of one "
-            "of torchmetrics, average='macro' is that over classes; sltt.evaluate takes any value"
-        )
+        mean = "the mean over samples; of torchmetrics, average='macro' is over classes; sltt.evaluate takes any value"
+        raise ValueError(f"the metric {name_of(self.metric)} gives {got}, expected one number: {mean}")
 
 
 def count_scored(loss: Any, target: Any, samples: int) -> int:

@@ -95,10 +95,12 @@ def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(cap
 
     def train(session, training):
         seen.append([str(phase.rule or training.rule) for phase in training.phases])
-        return types.SimpleNamespace(history=[{"seconds": 1.0, "validation_accuracy": 0.5}], epoch=1, run=training.run)
+        history = [{"seconds": 1.0, "validation_accuracy": 0.5}]
+        return types.SimpleNamespace(history=history, epoch=1, run=training.run, steps=2)
 
     def measure_split(session, training, split):
         seen.append(session.settings)
+        assert training.steps == 2  # of the phase whose weights these are
         training.model.features[0].register_forward_hook(
             lambda module, x, out: dtypes.add((out.dtype, x[0].is_contiguous(memory_format=torch.channels_last)))
         )
@@ -112,8 +114,10 @@ def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(cap
     assert seen[0] == ["SLTT(k=1)", "SLTT(k=1)"]
     assert (seen[1].channels_last, seen[1].precision, seen[1].compile) == (True, "bf16-mixed", "off")
     assert dtypes == {(torch.bfloat16, True)}
-    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    found = json.loads(capsys.readouterr().out)
+    (row,) = found["rows"]
     assert 0 < row["cosine"] < 1
+    assert row["steps"] == found["steps"] == 2
 
 
 @pytest.mark.slow

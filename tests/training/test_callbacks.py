@@ -56,6 +56,23 @@ def test_a_callback_continues_with_its_run(batch, tmp_path):
     assert equal(weights(tmp_path / "part" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
 
 
+def test_a_callback_changes_learning_rate_and_weight_decay_for_good(tmp_path):
+    class Lowers(Callback):
+        def on_epoch(self, now):
+            for group in now.optimizer.param_groups:
+                group["lr"] *= 0.1
+                group["weight_decay"] = 0.5
+
+    settings = {"schedule": sltt.schedules.MultiStep([2], 0.5), "callbacks": [Lowers()]}
+    _, whole = train(tmp_path / "whole", epochs=4, **settings)
+    assert [row["learning_rate"] for row in whole.history] == pytest.approx([0.02, 0.002, 0.0001, 0.00001])
+    train(tmp_path / "part", epochs=2, **settings)
+    train(tmp_path / "part", epochs=4, resume=True, **settings)
+    groups = load_checkpoint(tmp_path / "part" / "last.ckpt")["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.5}
+    assert equal(weights(tmp_path / "part" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
+
+
 def test_a_callback_that_fails_loses_no_epoch(tmp_path):
     class Fails(Seen):
         def on_epoch(self, now):

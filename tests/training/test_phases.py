@@ -11,6 +11,7 @@ from sltt.data import Data, Splits
 from sltt.training.batches import EpochSampler, train_loader
 from sltt.training.console import Console
 from sltt.training.phases import Phase, plan, set_rates, stage_at
+from sltt.training.sample import read_sample
 from tests.training.blobs import Blobs, keep, network, noting, train, weights
 
 SLTT, BPTT = sltt.SLTT(), sltt.BPTT()
@@ -87,7 +88,10 @@ def test_a_run_that_ends_in_its_first_phase_has_the_time_steps_of_that_phase(tmp
             now.stop("enough")
 
     _, result = train(tmp_path / "run", phases=[Phase(2, steps=2), Phase(2)], steps=6, callbacks=[Once()])
-    assert sltt.load(result.run, network()).trained.steps == 2
+    assert sltt.load(result.run, network()).trained.steps == result.steps == 2
+    assert len(read_sample(result.run).logits) == 2
+    cards = [result.run / "card.md", train(tmp_path / "short", steps=2, epochs=1)[1].run / "card.md"]
+    assert len({card.read_text().partition("T = 2")[2].partition("| | ")[2] for card in cards}) == 1
 
 
 def test_groups_of_an_optimizer_keep_the_ratios_of_their_rates_in_a_phase():

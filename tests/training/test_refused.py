@@ -1,5 +1,7 @@
 """What a training refuses before its first epoch ends."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,12 @@ from tests.training.test_phases import Pictures
 class Empty(Blobs):
     def load(self, steps):
         return Splits([], None, [], True, 3, "empty")
+
+
+class Scaled(nn.CrossEntropyLoss):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
 
 
 class Csv:
@@ -44,9 +52,11 @@ REFUSED = [
     ({"graph": "on"}, "graph='on' needs a CUDA device, and this is cpu: leave graph out"),
     ({"loggers": ["CSV"]}, r"loggers\[0\] must be a Logger, got 'CSV'; such as lightning_fabric"),
     ({"loggers": [Csv]}, r"loggers\[0\] must be a Logger, got .*call it: Csv\(\)"),
-    ({"rule": sltt.OTTT(online=True), "accumulate": 2}, r"OTTT\(online=True\) updates the weights .*, and accumulate"),
-    ({"loss": SUM, "accumulate": 2}, r"CrossEntropyLoss\(reduction='sum'\) adds up over samples"),
-    ({"loss": sltt.losses.PerStep(SUM), "accumulate": 2}, r"CrossEntropyLoss\(reduction='sum'\) adds up over samples"),
+    ({"rule": sltt.OTTT(online=True), "accumulate": 2}, r"OTTT\(online=True\) updates .*, accumulate once a batch"),
+    ({"loss": Scaled()}, "the loss has parameters, which are not trained: give them to the network"),
+    ({"loss": partial(nn.functional.cross_entropy, reduction="sum"), "accumulate": 2}, "reduction='sum' adds up"),
+    ({"loss": SUM, "accumulate": 2}, "a loss with reduction='sum' adds up over samples"),
+    ({"loss": sltt.losses.PerStep(SUM), "accumulate": 2}, "a loss with reduction='sum' adds up over samples"),
     ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
     ({"model": nn.Linear(4, 3), "norm_weight_decay": 0.0}, "norm_weight_decay with weights"),
     ({"model": nn.RMSNorm(4), "norm_bias_lr": 2.0}, "norm_bias_lr needs normalisation with a bias"),

@@ -50,6 +50,27 @@ def test_ctrl_c_saves_and_a_resumed_run_ends_as_one_that_never_stopped(batch, se
         assert equal(found["averaged"] or {}, expected["averaged"] or {})
 
 
+class Balanced(nn.Module):
+    """Weighs classes by a running count of their labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.ones(3))
+
+    def forward(self, logits, target):
+        if torch.is_grad_enabled():
+            self.count.mul_(0.9).add_(nn.functional.one_hot(target, 3).sum(0) * torch.tensor([1, 2, 3]))
+        return nn.functional.cross_entropy(logits, target, weight=1 / self.count)
+
+
+def test_the_state_of_a_loss_continues(tmp_path):
+    whole, _ = train(tmp_path / "whole", rule=sltt.SLTT(k=2), loss=Balanced(), epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "part", rule=stop_at(6), loss=Balanced(), epochs=2)
+    resumed, _ = train(tmp_path / "part", rule=sltt.SLTT(k=2), loss=Balanced(), epochs=2, resume=True)
+    assert equal(resumed.state_dict(), whole.state_dict())
+
+
 def test_a_run_is_not_resumed_for_fewer_epochs_than_it_has(tmp_path):
     train(tmp_path / "run", epochs=2)
     with pytest.raises(ValueError, match="has trained 2 epochs: set epochs to 2 or more"):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import sltt
@@ -168,6 +169,9 @@ def test_an_evaluation_takes_several_metrics_and_one_that_gives_a_matrix():
         sltt.evaluate(model, data, metric=[sltt.metrics.Accuracy()] * 2, device="cpu")
 
 
-@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.MSELoss(), sltt.losses.CrossEntropyMSE()])
+LOSSES = [nn.CrossEntropyLoss(), nn.MSELoss(), sltt.losses.CrossEntropyMSE(), F.l1_loss, F.cross_entropy]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=name_of)
 def test_a_loss_as_the_metric_is_better_where_it_is_lower(loss):
     assert not higher_is_better(loss)

@@ -82,7 +82,7 @@ def test_a_loaded_network_is_measured_at_the_t_of_its_training(tmp_path, caplog)
     assert sltt.evaluate(loaded, data, loss=loss, steps=4, device="cpu").loss != expected.loss
     assert not caplog.messages
     sltt.evaluate(loaded, data, device="cpu")
-    assert "trained with a loss that predicts by last, and is measured with one that predicts by mean" in caplog.text
+    assert "the loss of the training predicts by last, and this one by mean" in caplog.text
 
 
 def test_a_run_of_the_command_loads_by_the_network_that_its_recipe_names(tmp_path):
