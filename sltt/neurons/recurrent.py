@@ -26,8 +26,8 @@ class Recurrent(Stateful):
 
     SLTT sends no gradient through the recurrent spikes: the layer learns from the step alone, ∇W = Σ_t e[t] s[t−1]ᵀ.
     OTTT traces the spikes that the layer reads, which is e-prop for one layer. The time steps of a call run one after
-    the other inside this layer: in one native call for LIF, IF or PLIF and a linear layer in float32 or bfloat16 on a
-    CPU, which adds the weights of active neurons only, in float32. The spikes are its state: no layer behind it may
+    the other inside this layer: in one native call for LIF, IF or PLIF and a linear layer in 32 or 16 bits on a CPU,
+    which adds the weights of active neurons only, in float32. The spikes are its state: no layer behind it may
     change them in place.
 
     Args:

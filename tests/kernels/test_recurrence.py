@@ -95,10 +95,11 @@ def test_results_do_not_depend_on_threads_or_on_the_number_of_calls():
 
 
 @pytest.mark.parametrize("cut", [True, False])
-@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32], ids=["a model in bfloat16", "autocast"])
-def test_bfloat16_has_the_results_of_float32_on_its_numbers(kept, cut):
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_16_bits_have_the_results_of_float32_on_their_numbers(half, autocast, cut):
     torch.manual_seed(0)
-    half, step = torch.bfloat16, sltt.LIF(tau=2.0).kernel_step()[0]
+    kept, step = torch.float32 if autocast else half, sltt.LIF(tau=2.0).kernel_step()[0]
     numbers = torch.randn(4 * 20, 64), (torch.rand(20, 64) < 0.3).float(), torch.randn(64, 64) / 4, torch.randn(64)
     given = [t.to(dtype) for t, dtype in zip(numbers, (half, half, kept, kept), strict=True)]
     out_gradient, results = torch.randn(4 * 20, 64).to(half), []

@@ -21,7 +21,7 @@ from sltt.kernels.options import options
 from sltt.kernels.spikes.bits import pack, unpack
 
 Trace = Callable[[Tensor], tuple[Tensor, list[Any]]]
-DTYPES = torch.float32, torch.bfloat16  # of tensors; all sums are in float32
+DTYPES = torch.float32, torch.bfloat16, torch.float16  # of tensors; all sums are in float32
 
 
 def recurrent_steps(
