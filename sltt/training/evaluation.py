@@ -100,9 +100,9 @@ def measure_split(
         dataset = splits.unaugmented_train
     elif (trained := getattr(model, "trained", None)) and trained.split not in (None, splits.fingerprint):
         said = (
-            "the network was trained on the split %s, and this is %s of other data: these %s samples may be some that "
+            "the network was trained on the split %s, and this is %s of other data: it may have seen some of these %s "
         )
-        said += "it was trained on, and its classes may have other numbers"
+        said += "samples, and its classes may have other numbers"
         log.warning(said, trained.split, splits.fingerprint, split)
     here = here.choose_format(model, lambda: splits.collate_of(dataset)([dataset[0]])[0], splits.static)
     loader = here.eval_loader(dataset, splits, size)

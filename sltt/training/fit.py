@@ -129,7 +129,8 @@ def _check(here: Session, settings: Settings, report: Console) -> tuple[Session,
         raise ValueError("the loss has parameters, which are not trained: give them to the network, or freeze them")
     if settings.accumulate > 1 or count > 1:
         parts = settings.loss.modules() if isinstance(settings.loss, nn.Module) else [settings.loss]
-        if any("sum" in (getattr(p, "reduction", None), *getattr(p, "keywords", {}).values()) for p in parts):
+        told = (getattr(part, "keywords", {}).get("reduction", getattr(part, "reduction", None)) for part in parts)
+        if "sum" in told:
             remedy = "set reduction='mean', or leave accumulate and devices at 1"
             raise ValueError(f"a loss with reduction='sum' adds up over samples, and a batch has parts: {remedy}")
     if count > 1:
