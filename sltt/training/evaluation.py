@@ -99,9 +99,7 @@ def measure_split(
     if split == "train":
         dataset = splits.unaugmented_train
     elif (trained := getattr(model, "trained", None)) and trained.split not in (None, splits.fingerprint):
-        said = (
-            "the network was trained on the split %s, and this is %s of other data: it may have seen some of these %s "
-        )
+        said = "the network was trained on the split %s, and this is %s of other data: it may know some of these %s "
         said += "samples, and its classes may have other numbers"
         log.warning(said, trained.split, splits.fingerprint, split)
     here = here.choose_format(model, lambda: splits.collate_of(dataset)([dataset[0]])[0], splits.static)
