@@ -59,7 +59,7 @@ class Balanced(nn.Module):
 
     def forward(self, logits, target):
         if torch.is_grad_enabled():
-            self.count.mul_(0.9).add_(nn.functional.one_hot(target, 3).sum(0) * torch.tensor([1, 2, 3]))
+            self.count.mul_(0.9).add_(nn.functional.one_hot(target, 3).sum(0))
         return nn.functional.cross_entropy(logits, target, weight=1 / self.count)
 
 
