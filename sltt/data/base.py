@@ -73,7 +73,8 @@ class Splits:
             return _stack("samples", xs, not self.static), _stack("targets", targets, self.per_step)
         lengths = tuple(map(len, xs))
         x = _stack("samples", [pad(x, max(lengths)) for x in xs], True)
-        targets = [pad(y, max(lengths)) for y in targets] if self.per_step else targets
+        if self.per_step:  # a target of another length than x stays one
+            targets = [pad(y, len(y) + max(lengths) - n) for y, n in zip(targets, lengths, strict=True)]
         return x, Padded(_stack("targets", targets, self.per_step), lengths)
 
     def collate_of(self, dataset: Dataset[Any]) -> Collate:

@@ -118,9 +118,9 @@ class _OwnData(Data):
         if self.form.get("per_step") or not _is_class(self._target(samples, 0)):
             return None
         labels = find_labels(samples.dataset if isinstance(samples, _Samples) else samples, self.columns)
-        last = len(samples) - 1
-        if labels is not None and all(labels[i] == self._target(samples, i) for i in (0, last // 2, last)):
-            return [int(y) for y in labels]
+        last, told = len(samples) - 1, labels or ()
+        if len(told) == last + 1 and all(told[i] == self._target(samples, i) for i in (0, last // 2, last)):
+            return [int(y) for y in told]
         return [int(self._target(samples, i)) for i in range(len(samples))]
 
     def _target(self, samples: Any, i: int) -> Any:

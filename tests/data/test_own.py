@@ -98,6 +98,21 @@ def test_labels_kept_as_a_list_are_read_without_the_samples():
     assert set(read) == {1, 3, 6}  # the first, the middle and the last, to compare
 
 
+def test_labels_of_more_samples_than_the_data_set_has_are_not_split():
+    class Few(Dataset):
+        targets = [0, 1] * 20
+
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, index):
+            return torch.rand(4), self.targets[index]
+
+    splits = from_datasets(Few(), 0.2, static=True).splits(1)
+    assert (splits.sizes["train"], splits.sizes["validation"]) == (8, 2)
+    assert max(splits.train.indices + splits.validation.indices) == 9
+
+
 def test_sequences_of_several_lengths_are_padded_with_zeros():
     samples = [(torch.ones(length, 4), length % 2) for length in (2, 3, 5)]
     splits = from_datasets(samples, static=False, pad=True).splits(steps=5)
@@ -113,6 +128,14 @@ def test_sequences_of_several_lengths_are_padded_with_zeros():
     splits = from_datasets(samples, static=False).splits(steps=5)
     with pytest.raises(ValueError, match=r"one shape in a batch, got \[2, 4\] and \[3, 4\]: resize, cut or pad"):
         splits.collate([splits.train[0], splits.train[1]])
+
+
+def test_a_target_for_each_step_of_another_length_than_its_sequence_is_seen():
+    samples = [(torch.rand(t, 4), torch.zeros(t - 1).long()) for t in (3, 5)]
+    splits = from_datasets(samples, static=False, pad=True, per_step=True, classes=2).splits(steps=5)
+    x, y = splits.collate(samples)
+    with pytest.raises(ValueError, match=r"expected targets \[T, B, ...\] = \[5, 2\] for each time step, got \[4, 2\]"):
+        sltt.SLTT()(nn.Sequential(nn.Linear(4, 2), sltt.LIF()), x, y, sltt.losses.PerStep(nn.CrossEntropyLoss()))
 
 
 def test_targets_that_are_no_classes():
