@@ -202,9 +202,8 @@ def _accuracies(built: Any, splits: Splits, samples: Any, exported: Exported) ->
     right, count = [0, 0], min(len(samples), MEASURED)
     for first in range(0, count, 50):
         x, y = _batch(splits, samples, range(first, first + 50))
-        whole = x.expand(built.steps, *x.shape) if splits.static else x
         with evaluation_mode(built.model):
-            logits = unroll(built.model, x, steps=steps), exported.network.unroll(whole)
+            logits = unroll(built.model, x, steps=steps), exported.network.unroll(x)
         for i, output in enumerate(logits):
             prediction = predict_from(prediction_of(built.loss), output, lengths_of(y))
             right[i] += int((prediction.argmax(1) == target_of(y)).sum())

@@ -163,8 +163,8 @@ def build_run(
     parser, settings = make_parser(command), read_config(run, checkpoint)
     if not settings or MADE_IN in settings:
         raise ValueError(
-            f"{run} was made in Python, and does not keep its network and data: go on in Python, by "
-            f"sltt.evaluate({load_call(run, settings)}, data), sltt.fit(model, data, …, run={str(run)!r}, resume=True)"
+            f"{run} was made in Python, and does not keep its network and data: {load_call(run, settings)} gives "
+            f"what evaluate, predict, to_c and to_onnx take; sltt.fit(…, run={str(run)!r}, resume=True) goes on"
         )
     if code is not None:
         if not code.is_dir():
@@ -264,9 +264,7 @@ def parse(
     if (phases := config.phases) and all(phase.lr is not None for phase in phases):
         for word in words:
             if re.match(r"--optimizer(\.init_args)?\.lr(=|$)", word):
-                raise UsageError(
-                    "every phase has a learning rate of its own, so --optimizer.lr changes nothing: set lr in --phases"
-                )
+                raise UsageError("every phase has an lr of its own: --optimizer.lr changes nothing, set it in --phases")
     return config
 
 

@@ -264,9 +264,7 @@ class EventFolder(_Events):
                 raise FileNotFoundError(f"the class folder {home / name} has no recordings: add some, or remove it")
             recordings += [(path, label) for path in files]
         if unknown := sorted({p.name for p in home.glob("*") if p.is_dir()} - set(self.classes)):
-            raise ValueError(
-                f"{home} has classes that train does not have: {', '.join(unknown[:5])}; remove them, or add both"
-            )
+            raise ValueError(f"{home} has classes that train does not have: {', '.join(unknown[:5])}: remove them")
         return recordings
 
 

@@ -32,7 +32,7 @@ class Exported:
 
     Attributes:
         folder: of the files.
-        network: the same operations in Python: `network.unroll(x)` gives the logits [T, B, classes].
+        network: the same operations in Python: `network.unroll(x)`, of such an x as `to_c` took, gives the logits.
         flash: bytes of weights and parameters, without the code.
         ram: bytes of the state, `sizeof(NAME_net)`.
     """

@@ -318,11 +318,12 @@ class Network:
 
     @torch.no_grad()
     def unroll(self, x: Tensor, margin: Tensor | None = None) -> Tensor:
-        """Run sequences [T, B, ...] by plain operations of PyTorch, and return the logits [T, B, classes, ...].
+        """Run x by plain operations of PyTorch, and return the logits [T, B, classes, ...].
 
-        Integers are computed in float64, which holds each of them exactly. `margin` [B] takes how near any potential
-        came to its threshold.
+        x is as `to_c` took it: sequences [T, B, ...], or a static input [B, ...]. Integers are computed in float64,
+        which holds each of them exactly. `margin` [B] takes how near any potential came to its threshold.
         """
+        x = x.expand(self.steps, *x.shape) if self.once else x
         start = {} if margin is None else {"margin": torch.full_like(margin, torch.inf)}
         states: dict[Operation, dict[str, Tensor]] = {op: dict(start) for op in self.operations}
         logits = torch.stack([values[self.output].reshape(-1, *self.shape) for values in self.run(x, states=states)])
@@ -341,7 +342,7 @@ class Network:
         values: dict[Value, Tensor] = {}
         states = states or {op: {} for op in self.operations}
         for frame in x:
-            values[self.input] = frame.reshape(-1, *self.input.shape)
+            values[self.input] = frame.reshape(len(frame), *self.input.shape)
             for op in self.operations:
                 before = [values.get(v, x.new_zeros(x.shape[1], *v.shape)) for v in op.inputs]
                 values[op.output] = change(op, op.run(states[op], *before))

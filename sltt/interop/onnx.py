@@ -14,6 +14,7 @@ from sltt.interop.reading import ONE_TENSOR
 from sltt.kernels import using
 from sltt.neurons import Delay, Neuron, Recurrent
 from sltt.neurons.pooling import RunningMax
+from sltt.rules import unroll
 from sltt.sequence.copies import copy_model
 from sltt.sequence.state import reset, state_names
 
@@ -48,6 +49,11 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path, *, sequence: bool = F
     check_names(model)
     path = folder("path", path, "a file")
     frame = x[0] if sequence else x
+    try:
+        unroll(model, x if sequence else x[None])
+    except Exception as error:
+        error.add_note("for all steps of a static input [B, ...], give x.expand(T, *x.shape)")
+        raise
     step = _OneStep(copy_model(model).eval(), frame)
     names = [] if sequence else list(step.first)
     if taken := {"x", "logits"} & {*names}:

@@ -23,11 +23,11 @@ def note(error: Exception, run: Run) -> None:
         )
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     ours = isinstance(error, ValueError) and not frame.f_globals.get("__name__", "").startswith("torch.")
-    if not ours and (place := _place(run, error)):
-        error.add_note(place)
     pairs = [layer for layer in run.layout.keepers if getattr(layer.module, "output", False) is True]
     if pairs and "tuple" in str(error):
         error.add_note(f"{pairs[0]} gives a tuple, its spikes and its state: leave out output=True")
+    elif not ours and (place := _place(run, error)):
+        error.add_note(place)
     if (unseen := run.layout.find_unseen()) and unseen != str(error):
         error.add_note(unseen)
 

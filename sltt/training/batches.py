@@ -235,10 +235,7 @@ def whole_epoch(loader: DataLoader[Any]) -> Iterator[Any]:
         yield batch
         count += 1
     if count < (expected := len(loader)):
-        raise RuntimeError(
-            f"the data ended after {count} of {expected} batches: let its samples raise IndexError or ValueError, "
-            "not StopIteration"
-        )
+        raise RuntimeError(f"the data ended after {count} of {expected} batches: does it raise StopIteration?")
 
 
 @contextmanager

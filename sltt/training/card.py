@@ -58,18 +58,21 @@ def add_test_score(folder: Path, score: str) -> None:
 
 
 def _energy(loop: Loop, steps: int) -> list[str]:
-    """Return the tables of `sltt profile` for the inference of a held-out sample, which is not augmented."""
+    """Return the tables of `sltt profile` for the mean inference of some samples, without augmentation."""
     if loop.processes.count > 1:
         return ["Energy: not estimated by several processes: sltt profile"]
     try:
-        samples = loop.splits.validation or loop.splits.test or loop.splits.train
-        x, y = loop.learner.session.batch(*loop.splits.collate([samples[0]]))
-        repeat = steps if loop.splits.static else None
+        splits = loop.splits
+        split = next(name for name in ("validation", "test", "unaugmented_train") if getattr(splits, name))
+        samples = getattr(splits, split)
+        chosen = range(0, len(samples), -(-len(samples) // 32))
+        x, y = loop.learner.session.batch(*splits.collate_of(samples)([samples[i] for i in chosen]))
+        repeat = steps if splits.static else None
         with evaluation_mode(loop.learner.model):
             tables = measure_energy(loop.learner.model, x, steps=repeat, lengths=lengths_of(y)).tables()
     except Exception as error:  # the training is done, and not lost for a layer that cannot be counted
         return [f"Energy: not estimated: {error}"]
-    lines = []
+    lines = [f"One inference, the mean over {len(chosen)} {split.removeprefix('unaugmented_')} samples:", ""]
     for rows in tables.values():
         texts = [[*rows[0]], ["---"] * len(rows[0]), *([as_text(value) for value in row.values()] for row in rows)]
         lines += [*(f"| {' | '.join(row)} |" for row in texts), ""]

@@ -93,8 +93,7 @@ def load_optimizer(optim: Any, state: dict[str, Any], path: Path) -> None:
         ) from error
     if lost:  # it would end in a KeyError at the first step
         raise CheckpointError(
-            f"the optimizer's state in {path} is of another optimizer, without {', '.join(sorted(lost))}. Resume with "
-            "the run's own optimizer, or start a new run with --weights."
+            f"the optimizer in {path} was another, without {', '.join(sorted(lost))}: resume with it, or use --weights"
         )
 
 

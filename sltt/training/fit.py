@@ -88,7 +88,8 @@ def train(here: Session, settings: Settings, name: str = "run") -> Fit:
     if not resume:
         start_from(model, settings.weights, settings.strict)
     made = first(lambda: runs.old_run(run) if resume else runs.new_run(run, name, config))
-    report.line(f"continuing {made}" if resume else f"run {made}")
+    if not resume:
+        report.line(f"run {made}")
     with runs.lock_run(made, not resume) if here.processes.rank == 0 else nullcontext():
         checkpoint = None
         if resume:
@@ -99,6 +100,8 @@ def train(here: Session, settings: Settings, name: str = "run") -> Fit:
         loop = Loop(Learner(here, settings), splits, made, config, report)
         if checkpoint:
             loop.restore(checkpoint)
+        if resume:
+            report.line(f"continuing {made}: {loop.state.epoch} of {settings.epochs} epochs are done")
         if resume and config and here.processes.rank == 0:
             runs.write_config(made, config)
         loop.run()
@@ -138,10 +141,7 @@ def _check(here: Session, settings: Settings, report: Console) -> tuple[Session,
     splits = here.splits(settings.dataset, stages[0].steps)
     for steps in {stage.steps for stage in stages}:
         if here.splits(settings.dataset, steps).fingerprint != splits.fingerprint:
-            remedy = "train the phases one after the other, with --weights"
-            raise ValueError(
-                f"phases need the same samples at each T, and the data has others at T = {steps}: {remedy}"
-            )
+            raise ValueError(f"the data has other samples at T = {steps}: train each phase alone, by --weights")
     samples = safeguards.first_samples(splits, stages[0].steps)
     if splits.per_step != is_per_step(settings.loss):
         other = f"{type(settings.loss).__name__} needs a target for each time step: from_datasets(…, per_step=True)"

@@ -233,10 +233,8 @@ def graphed(
     def step(x: Tensor, y: Tensor) -> Output:
         for name, sample, captured in (("x", x, replay.x), ("y", y, replay.y)):
             if sample.shape != captured.shape:
-                raise ValueError(
-                    f"the graph takes {name} of shape {list(captured.shape)}, got {list(sample.shape)}: use "
-                    "DataLoader(…, drop_last=True), or call the rule itself for this batch"
-                )
+                remedy = "use DataLoader(…, drop_last=True), or the rule itself"
+                raise ValueError(f"the graph takes {name} {[*captured.shape]}, got {[*sample.shape]}: {remedy}")
         return Output(*(value.clone() for value in replay(x, y)))
 
     return step

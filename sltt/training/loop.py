@@ -68,6 +68,9 @@ class Loop:
                         row = self._end_epoch(training, self._validate(stage, validation))
                         log(row)
                         self._show(row, training)
+                        self._show_callbacks()
+                        if self.state.stopped:
+                            self.report.line(f"stopped after epoch {self.state.epoch}: {self.state.stopped}")
                         interrupt.stop(self.processes.highest(interrupt.requested)[0], self.folder)
         if first:  # also after a resume that had nothing left to train
             write_table(self.folder, self.state.history)
@@ -142,7 +145,6 @@ class Loop:
         self.state.pending = bool(self.callbacks)
         # the best before the last: that one says that there is a best
         self._save(*[BEST] * improved, LAST)
-        self._show_callbacks()
         return row
 
     def trained(self, epoch: int) -> Trained:
@@ -215,8 +217,6 @@ class Loop:
         self.rose = self.rose or bool(rises)  # which is said once
         for warning in extreme_layers(training.layers) + rises:
             self.report.warn(warning)
-        if self.state.stopped:
-            self.report.line(f"stopped after epoch {self.state.epoch}: {self.state.stopped}")
 
     def _call(self, name: str, loss: float | None = None) -> None:
         """Call a method of all callbacks; what one of them stops, in any process, ends for all after the epoch."""

@@ -99,10 +99,7 @@ def find_last(run: Path) -> Path | None:
     if (run / LAST).is_file():
         return run / LAST
     if (run / METRICS).exists():
-        raise ValueError(
-            f"{run / LAST} is gone, and the run has trained: restore it from a copy, or start a new run from the best "
-            f"by --weights {quote(str(run / BEST))}"
-        )
+        raise ValueError(f"{run / LAST} is gone: restore it, or start anew with --weights {quote(str(run / BEST))}")
     return None
 
 

@@ -47,7 +47,8 @@ def write_sample(loop: Loop, steps: int) -> None:
         return
     splits, fired = loop.splits, {}
     try:
-        x, y = loop.learner.session.batch(*splits.collate([(splits.validation or splits.train)[0]]))
+        samples = splits.validation or splits.train
+        x, y = loop.learner.session.batch(*splits.collate_of(samples)([samples[0]]))
         with (
             evaluation_mode(loop.learner.model),
             observe_spikes(spiking_layers(loop.learner.model), lambda name, s: fired.setdefault(name, []).append(s)),

@@ -147,7 +147,7 @@ class Settings(Execution):
     steps: int = 4
     """T, the number of time steps."""
     epochs: int = setting(default=10, resume=True)
-    """passes over the training samples."""
+    """passes over the training samples. More of them on resume stretch the schedule: its learning rate rises again."""
     phases: list[Phase] | None = None
     """parts of the training, each with settings of its own. `steps` and `rule` stand in for what a phase leaves out.
     The best epoch has the last T, which is `steps`: that of evaluation."""
@@ -209,9 +209,7 @@ class Settings(Execution):
         stages = plan(self.phases, self.epochs, self.steps, self.rule)
         last = stages[-1].steps
         if last != self.steps and sum(phase.epochs for phase in self.phases or ()) <= self.epochs:
-            raise ValueError(
-                f"steps={self.steps} is the T of evaluation, but the last phase trains T = {last}: set steps={last}"
-            )
+            raise ValueError(f"the last phase trains T = {last}, and evaluation has steps={self.steps}: set {last}")
         if self.quantised and (online := next((stage.rule for stage in stages if stage.rule.online), None)):
             raise ValueError(f"quantised rounds the weights once a batch, and {online} updates them in it: use SLTT()")
         return stages
@@ -244,6 +242,8 @@ def takes(kind: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R]]:
             if unknown := [name for name in kwargs if name not in made.__signature__.parameters]:
                 near = difflib.get_close_matches(unknown[0], made.__signature__.parameters, 1)
                 hint = f"did you mean {near[0]}?" if near else f"help(sltt.{function.__name__}) lists them"
+                if unknown[0] in inspect.signature(torch.optim.AdamW).parameters:
+                    hint = f"optimizer=functools.partial(torch.optim.AdamW, {unknown[0]}=…)"
                 raise TypeError(f"{function.__name__} has no argument {unknown[0]!r}; {hint}")
             return function(kind(*args, **kwargs))
 

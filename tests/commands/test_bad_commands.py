@@ -89,7 +89,7 @@ CASES = f"""
 1 | sltt: epochs of a phase must be at least 1, got 0 | train {TINY} --phases '[{{epochs: 0}}]'
 1 | labels must be in 0 … 3 (the model has 4 outputs) | train {TINY} --model.classes 4 --run a
 1 | cannot make the run folder | train {TINY} --run /proc/nowhere/run
-2 | so --optimizer.lr changes nothing: set lr in --phases | train --phases '[{{epochs: 1, lr: 0.1}}]' --optimizer.lr 0.5
+2 | --optimizer.lr changes nothing, set it in --phases | train --phases '[{{epochs: 1, lr: 0.1}}]' --optimizer.lr 0.5
 1 | no checkpoint at nowhere | train {TINY} --weights nowhere
 # exceptions of a user's data set and network
 1 | KeyError: 'thrown' (HERE/mine.py, line 11, in splits) | train {TINY} --data mine.Data --data.kind KeyError

@@ -79,7 +79,7 @@ def test_resume_takes_the_runs_configuration(here, capsys):
     assert run(capsys, "train", *TINY, "--epochs", "1", "--run", "a")[0] == 0
     code, out, _ = run(capsys, "train", "--resume", "a", "--epochs", "2")
     assert code == 0
-    assert "continuing a" in out
+    assert "continuing a: 1 of 2 epochs are done" in out
     code, _, err = run(capsys, "train", "--resume", "a", "--optimizer.lr", "3")
     assert code == 2
     assert "sltt train --resume does not take --optimizer.lr: a run continues with its own settings" in err

@@ -92,6 +92,12 @@ def test_steps_in_onnx_runtime_are_those_of_the_network(name, tmp_path):
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_static_input_is_no_sequence(tmp_path):
+    with pytest.raises(ValueError, match=r"\[T, B, ...\], time first") as raised:
+        to_onnx(nn.Sequential(nn.Linear(4, 8), sltt.LIF()), torch.rand(5, 4), tmp_path / "a.onnx", sequence=True)
+    assert "x.expand(T, *x.shape)" in raised.value.__notes__[-1]
+
+
 @pytest.mark.parametrize("name", ["x", "logits"])
 def test_layers_of_neurons_with_a_name_of_the_file_are_refused(name, tmp_path):
     model = nn.Sequential()

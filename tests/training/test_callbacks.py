@@ -93,7 +93,8 @@ def test_a_callback_that_fails_loses_no_epoch(tmp_path):
 
 def test_a_stopped_run_stays_stopped_and_says_why(tmp_path, capsys):
     train(tmp_path / "run", callbacks=[Seen(2)], epochs=9, report=Console())
-    assert "stopped after epoch 2: as asked" in capsys.readouterr().out
+    *_, row, stopped = capsys.readouterr().out.splitlines()
+    assert (row.split()[0], stopped) == ("2", "stopped after epoch 2: as asked")
     seen = Seen(2)
     _, result = train(tmp_path / "run", callbacks=[seen], epochs=9, resume=True)
     assert len(result.history) == 2

@@ -16,11 +16,14 @@ def test_fit_takes_the_settings_and_says_what_each_does():
     arguments = inspect.signature(sltt.fit).parameters
     assert [*arguments][:4] == ["model", "data", "rule", "loss"]
     assert {*texts_of(Settings)} == {*arguments} == {one.name for one in fields(Settings)}
-    assert "\n        epochs: passes over the training samples.\n" in sltt.fit.__doc__
+    assert "\n        epochs: passes over the training samples." in sltt.fit.__doc__
     assert all(len(line) <= 120 for line in sltt.fit.__doc__.splitlines())
 
 
-@pytest.mark.parametrize(("name", "hint"), [("epoch", "did you mean epochs?"), ("lr", "help(sltt.fit) lists them")])
+NEAR = [("epoch", "did you mean epochs?"), ("xyz", "help(sltt.fit) lists"), ("lr", "optimizer=functools.partial(")]
+
+
+@pytest.mark.parametrize(("name", "hint"), NEAR)
 def test_an_unknown_argument_is_told_with_the_nearest(name, hint):
     with pytest.raises(TypeError, match=re.escape(f"fit has no argument '{name}'; {hint}")):
         sltt.fit(nn.Identity(), sltt.data.Digits(), **{name: 1})
