@@ -27,6 +27,7 @@ try:
     )
     from torch._C._autograd import _top_saved_tensors_default_hooks  # pyright: ignore
     from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore
+    from torch.multiprocessing.reductions import StorageWeakRef
     from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
     from torch.nn.modules.dropout import _DropoutNd
     from torch.nn.modules.instancenorm import _InstanceNorm

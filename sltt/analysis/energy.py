@@ -2,18 +2,19 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sltt import kernels
-from sltt._torch import tree_leaves, tree_map_only
+from sltt._torch import DispatchMode, StorageWeakRef, tree_leaves, tree_map_only
+from sltt.losses import predict_from
 from sltt.rules import unroll
 from sltt.sequence.hooks import keep_hooks
 from sltt.sequence.layout import spiking_layers
@@ -142,12 +143,12 @@ def measure_energy(model: nn.Module, x: Tensor, *, steps: int | None = None, len
         measure_energy(model, x).tables()
 
     The values of a layer's input in a time step, and where they come from, say what it reads. Spikes of neurons keep
-    their size through pooling, sums and reshapes: an average over 4 spikes counts as 4, its factor is taken into the
-    weights. Other whole numbers that are mostly zero are events, and so are values of one size, unless that costs more
-    than data. Each costs an accumulate for each unit and connection. All else is data, and costs a multiply-accumulate
-    for each connection.
+    their size through pooling, sums and reshapes: an average over 4 spikes counts as 4, and weights take factors. Other
+    whole numbers that are mostly zero are events, and so are values of one size, unless that costs more than data. Each
+    costs an accumulate for each unit and connection. All else is data, and costs a multiply-accumulate for each
+    connection.
     Weights that are zero cost as others do. Products of two tensors, as in attention, cost an accumulate where both
-    factors are not zero and one is spikes; PyTorch's own attention with softmax does not count.
+    factors are not zero and one is spikes.
 
     Args:
         model: maps one time step to logits; in the mode that it is in, so call `model.eval()` before.
@@ -174,18 +175,18 @@ def neurobench(model: nn.Module, data: Iterable[tuple[Tensor, Any]], *, steps: i
         with evaluation_mode(model):
             counter = _Counter(model, x, steps, lengths_of(y))
             energy, logits = counter.run()
-        size, y = logits.shape[1], target_of(y)
+        size, prediction, y = logits.shape[1], predict_from("mean", logits, lengths_of(y)), target_of(y)
         samples += size
         sums["ActivationSparsity"] += size * (1 - energy.active / max(energy.updates, 1))
         sums["MembraneUpdates"] += counter.changed
         if y.shape == (size,) and not y.is_floating_point():
-            sums["ClassificationAccuracy"] += int((logits.mean(0).argmax(1) == y).sum())
+            sums["ClassificationAccuracy"] += int((prediction.argmax(1) == y).sum())
         for name in ("Effective_MACs", "Effective_ACs", "Dense"):
             sums[name] += size * energy.total(name.lower())
     means = {name: total / samples for name, total in sums.items()}
     operations = {name: means.pop(name) for name in ("Effective_MACs", "Effective_ACs", "Dense")}
     return {
-        "Footprint": energy.footprint,
+        "Footprint": sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
         "ParameterCount": sum(p.numel() for p in model.parameters()),
         "ConnectionSparsity": round(energy.zeros / max(energy.weights, 1), 4),
         **means,
@@ -194,12 +195,19 @@ def neurobench(model: nn.Module, data: Iterable[tuple[Tensor, Any]], *, steps: i
 
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+aten = torch.ops.aten
+_PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.mv: 0, aten.dot: 0, aten.addmm: 1, aten.baddbmm: 1, aten.addmv: 1}
+_POOLS = aten.avg_pool2d, aten.avg_pool3d, aten._adaptive_avg_pool2d, aten._adaptive_avg_pool3d
+_SUMS = {aten.add, aten.sub, aten.sum, aten.mean, *_POOLS}
+_SCALES = {aten.mul, aten.mul_, aten.div, aten.div_, aten._to_copy}
+_VIEWS = {aten.view, aten._unsafe_view}
 
 
-class _Counter(TorchFunctionMode):
-    """Runs a batch step by step, and counts: hooks show layers, neurons and modules, the mode all functions.
+class _Counter(DispatchMode):
+    """Runs a batch step by step, and counts: hooks show neurons and modules, the mode all operations.
 
-    What is made of spikes alone has an attribute `counts`: how many spikes are in each of its values.
+    What depends on the input varies; the rest is weights. What is made of spikes alone has an attribute `counts`: how
+    many spikes are in each of its values, NaN where others were written.
     """
 
     def __init__(self, model: nn.Module, x: Tensor, steps: int | None, lengths: Sequence[int] | None):
@@ -214,7 +222,9 @@ class _Counter(TorchFunctionMode):
         self.last: dict[str, int] = {}  # the step in which each ran last
         self.updates = self.spikes = self.active = self.changed = 0.0  # of all samples
         self.neurons = spiking_layers(model)
-        self._fans: dict[Any, list[Tensor]] = {}
+        self.weights: dict[Any, tuple[int, float]] = {}  # size and zeros
+        self._parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+        self._varying: set[StorageWeakRef] = set()
         self._before: dict[str, list[Tensor]] = {}  # membrane potentials
 
     @torch.no_grad()
@@ -223,25 +233,33 @@ class _Counter(TorchFunctionMode):
         modules = dict(self.model.named_modules())
         hooks = [m.register_forward_pre_hook(partial(self._enter, name)) for name, m in modules.items()]
         hooks += [m.register_forward_hook(self._leave, always_call=True) for m in modules.values()]
-        spiking = observe_spikes(self.neurons, self._fire)
-        with keep_hooks(*hooks), spiking, kernels.using(bits=False), self:  # no kernel stands for what the mode sees
-            logits = unroll(self.model, self.x, steps=self.static, fold=1)
+        spiking, fast = observe_spikes(self.neurons, self._fire), torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # attention by products, which the mode sees
+        try:
+            # no kernel stands for what the mode sees
+            with keep_hooks(*hooks), spiking, kernels.using(bits=False), sdpa_kernel(SDPBackend.MATH), self:
+                logits = unroll(self.model, self.x, steps=self.static, fold=1)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
         for name, layer in self.layers.items():
             if not self.static or self.last[name]:
                 layer.ann_macs /= self.static or 1
             else:  # it ran `once`; NeuroBench calls it in each step
                 layer.dense, layer.effective_macs = layer.dense * self.static, layer.effective_macs * self.static
                 layer.effective_acs *= self.static
-        steps, weights = sum(self.lengths) / self.batch, [m.weight for m in modules.values() if isinstance(m, LAYERS)]
+        steps, passes = sum(self.lengths) / self.batch, 1 if self.static else sum(self.lengths) / self.batch
         updates, spikes, active = (count / self.batch for count in (self.updates, self.spikes, self.active))
-        size, zeros = sum(w.numel() for w in weights), sum(int((w == 0).sum()) for w in weights)
-        footprint = sum(tensor.nbytes for tensor in [*self.model.parameters(), *self.model.buffers()])
-        passes, layers = 1 if self.static else steps, [*self.layers.values()]
-        return Energy(layers, steps, passes, updates, spikes, active, size, zeros, footprint), logits
+        size, zeros = (sum(column) for column in zip((0, 0), *self.weights.values(), strict=True))
+        held = [*self.model.parameters(), *self.model.buffers()]
+        footprint = sum(t.numel() * (4 if t.is_floating_point() else t.element_size()) for t in held)
+        layers = [*self.layers.values()]
+        return Energy(layers, steps, passes, updates, spikes, active, size, round(zeros), footprint), logits
 
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
         self._inside.append(name)
-        self.step += module is self.model
+        if module is self.model:
+            self.step += 1
+            self._vary(args)
         if self.step and name in self.neurons:  # one of Norse has its state elsewhere
             self._before[name] = [state.clone() for state in state_tensors(module)[:1]]
 
@@ -251,6 +269,7 @@ class _Counter(TorchFunctionMode):
     def _fire(self, name: str, spikes: Any) -> None:
         """Count the spikes of neurons, and mark them."""
         unit = 1.0 if (spikes == spikes.round()).all() else float(spikes.abs().max())  # the threshold, in a twin
+        self._vary(spikes)
         spikes.counts = spikes.float() / unit
         real, before = self._real(spikes), self._before.get(name)
         self.updates += real.numel()
@@ -259,21 +278,75 @@ class _Counter(TorchFunctionMode):
         changes = before[0] != state_tensors(self.neurons[name])[0] if before else spikes == spikes
         self.changed += int(self._real(changes).sum())
 
-    def _layer(self, func: Any, x: Tensor, weight: Tensor, *settings: Any) -> None:
-        """Count the operations of a convolution or linear layer."""
-        if (key := (self._inside[-1], x.shape[1:], weight.shape)) not in self._fans:
-            weights = torch.ones_like(weight), weight != 0
-            self._fans[key] = [_fan_out(func, x, w.double(), *settings[1:]) for w in weights]
-        (fan, nonzero), units = self._fans[key], getattr(x, "counts", None)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, operation = func(*args, **(kwargs or {})), func.overloadpacket
+        if self._inside and operation is aten.convolution:
+            self._convolution(out, *args)
+        elif self._inside and operation in _PRODUCTS:
+            self._product(*args[_PRODUCTS[operation] :][:2])
+        if any(map(self._varies, tree_leaves((args, kwargs)))):
+            self._vary(out)
+        with suppress(RuntimeError, IndexError):  # of an operation that takes no counts
+            _pass_counts(func, args, kwargs or {}, out)
+        return out
+
+    def _vary(self, tensors: Any) -> None:
+        self._varying |= {_storage_of(tensor) for tensor in tree_leaves(tensors) if isinstance(tensor, Tensor)}
+
+    def _varies(self, tensor: Any) -> bool:
+        return isinstance(tensor, Tensor) and _storage_of(tensor) in self._varying
+
+    def _convolution(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> None:
+        one, grad = x[:1].double(), torch.ones_like(out[:1], dtype=torch.float64)
+        self._weigh(weight)
+        fans = (
+            aten.convolution_backward(grad, one, w.double(), None, *settings, [True, False, False])[0]
+            for w in (torch.ones_like(weight), weight != 0)
+        )
+        self._layer(x, _counts_of(x), *fans, varies=self._varies(x))
+
+    def _product(self, a: Any, b: Any) -> None:
+        """Count a matrix product [..., N, K] [..., K, M]; a vector is a row on the left, a column on the right."""
+        varies, factors = (self._varies(a), self._varies(b)), [(a, _counts_of(a)), (b, _counts_of(b))]
+        if b.ndim == 1:
+            factors = [(x.view(-1, len(b)).mT if x is b else x.view(-1, len(b)), n) for x, n in factors]
+            factors = [(x, n if n is None else n.view(x.shape)) for x, n in factors]
+        if a.ndim == 3 and len(a) == 1:
+            factors = [(x[0], n if n is None else n[0]) for x, n in factors]
+        if varies == (False, True):
+            factors = [(x.mT, n if n is None else n.mT) for x, n in reversed(factors)]
+        (a, counts), (b, _) = factors
+        if all(varies):
+            spiking = any(_has_one_value(x) or (n is not None and _count_spikes(x, n) is not None) for x, n in factors)
+            products = (f(self._real(a)).double() @ f(self._real(b)).double() for f in (torch.ones_like, Tensor.bool))
+            dense, pairs = (float(product.sum()) for product in products)
+            self._add(spiking, ann_macs=dense, **({"acs": pairs} if spiking else {"macs": dense}))
+            return
+        self._weigh(b)
+        fans = (w.double().sum(-1)[..., None, :] for w in (torch.ones_like(b), b != 0))
+        self._layer(a, counts, *fans, varies=any(varies))
+
+    def _weigh(self, weight: Tensor) -> None:
+        """Note the size of a weight, once where several layers have it."""
+        storage = weight.untyped_storage()
+        own = storage._cdata in self._parameters
+        size = min(weight.numel(), storage.nbytes() // weight.element_size())
+        key = (storage._cdata, weight.storage_offset()) if own else (self._inside[-1], *sorted(weight.shape))
+        self.weights[key] = size, size * float((weight == 0).double().mean())
+
+    def _layer(self, x: Tensor, units: Tensor | None, fan: Tensor, nonzero: Tensor, varies: bool) -> None:
+        """Count the operations of a layer, of which each input reaches `fan` outputs, by weights that are `nonzero`."""
         x, units = self._real(x), None if units is None else self._real(units)
-        dense, effective = len(x) * float(fan.sum()), float(((x != 0) * nonzero).sum())
+        dense, effective = (float(((part != 0) * f).sum()) for part, f in ((torch.ones_like(x), fan), (x, nonzero)))
         counts = _count_spikes(x, units)
         acs = None if counts is None else float((counts * fan).sum())
         if units is None and acs and acs * FLOAT32[1] > dense * FLOAT32[0]:  # pixels of 0 … 255, say, are no events
             acs = None
         charged = {"macs": dense} if acs is None else {"acs": acs}
         charged["effective_acs" if ((x == 0) | (x.abs() == 1)).all() else "effective_macs"] = effective
-        self._add(units is not None, dense=dense, ann_macs=dense, **charged)
+        times = 1 if varies else self.batch  # what is made of weights alone runs once for all samples
+        charged = {key: count * times for key, count in {"dense": dense, "ann_macs": dense, **charged}.items()}
+        self._add(units is not None and counts is not None, **charged)
 
     def _add(self, spiking: bool, **counts: float) -> None:
         name = self._inside[-1]
@@ -289,41 +362,20 @@ class _Counter(TorchFunctionMode):
             return x
         return x[self.real[self.step].repeat_interleave(len(x) // self.batch)]
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if not self._inside:
-            return out
-        if func in _LAYERS:
-            named = {name: value for name, value in kwargs.items() if name not in ("input", "weight", "bias")}
-            inputs = *args, *(kwargs[name] for name in ("input", "weight") if name in kwargs)
-            self._layer(partial(func, **named), *inputs)
-        elif func in _MATRIX_PRODUCTS:
-            a, b = (*args, *(kwargs[name] for name in ("input", "other", "mat2") if name in kwargs))
-            self._product(torch.matmul, a, b)
-        elif func is torch.einsum and len(args) == 3 and _sums(args[0]):
-            self._product(partial(torch.einsum, args[0]), *args[1:])
-        else:
-            _pass_counts(func, args, kwargs, out)
-        return out
 
-    def _product(self, product: Callable[..., Tensor], a: Tensor, b: Tensor) -> None:
-        a, b = self._real(a), self._real(b)
-        dense, pairs = (float(product(f(a).double(), f(b).double()).sum()) for f in (torch.ones_like, Tensor.bool))
-        spiking = _has_one_value(a) or _has_one_value(b)
-        self._add(spiking, ann_macs=dense, **({"acs": pairs} if spiking else {"macs": dense}))
+def _storage_of(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
 
 
-def _fan_out(func: Any, x: Tensor, weight: Tensor, *settings: Any) -> Tensor:
-    """Return the sum of the weights that each input of a sample reaches, [1, ...]: connections, where weights are 1."""
-    with torch.enable_grad():
-        z = torch.zeros(1, *x.shape[1:], dtype=weight.dtype, device=x.device, requires_grad=True)
-        return torch.autograd.grad(func(z, weight, None, *settings).sum(), z)[0]
+def _counts_of(x: Tensor) -> Tensor | None:
+    """Return the spikes in each value; None where it is not made of spikes alone."""
+    counts = vars(x).get("counts")
+    return None if counts is None or counts.isnan().any() else counts
 
 
 def _count_spikes(x: Tensor, units: Tensor | None) -> Tensor | None:
     """Return the spikes or events in each input of a layer; None where it reads data."""
-    counts, one = (x if units is None else units).abs().double(), _has_one_value(x.abs())  # the weights may hold it
+    counts, one = (x if units is None else units).double().abs(), _has_one_value(x.abs())  # the weights may hold it
     whole = bool(((counts - counts.round()).abs() < 1e-3).all())
     if whole and (units is not None or (not one and x.count_nonzero() < x.numel() / 2)):
         return counts.round()
@@ -331,38 +383,45 @@ def _count_spikes(x: Tensor, units: Tensor | None) -> Tensor | None:
 
 
 def _pass_counts(func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Do with the counts of spikes what a function of spikes alone does with these; an average becomes a sum."""
+    """Do with the counts of spikes what an operation on spikes alone does with these; an average becomes a sum."""
     tensors: list[Any] = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
-    outputs: list[Any] = [t for t in (out if isinstance(out, list | tuple) else [out]) if isinstance(t, Tensor)]
-    if not (spikes := tensors and all(hasattr(tensor, "counts") for tensor in tensors)):
-        for tensor in outputs:
-            vars(tensor).pop("counts", None)  # it was changed in place
-    if not spikes or not outputs or "dropout" in (name := func.__name__):
+    operation, spikes = func.overloadpacket, bool(tensors) and all("counts" in vars(tensor) for tensor in tensors)
+    if not spikes or operation in _PRODUCTS:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.is_write and isinstance(value, Tensor) and "counts" in vars(value):
+                vars(value)["counts"].fill_(torch.nan)
+        return
+    if torch.Tag.nondeterministic_seeded in func.tags:
         return
     args, kwargs = tree_map_only(Tensor, lambda tensor: vars(tensor)["counts"], (args, kwargs))
-    of_outputs, times = func(*args, **kwargs), 1
-    if name.startswith("avg_pool"):
-        size = torch.tensor(args[1] if len(args) > 1 else kwargs["kernel_size"]).expand(int(name[-2]))
-        times = (args[6] if len(args) > 6 else kwargs.get("divisor_override")) or int(size.prod())
-    elif name == "mean" or name.startswith("adaptive_avg_pool"):
-        times = tensors[0].numel() / max(outputs[0].numel(), 1)
-    of_outputs = of_outputs if isinstance(of_outputs, list | tuple) else [of_outputs]
-    for tensor, counts in zip(outputs, of_outputs, strict=True):
-        tensor.counts = counts * times
+    counts: Any = args[0] if args else None
+    if operation in _SUMS:
+        args = [arg.float().abs() if isinstance(arg, Tensor) else arg for arg in args]
+    if operation in _SCALES and len(tensors) == 1 and out.is_floating_point():  # the weights take the factor
+        of_outputs = counts if out is tensors[0] else counts.clone()
+    elif operation in _VIEWS:
+        of_outputs = counts.reshape(out.shape)
+    elif operation in _POOLS[:2]:
+        of_outputs = operation(*args[:6], *(args[1], [], 0, False, True)[len(args) - 1 :], 1)
+    else:
+        of_outputs = aten.add(*args[:2]) if operation is aten.sub else func(*args, **kwargs)
+    if operation in (aten.mean, *_POOLS[2:]):
+        of_outputs = of_outputs * _averaged(counts.shape, out.shape, operation is aten.mean).to(counts)
+    outputs: list[Any] = tree_leaves(out)
+    for tensor, counts in zip(outputs, tree_leaves(of_outputs), strict=True):
+        if isinstance(tensor, Tensor):
+            vars(tensor)["counts"] = counts
 
 
-def _sums(equation: Any) -> bool:
-    """Return whether an equation of einsum sums over an index that both tensors have."""
-    terms, _, result = str(equation).replace(" ", "").partition("->")
-    first, _, second = terms.partition(",")
-    return bool((set(first) & set(second)) - set(result) - {"."})
+def _averaged(inputs: Sequence[int], outputs: Sequence[int], mean: bool) -> Tensor:
+    """Return over how many values each output of a mean, or of an adaptive pooling, averages."""
+    sizes = torch.tensor(math.prod(inputs) / max(math.prod(outputs), 1) if mean else 1.0)
+    for x, y in () if mean else zip(inputs, outputs, strict=True):
+        sizes = sizes[..., None] * torch.tensor([-(-(i + 1) * x // y) - i * x // y for i in range(y)])
+    return sizes
 
 
 def _has_one_value(x: Tensor) -> bool:
     """Return whether all values are 0 or one other, as of spikes."""
     values = x[x != 0]
     return bool((values == values[:1]).all())
-
-
-_LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-_MATRIX_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}

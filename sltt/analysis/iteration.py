@@ -171,7 +171,7 @@ def iteration_seconds(
     instance("optimizer", optimizer, torch.optim.Optimizer)
     warmup = whole_number("warmup", warmup, least=0)
     rows: list[tuple[float, ...]] = []
-    spent = 0.0
+    spent = stepped = 0.0
 
     def backward(total: Tensor) -> None:
         nonlocal spent
@@ -180,19 +180,22 @@ def iteration_seconds(
         spent += _device_time(total.device) - before
 
     def update() -> None:
+        nonlocal stepped
+        before = _device_time(x.device)
         optimizer.step()
         optimizer.zero_grad()
+        stepped += _device_time(x.device) - before
 
+    optimizer.zero_grad()
     began = time.perf_counter()
     for x, target in batches:
         loaded = _device_time(x.device)
-        optimizer.zero_grad()
-        spent = 0.0
+        spent = stepped = 0.0
         rule(model, x, target, loss, steps=steps, backward=backward, update=update)
-        ran = _device_time(x.device)
-        optimizer.step()
+        if not rule.online:
+            update()
         ended = _device_time(x.device)
-        rows.append((loaded - began, ran - loaded - spent, spent, ended - ran))
+        rows.append((loaded - began, ended - loaded - spent - stepped, spent, stepped))
         began = ended
     if len(rows) <= warmup:
         raise ValueError(f"expected more than {warmup} batches, of which {warmup} do not count, got {len(rows)}")

@@ -1,13 +1,12 @@
 """Multiplications of one batch under a rule, counted from the operations that run."""
 
-import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sltt import kernels
+from sltt._torch import DispatchMode
 from sltt.checks import instance
 from sltt.rules import Rule
 from sltt.rules.batch import StepLoss
@@ -39,33 +38,49 @@ def count_operations(
             as forward.
     """
     instance("rule", rule, Rule)
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton where it is installed
-
     of_backward = 0
 
     def backward(value: Tensor) -> None:
         nonlocal of_backward
-        before = counter.get_total_flops()
+        before = counter.total
         value.backward()
-        of_backward += counter.get_total_flops() - before
+        of_backward += counter.total - before
 
-    counter = FlopCounterMode(display=False, custom_mapping=_GROUPED)
+    counter = _Counter()
     with kernels.using(compile="off", sparse="off"), counter:
         rule(copy_model(model), x, target, loss, steps=steps, update=lambda: None, backward=backward)
     # a multiplication and an addition
-    return Operations((counter.get_total_flops() - of_backward) // 2, of_backward // 2)
+    return Operations((counter.total - of_backward) // 2, of_backward // 2)
 
 
-def _convolution_backward(
-    grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *settings: Any, out_shape: Any = None
-) -> int:
+class _Counter(DispatchMode):
+    """Counts floating-point operations by PyTorch's table. Its own mode hooks all modules: layers then run plain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torch.utils.flop_counter import flop_registry  # imports Triton where it is installed
+
+        self.table, self.total = {**flop_registry, **_OWN}, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if count := self.table.get(func.overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *settings: Any, out_val: Any = None) -> int:
     """Return the floating-point operations of a convolution's gradients; PyTorch's own count leaves the groups out.
 
     Each weight, [out, in/groups, ...], meets every output pixel once, or every input pixel of a transposed convolution.
     """
     transposed, mask = settings[4], settings[7]
     pixels = x if transposed else grad
-    return 2 * (mask[0] + mask[1]) * pixels[0] * math.prod(pixels[2:]) * math.prod(weight)
+    return 2 * (mask[0] + mask[1]) * (pixels.numel() // pixels.shape[1]) * weight.numel()
 
 
-_GROUPED = {torch.ops.aten.convolution_backward: _convolution_backward}
+_OWN = {
+    torch.ops.aten.convolution_backward: _convolution_backward,
+    torch.ops.aten.mv: lambda a, b, out_val: 2 * a.numel(),
+    torch.ops.aten.dot: lambda a, b, out_val: 2 * a.numel(),
+}

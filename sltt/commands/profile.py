@@ -246,15 +246,15 @@ def _layers(here: Session, built: Any, steps: int, batch: int) -> dict[str, Any]
 
 
 def _fits(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, budget: int) -> dict[str, Any]:
-    def measure(samples: int, time_steps: int) -> int:
+    def measure(samples: int, time_steps: int, *one_step: str) -> int:
         return _memory(Prepared(here, recipe.build(*one_step, rule=rule), time_steps), samples).total
 
-    # what shares a call grows with T up to a limit, and is little
+    # what shares a call grows with T up to a limit only: it is measured, and not extrapolated
     one_step = ("--rule.fold", "1") if recipe.build(rule=rule).rule.fold == "auto" else ()
     least = _until_regular(recipe.build(rule=rule).rule)
     batches, fit = (batch, 2 * batch), {}
     for _ in range(2):
-        model: PeakModel = fit_peak(measure, batches, (least, 2 * least))
+        model: PeakModel = fit_peak(lambda *sizes: measure(*sizes, *one_step), batches, (least, 2 * least))
         fit = {"rule": rule, "budget": budget, "steps": model.largest_steps(budget, batch)}
         fit |= _run_largest(model, steps, measure, budget, available_memory(here.fabric.device))
         if not (fit["batch"] and fit["measured"]):

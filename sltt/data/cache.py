@@ -69,7 +69,7 @@ def cache_frames(
 
     Raises CacheError if what is on disk is not what was written.
     """
-    stamps = [(name, (stat := os.stat(name)).st_size, stat.st_mtime_ns) for name in sources]
+    stamps = [(os.path.abspath(name), (stat := os.stat(name)).st_size, stat.st_mtime_ns) for name in sources]
     home = folder / hashlib.sha256(repr((sorted(settings.items()), shape, stamps)).encode()).hexdigest()[:16]
     home.mkdir(parents=True, exist_ok=True)
     if link := next((path for path in (home, *home.iterdir()) if path.is_symlink()), None):

@@ -253,17 +253,17 @@ class EventFolder(_Events):
         if len(sides) != 2:
             raise ValueError(f"sensor must be the height and the width of the camera, got {sensor}")
         self.sensor = (sides[0], sides[1])
-        self.classes = sorted(p.name for p in (self.root / "train").glob("*") if p.is_dir())
+        self.classes = sorted(p.name for p in (self.root / "train").glob("[!.]*") if p.is_dir())
 
     def recordings(self, train: bool) -> Recordings:
         recordings: Recordings = []
         home = self.root / ("train" if train else "test")
         for label, name in enumerate(self.classes):
-            files = sorted(p for p in (home / name).glob("*") if p.is_file() and not p.name.startswith("."))
+            files = sorted(p for p in (home / name).glob("[!.]*") if p.is_file())
             if train and not files:
                 raise FileNotFoundError(f"the class folder {home / name} has no recordings: add some, or remove it")
             recordings += [(path, label) for path in files]
-        if unknown := sorted({p.name for p in home.glob("*") if p.is_dir()} - set(self.classes)):
+        if unknown := sorted({p.name for p in home.glob("[!.]*") if p.is_dir()} - set(self.classes)):
             raise ValueError(f"{home} has classes that train does not have: {', '.join(unknown[:5])}: remove them")
         return recordings
 

@@ -4,6 +4,7 @@ A recording is four arrays of equal length: x and y in pixels, p (polarity, 0 or
 """
 
 import importlib.util
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,9 +32,9 @@ def read(path: Path, sensor: tuple[int, int], slicing: Slicing, steps: int) -> R
     """Read and check a recording.
 
     Args:
-        path: `.bin` (N-MNIST), `.aedat` (version 2 or 3.1), `.aedat4` (with the package aedat), `.npz` with arrays x,
-            y, t, p, or `.npy` with fields of these names, t in microseconds, or with columns x, y, p, t, t in
-            milliseconds (tonic).
+        path: `.bin` (N-MNIST), `.aedat` (version 3.1, or 2 of a DVS128), `.aedat4` (with the package aedat), `.npz`
+            with arrays x, y, t, p, or `.npy` with fields of these names, t in microseconds, or with columns x, y, p,
+            t, t in milliseconds (tonic).
         sensor: height and width of the camera, in pixels.
         slicing: frames of equal event count, or of equal time.
         steps: T, number of frames.
@@ -134,14 +135,29 @@ def _read_aedat(path: Path) -> Recording:
     version, start = read_aedat_header_from_file(str(path))[:2]
     if version < 3 and (path.stat().st_size - start) % 8:
         raise RecordingError("truncated: the data is no multiple of the 8 bytes of an event")
-    events = get_aer_events_from_file(str(path), version, start)
-    address = events["address"].astype(np.int64)
     # tonic's own decoders of whole files (1.7) fail on the header that its reader of headers gives
     if version < 3:  # DVS128: 7 bits of x, 7 of y, polarity
-        x, y, p = address >> 8 & 0x7F, address >> 1 & 0x7F, address & 1
-    else:  # polarity events of AEDAT 3.1: 15 bits of x, 15 of y, polarity, valid
-        x, y, p = address >> 17 & 0x7FFF, address >> 2 & 0x7FFF, address >> 1 & 1
-    return Recording(x, y, events["timeStamp"].astype(np.int64), p)
+        events = get_aer_events_from_file(str(path), version, start)
+        address, t = (events[name].astype(np.int64) for name in ("address", "timeStamp"))
+        if (address >> 16).any():
+            raise RecordingError("its addresses are not those of a DVS128, the one camera that is read from AEDAT 2")
+        return Recording(address >> 8 & 0x7F, address >> 1 & 0x7F, t, address & 1)
+    address, t = _read_packets(path.read_bytes()[start:]).T
+    return Recording(address >> 17 & 0x7FFF, address >> 2 & 0x7FFF, t, address >> 1 & 1)
+
+
+def _read_packets(data: bytes) -> NDArray[np.int64]:
+    """Return addresses and times of the valid polarity events of AEDAT 3.1, [N, 2]; tonic takes all for such."""
+    packets, place = [np.zeros((0, 2), np.int64)], 0
+    while place < len(data):
+        kind, _, size, _, overflow, _, count, _ = struct.unpack_from("<HHiiiiii", data, place)
+        place += 28 + size * count
+        if place > len(data):
+            raise RecordingError("truncated: its last packet has fewer events than it says")
+        if kind == 1:  # 15 bits of x, 15 of y, polarity, valid; time
+            words = np.frombuffer(data, "<u4", 2 * count, place - 8 * count).reshape(-1, 2).astype(np.int64)
+            packets.append(words[(words[:, 0] & 1).astype(bool)] + [0, overflow << 31])
+    return np.concatenate(packets)
 
 
 def _read_aedat4(path: Path) -> Recording:

@@ -29,6 +29,14 @@ def test_multiplications_of_grouped_convolutions_are_those_of_their_weights(grou
     assert found.backward == 6 * (first + 2 * second + 2 * last)
 
 
+@pytest.mark.parametrize("rule", [sltt.SLTT(fold=1), sltt.BPTT(fold=1)])
+def test_layers_that_run_once_for_a_static_input_count_once(rule):
+    layers = nn.Conv2d(2, 4, 3, padding=1), nn.AvgPool2d(2), sltt.LIF(), nn.Flatten(), nn.Linear(64, 3)
+    found = count_operations(nn.Sequential(*layers), torch.rand(4, 2, 8, 8), torch.arange(4) % 3, LOSS, rule, steps=6)
+    once, each = 4 * 64 * 72, 4 * 6 * 64 * 3
+    assert found == (once + each, once + 2 * each)
+
+
 class Attention(nn.Module):
     """Products of spikes [B, 4, 6] with themselves, in one of the ways to write them."""
 

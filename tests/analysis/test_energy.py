@@ -37,9 +37,20 @@ READS = [
     (ALL, lambda x: torch.cat([x.flatten(1), F.avg_pool2d(x, 2).flatten(1)], 1), 64),
     (COUNTS, nn.AvgPool2d(2), 5),
     (0.7 * (COUNTS > 0), nn.AvgPool2d(2), 2),  # thresholds, as in a twin
-    (COUNTS, lambda x: x * 0.3, None),
+    (COUNTS, lambda x: x * 0.3, 5),
+    (COUNTS, lambda x: x.sum(1) / 4, 5),
+    (COUNTS * torch.tensor([1.0, -1.0]), nn.AvgPool2d(2), 5),
+    (ALL, nn.AvgPool2d(2, 2, 1, count_include_pad=False), 32),
+    (ALL, nn.AvgPool2d(3, ceil_mode=True), 32),
+    (torch.ones(2, 7, 7), nn.AdaptiveAvgPool2d(3), 2 * 81),  # windows of 3 × 3
     (COUNTS, lambda x: x.add_(torch.tensor(0.25)), None),  # in place
+    (COUNTS, lambda x: _write(torch.zeros_like(x), torch.randn(x.shape)), None),
 ]
+
+
+def _write(x, data):
+    x[:, :] = data
+    return x
 
 
 @pytest.mark.parametrize(("spikes", "function", "expected"), READS)
@@ -49,6 +60,62 @@ def test_spikes_keep_their_number_through_pooling(spikes, function, expected):
     (found,) = measure_energy(model, x).layers
     assert (found.macs, found.acs) == ((found.dense, 0) if expected is None else (0, 4 * expected))
     assert found.spiking or expected is None
+
+
+W = nn.Parameter(torch.arange(24.0).view(6, 4))
+PRODUCTS = [
+    lambda x: x @ W,
+    lambda x: x.mm(W),
+    lambda x: (W.T @ x.T).T,
+    lambda x: torch.stack([torch.mv(W.T, row) for row in x]),
+    lambda x: torch.addmm(torch.ones(4), x, W),
+    lambda x: torch.tensordot(x, W, 1),
+    lambda x: torch.einsum("bi,ij->bj", [x, W]),
+    lambda x: torch.bmm(x.view(2, 1, 6), W.expand(2, 6, 4))[:, 0],
+    lambda x: F.linear(x, (W * 1).T),
+]
+
+
+@pytest.mark.parametrize("function", PRODUCTS)
+def test_products_with_weights_are_layers_however_they_are_written(function):
+    model = Reads(torch.tensor([1.0, 0, 1, 1, 0, 1]), function)
+    model.head, model.w = nn.Identity(), W
+    energy, expected = measure_energy(model, torch.ones(3, 2, 6)), 3 * 4 * 4
+    (found,) = (one for one in energy.layers if one.acs == expected)
+    assert (found.macs, found.dense, found.effective_acs, found.spiking) == (0, 3 * 24, expected - 3, True)
+    assert (energy.weights, energy.zeros) == (24, 1)
+
+
+def test_each_call_of_a_function_has_its_own_connections_and_tied_weights_count_once():
+    class Parallel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.neuron = nn.Parameter(torch.ones(3, 2, 3, 3)), sltt.LIF()
+            self.tied, self.attention = self.a, nn.MultiheadAttention(4, 2, bias=False)
+
+        def forward(self, x):
+            x = self.attention(*[x.view(-1, 4)] * 3)[0].view(-1, 2, 6, 6)
+            a, b = (F.conv2d(x, w, padding=p, dilation=p) for w, p in ((self.a, 1), (self.tied, 2)))
+            return self.neuron(a + b).flatten(1)
+
+    energy = measure_energy(Parallel().eval(), torch.randn(1, 1, 2, 6, 6))
+    convolutions, projections, tokens = 6 * (16 * 16 + 14 * 14), 18 * 4 * 16, 2 * 18 * 18 * 4
+    assert energy.total("macs") == convolutions + projections + tokens
+    assert energy.weights == 54 + 64
+
+
+def test_work_on_weights_alone_does_not_depend_on_the_batch():
+    class Low(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.rand(8, 2)), nn.Parameter(torch.rand(2, 8))
+
+        def forward(self, weight):
+            return weight + self.a @ self.b
+
+    layer = nn.utils.parametrize.register_parametrization(nn.Linear(8, 8), "weight", Low())
+    found = [measure_energy(nn.Sequential(layer, sltt.LIF()), torch.randn(3, size, 8)) for size in (1, 5)]
+    assert [one.total("macs") for one in found] == [3 * (8 * 8 + 8 * 2 * 8)] * 2
 
 
 INPUTS = [
@@ -162,6 +229,9 @@ def test_padding_of_sequences_does_not_count():
         assert together.total(name) == pytest.approx(sum(one.total(name) for one in alone) / 3)
     metrics = neurobench(model, [(x, sltt.Padded(torch.tensor([0, 1, 2]), lengths))])
     assert metrics["SynapticOperations"]["Dense"] == together.total("dense")
+    classes = sltt.predict(model, x, lengths=lengths).argmax(1)
+    padded = x + (torch.arange(5)[:, None] >= torch.tensor(lengths))[..., None] * 100 * torch.randn(4)
+    assert neurobench(model, [(padded, sltt.Padded(classes, lengths))])["ClassificationAccuracy"] == 1
 
 
 def spiking_layers_of_snntorch():

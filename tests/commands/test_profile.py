@@ -121,6 +121,13 @@ def test_seconds_are_split_and_the_optimizer_steps(monkeypatch):
     found = iteration_seconds(model, batches(), loss, sltt.SLTT(fold=1), optimizer, warmup=1)
     assert (found.data, found.forward, found.backward, found.step) == (100, 2, 20, 0)
     assert not torch.equal(model[0].weight, before)
+
+    class Slowly(torch.optim.SGD):
+        def step(self, closure=None):
+            now[0] += 1000
+
+    online = iteration_seconds(model, batches(), loss, sltt.OTTT(online=True, fold=1), Slowly(model.parameters()))
+    assert (online.forward, online.step) == (2, 2000)
     with pytest.raises(ValueError, match="expected more than 3 batches"):
         iteration_seconds(model, batches(), loss, sltt.SLTT(), optimizer, warmup=3)
 

@@ -92,8 +92,9 @@ def test_a_folder_of_recordings(tmp_path):
     for split in ("train", "test"):
         write_bin(tmp_path / split / "a" / "1.bin", events())
         write_npy(tmp_path / split / "b" / "2.npy", events())
+    write_npy(tmp_path / "train" / ".ipynb_checkpoints" / "2.npy", events())
     splits = sltt.data.EventFolder(str(tmp_path), (34, 34), validation=0).splits(3)
-    assert [splits.train[i][1] for i in range(2)] == [0, 1]
+    assert [splits.train[i][1] for i in range(len(splits.train))] == [0, 1]
     (tmp_path / "train" / "c").mkdir()
     with pytest.raises(FileNotFoundError, match="train/c has no recordings"):
         sltt.data.EventFolder(str(tmp_path), (34, 34)).splits(3)

@@ -1,3 +1,5 @@
+import struct
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -69,6 +71,8 @@ def test_smaller_frames_sum_the_events_of_their_pixels():
         ("a.npy", b"x", "cannot be read"),
         ("a.aedat", b"PK\x03\x04", "it does not begin with #!AER-"),
         ("a.aedat", b"#!AER-DAT2.0\r\n\x01\x02\x03", "truncated: the data is no multiple of the 8 bytes"),
+        ("a.aedat", b"#!AER-DAT2.0\r\n" + 8 * b"\x01", "addresses are not those of a DVS128"),
+        ("a.aedat", b"#!AER-DAT3.1\r\n#!END-HEADER\r\n" + struct.pack("<HH6i", 1, 1, 8, 4, 0, 2, 2, 2), "truncated"),
     ],
 )
 def test_a_file_of_another_format_is_named(tmp_path, name, content, message):
@@ -76,6 +80,16 @@ def test_a_file_of_another_format_is_named(tmp_path, name, content, message):
     with pytest.raises(RecordingError, match=message) as caught:
         read(tmp_path / name, (34, 34), "count", 1)
     assert str(tmp_path / name) in str(caught.value)
+
+
+def test_aedat_3_has_packets_of_other_events_and_invalid_ones(tmp_path):
+    recording, path = events(50, (34, 34)), tmp_path / "a.aedat"
+    write_aedat3(path, recording)
+    header, *packets = path.read_bytes().partition(b"#!END-HEADER\r\n")
+    special = struct.pack("<HH6i2I", 0, 1, 8, 4, 0, 1, 1, 1, 3, 7)
+    invalid = struct.pack("<HH6i2I", 1, 1, 8, 4, 0, 1, 1, 0, 5 << 17, 7)
+    path.write_bytes(header + packets[0] + special + invalid + packets[1])
+    assert all(map(np.array_equal, read(path, (34, 34), "count", 1), recording))
 
 
 @pytest.mark.parametrize(
