@@ -57,8 +57,9 @@ def run(words: Sequence[str]) -> None:
     for file in args.files:
         try:
             sample = built.dataset.read(file, built.steps)
-            if (seen := content.get("sample")) and sample.ndim != (ndim := seen["x"].ndim - trained.static):
-                raise ValueError(f"expected one sample of {ndim} axes in a file, got shape {list(sample.shape)}")
+            shape = sample.shape if trained.static else sample.shape[1:]
+            if (seen := content.get("sample")) and shape != (expected := seen["x"].shape[1:]):
+                raise ValueError(f"expected one sample of {list(expected)} values in a file, got {list(shape)}")
             prediction = predict(built.model, sample[None] if trained.static else sample[:, None])
         except Exception as error:
             error.add_note(f"the file is {file}")

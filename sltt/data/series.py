@@ -74,6 +74,8 @@ def prepare(train: Samples, test: Samples, delta: float | None) -> tuple[Samples
 
 def standardise(x: Tensor, statistics: Any, delta: float | None) -> Tensor:
     """Standardise a sample [T, C], then code it as spikes."""
+    if x.shape[1:] != statistics["mean"].shape:
+        raise ValueError(f"expected {len(statistics['mean'])} columns of measurements, got {x.shape[1]}")
     x = ((x - statistics["mean"]) / statistics["std"]).float()
     return x if delta is None else Delta(delta)(x, len(x))
 

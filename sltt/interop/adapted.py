@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt._torch import transforms_active
-from sltt.interop.conversion import ConversionError, layer_title
+from sltt.interop.conversion import layer_title
 from sltt.neurons import CubaLIF, IntegrateAndFire
 from sltt.sequence.hooks import count_hooks, own_forward
 
@@ -31,6 +31,7 @@ class Adapter:
     """
 
     ours: Any = None  # the neuron
+    half_state = True  # theirs have the type of the input; else float32, in 16 bits too
 
     def __init__(self, module: Any, translate: Translate, read: Read):
         self.module, self.translate, self.read = module, translate, read
@@ -44,11 +45,11 @@ class Adapter:
             try:
                 self.ours = self.translate(self.module)
                 _reasons.pop(self.module, None)
-            except ConversionError as reason:
+            except (ValueError, ArithmeticError, RuntimeError) as reason:  # also of a constant that ours do not take
                 self.ours, _reasons[self.module] = None, str(reason)
             self._seen = now
             if self.ours is not None:
-                self.ours.half_state = True  # theirs have the type of the input
+                self.ours.half_state = self.half_state
                 self._run = self.ours.prepare()
         return self.ours is not None
 
@@ -60,10 +61,11 @@ class Adapter:
         if not self.find_ours() or not x.is_floating_point():
             return None
         shape, first = (len(x) // steps, *x.shape[1:]), self.ours.first_states()
+        dtype = x.dtype if self.half_state else torch.promote_types(x.dtype, torch.float32)
         for name, state in zip(self.ours.states, states, strict=True):
             if not isinstance(state, Tensor) or not state.numel():
                 state = None if not isinstance(state, float) or state == first[name] else x.new_full(shape, state)
-            elif state.shape != shape or state.dtype != x.dtype or state.device != x.device:
+            elif state.shape != shape or state.dtype != dtype or state.device != x.device:
                 return None
             setattr(self.ours, name, state)
         return (how or self._run)(x, steps, cut)
@@ -96,7 +98,8 @@ class AfterReset(Adapter):
 class BeforeReset(AfterReset):
     """A neuron that keeps u, first of its states, which the next time step resets: v = u − r s, or v = (1 − s) u."""
 
-    _left: Tensor | None = None  # the u that was left, and the v behind it
+    _left: Tensor | None = None  # the u that was left, its version, and the v behind it
+    _version: int
     _v: Tensor
 
     def __call__(self, x: Tensor, steps: int, cut: bool, how: Any = None) -> Tensor | None:
@@ -123,13 +126,13 @@ class BeforeReset(AfterReset):
         else:
             left = ours.decay() * (0.0 if v is None else v) + last
         self.leave()
-        self._left = left
+        self._left, self._version = left, left._version
         setattr(self.module, name, left)
         return torch.cat([*first, spikes]) if first else spikes
 
     def _after_reset(self, u: Tensor, amount: float) -> Tensor:
         left = self._left
-        if left is not None and u.data_ptr() == left.data_ptr() and u._version == left._version:
+        if left is not None and u.data_ptr() == left.data_ptr() and u._version == self._version:
             if u is left:
                 return self._v
             if not u.requires_grad:

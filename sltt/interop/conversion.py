@@ -58,7 +58,7 @@ def _translate_module(
         return
     try:
         new = translate(module)
-    except ConversionError as reason:
+    except (ValueError, ArithmeticError, RuntimeError) as reason:  # also of a constant that ours do not take
         refused[module] = f"{layer_title(path, module)}, which {reason}"
         return
     if new is not module and has_hooks(module, backward=True):
@@ -138,6 +138,9 @@ def check_exportable(model: nn.Module) -> None:
 _NEAREST = {
     **dict.fromkeys(("layernorm", "groupnorm", "instancenorm"), "BatchNorm"),
     "relu": "neurons",
+    **dict.fromkeys(
+        ("node)", "(leaky)", "(synaptic)", "(lapicque)", "squeeze)", "(keepstate)"), "sltt.interop.convert(model)"
+    ),
     **dict.fromkeys(("(alif)", "(channellif)", "(integerlif)", "(ternarylif)"), "LIF, PLIF, IF or CubaLIF"),
     "(runningmax)": "MaxPool",
     "adaptivemaxpool": "MaxPool",

@@ -118,6 +118,8 @@ def _refuse_spiking(module: Any) -> nn.Module:
 class _Cell(Adapter):
     """A cell that passes its state; that of a synaptic current is kept as it is after its decay, α i[t]."""
 
+    half_state = property(lambda self: type(self.module) is not norse.LIFCell)  # pyright: ignore[reportAssignmentType]
+
     def __call__(self, x: Tensor, steps: int, cut: bool, state: Any) -> Any:
         """Return spikes and state, or None where only the cell's own code runs."""
         if not self.find_ours():

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from sltt.interop.conversion import check_names, has_hooks, layer_title, require
 from sltt.neurons.dropout import Dropout
 from sltt.sequence.hooks import own_forward
-from sltt.sequence.state import Stateful, reset
+from sltt.sequence.state import Stateful, emits_spikes, reset
 
 ONE_TENSOR = "torch.cat((a, b), 1) makes one of two heads"
 WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -168,7 +168,8 @@ class Tracer(fx.Tracer):
     """Leaves whole what keeps a state, and layers of PyTorch with another name."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return kind_of(m) is not None or isinstance(m, Stateful) or super().is_leaf_module(m, module_qualified_name)
+        own = kind_of(m) is not None or isinstance(m, Stateful) or emits_spikes(m)
+        return own or super().is_leaf_module(m, module_qualified_name)
 
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:

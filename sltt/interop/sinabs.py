@@ -115,6 +115,8 @@ class _Integrate(IntegrateAndFire):
 
 
 class _Squeezed(AfterReset):
+    half_state = False  # their spikes are float32
+
     def __call__(self, x: Tensor, steps: int, cut: bool, how: Any = None) -> Tensor | None:
         spikes = super().__call__(x, steps, cut, how)
         if spikes is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from snntorch import DeltaLeaky, Lapicque, Leaky, SpikingNeuron, Synaptic
-from torch import nn
+from torch import Tensor, nn
 
 from sltt import surrogates
 from sltt.interop.adapted import BeforeReset, make_adapter
@@ -21,14 +21,14 @@ from sltt.interop.conversion import ConversionError, leaky, read_constant, requi
 from sltt.neurons import IF, LIF, PLIF, IntegrateAndFire, Neuron
 from sltt.neurons.dropout import Dropout
 from sltt.sequence.hooks import own_forward
-from sltt.sequence.state import Stateful, register, role_of, set_role
+from sltt.sequence.state import Stateful, emits_spikes, register, role_of, set_role
 
 
 def to_snntorch(model: nn.Module) -> nn.Module:
     """Return a copy of a network with neurons of snnTorch, `Leaky(init_hidden=True)`, and the same outputs.
 
     `IF`, and `LIF` and `PLIF` with v_reset=0 or `LIF` with subtract=V_th/λ: snnTorch subtracts the threshold after the
-    leak of the next time step. `Dropout` becomes nn.Dropout; layers of PyTorch stay.
+    leak of the next time step, and detaches its reset. `Dropout` becomes nn.Dropout; layers of PyTorch stay.
 
     Raises ValueError naming every layer with a state that snnTorch has not, and the nearest that it has.
     """
@@ -37,6 +37,8 @@ def to_snntorch(model: nn.Module) -> nn.Module:
 
 def _make_leaky(module: Any) -> nn.Module:
     neuron: Any = module
+    if emits_spikes(module) and not isinstance(module, Stateful | SpikingNeuron):
+        raise ConversionError("is of another library: sltt.interop.convert makes it ours")
     if type(module) is Dropout or not isinstance(module, Stateful):
         return nn.Dropout(neuron.p).train(neuron.training) if isinstance(module, Dropout) else module
     plain = type(module) in (IF, LIF, PLIF) and not own_forward(module, Neuron)
@@ -94,6 +96,10 @@ def _translate(module: Any) -> nn.Module:
 def _arguments(module: Any) -> dict[str, Any]:
     require(type(module) in (Leaky, Lapicque, Synaptic), "has other dynamics than Leaky, Lapicque and Synaptic")
     require(module.init_hidden and not module.output, "gives its state with its spikes: use init_hidden=True")
+    resets = {"subtract": "_base_sub", "zero": "_base_zero", "none": "_base_int"}
+    built = getattr(module, "state_function", None), list(resets)[int(module.reset_mechanism_val)]
+    agree = getattr(built[0], "__name__", None) in (None, resets[module.reset_mechanism])
+    require(agree and built[1] == module.reset_mechanism, "was made with another reset_mechanism: make it anew")
     require(not module.inhibition, "lets one neuron of the layer fire only (inhibition=True)")
     require(not module.state_quant, "rounds its membrane potential (state_quant)")
     require(read_constant("graded_spikes_factor", module.graded_spikes_factor) == 1, "has spikes that are not 0 or 1")
@@ -127,7 +133,8 @@ def _constants(module: Any) -> tuple[Any, ...]:
     states = module._non_persistent_buffers_set
     tensors = [t for name, t in (module._parameters | module._buffers).items() if name not in states]
     delayed = getattr(module, "reset_delay", True)
-    flags = module.reset_mechanism, delayed, module.inhibition, module.state_quant, module.output
+    function = getattr(getattr(module, "state_function", None), "__name__", None)
+    flags = function, module.reset_mechanism, delayed, module.inhibition, module.state_quant, module.output
     return *tensors, *(t.requires_grad for t in tensors), module.spike_grad, *flags
 
 
@@ -157,7 +164,20 @@ _SURROGATES: dict[str, Callable[[float], surrogates.Surrogate]] = {
 
 
 def _advance(module: Any) -> Any:
-    return make_adapter(BeforeReset, module, "mem syn" if type(module) is Synaptic else "mem", _find_ours, _constants)
+    states = "mem syn" if type(module) is Synaptic else "mem"
+    return make_adapter(_Adapter, module, states, _find_ours, _constants)
+
+
+class _Adapter(BeforeReset):
+    @property
+    def half_state(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Return whether no spikes of float32, as their surrogates give them, change the state."""
+        return self.module.reset_mechanism == "none" or isinstance(self.module.spike_grad, surrogates.Surrogate)
+
+    def __call__(self, x: Tensor, steps: int, cut: bool, how: Any = None) -> Tensor | None:
+        if type(self.module) is Synaptic and x.element_size() < 4 and not self.half_state:
+            return None  # its current has 16 bits, and its potential 32
+        return super().__call__(x, steps, cut, how)
 
 
 register(SpikingNeuron, _states, reset=_reset, spikes=True, check=_check, translate=_translate, decay=_decay)

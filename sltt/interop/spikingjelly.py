@@ -48,6 +48,8 @@ def _translate(module: Any) -> nn.Module:
     require(not module.store_v_seq, "stores its membrane potentials: set store_v_seq = False")
     arguments: dict[str, Any] = {name: getattr(module, name) for name in ("v_threshold", "v_reset", "detach_reset")}
     arguments["surrogate"] = _surrogate(module.surrogate_function)
+    if (first := module._memories_rv["v"]) != (module.v_reset or 0):
+        arguments["v_init"] = first
     if kind is IF:
         return IF(**arguments)
     if kind is LIF:
@@ -72,7 +74,7 @@ def _constants(module: Any) -> tuple[Any, ...]:
     names = "v_threshold", "v_reset", "detach_reset", "step_mode", "store_v_seq", "tau", "decay_input"
     surrogate = module.surrogate_function
     of_surrogate = surrogate, getattr(surrogate, "alpha", None), getattr(surrogate, "spiking", None)
-    return *of_surrogate, *(getattr(module, name, None) for name in names)
+    return module._memories_rv["v"], *of_surrogate, *(getattr(module, name, None) for name in names)
 
 
 def _surrogate(function: Any) -> surrogates.Surrogate:

@@ -35,7 +35,4 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        raise RuntimeError(
-            "a gradient through neurons, or layers on spikes, cannot be differentiated twice: leave the penalty on "
-            'gradients out; for layers alone, sltt.kernels.using(sparse="off")'
-        )
+        raise RuntimeError("a gradient through neurons, or layers on spikes, cannot be differentiated twice")

@@ -192,10 +192,7 @@ class Rule(Frozen, ABC):
             remedy = "use SLTT or BPTT" if not self.pads else "give a sequence [T, B, ...], without steps"
             raise ValueError(f"{what}, and the target is Padded: {remedy}")
         if isinstance(loss, SequenceLoss | Activity):
-            raise ValueError(
-                f"{kind} looks at padded steps too: use a loss of one step, such as CrossEntropyMSE, or sequences of "
-                "one length"
-            )
+            raise ValueError(f"{kind} looks at padded steps too: use CrossEntropyMSE, say, or sequences of one length")
         instance("target of Padded", target.target, Tensor)
         check_lengths(target.lengths, sequence.steps, sequence.batch)
 

@@ -126,10 +126,7 @@ class Batch:
         So do those on a device where packing is a pass of its own.
         """
         if recompute and not self.network.bits:
-            raise ValueError(
-                "recompute starts from spikes saved as bits, and kernels.using(bits=False), or saved-tensor hooks of "
-                "others, are in force: leave one out"
-            )
+            raise ValueError("recompute needs spikes as bits: leave out using(bits=False) and saved-tensor hooks")
         if not (graph and self.network.bits):
             return nullcontext()
         brief = cut and not recompute and (self.network.fast or not self.network.step.waits) and self._largest

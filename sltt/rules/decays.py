@@ -31,10 +31,8 @@ def decay_of(neuron: nn.Module, name: str, decay: float | None) -> Callable[[], 
             "attribute `decay`, say it by sltt.register(…, decay=…), or set one λ for all traces, OTTT(decay=…)"
         )
     if (rest := getattr(ours, "v_reset", None)) is not None:
-        raise ValueError(
-            f"{name} ({type(neuron).__name__}) resets to v_reset = {rest}, and a trace does not forget what a "
-            "spike makes the neuron forget; use the soft reset, v_reset=None, or an estimate, OTTT(decay=…)"
-        )
+        remedy = "use the soft reset, v_reset=None, or an estimate, OTTT(decay=…)"
+        raise ValueError(f"{name} ({type(neuron).__name__}) resets to v_reset = {rest}, and a trace does not: {remedy}")
 
     @torch.no_grad()
     def current() -> Decays:

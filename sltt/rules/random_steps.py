@@ -52,10 +52,7 @@ class RandomSteps(Rule):
             RandomSteps.check(self, batch.model, batch.steps)
         if self.k and batch.seed is None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             kind = type(self).__name__
-            raise ValueError(
-                f"{kind}(k={self.k}) draws its steps anew for each batch, and a CUDA graph would repeat one draw: "
-                f"capture {kind}(), or run without a graph"
-            )
+            raise ValueError(f"{kind}(k={self.k}) draws its steps for each batch: capture {kind}(), or use no graph")
         drawn = self.draw(batch.steps, batch.seed)
         return range(batch.steps) if drawn is None else drawn
 

@@ -276,10 +276,7 @@ class _RecurrentLayer(_RateLayer):
         return spikes
 
     def steady(self, x: Tensor) -> Tensor:
-        raise ValueError(
-            f"{self.layer} reads the spikes of the step before, and RateBased(steady=True) runs the network "
-            "once: use RateBased() or SLTT"
-        )
+        raise ValueError(f"{self.layer} reads spikes of the step before: use RateBased() without steady, or SLTT")
 
 
 class _PoolLayer(_RateLayer):
@@ -341,10 +338,7 @@ def _make_layer(layer: Layer, steady: bool, steps: int) -> _RateLayer | None:
     if kind and not own_forward(module, kind):
         return kinds[kind](layer, steps)
     if layer.differentiable and not isinstance(module, Dropout):
-        raise ValueError(
-            f"RateBased knows the derivative of a neuron's `step` (sltt.Neuron), not of {layer}, which has a forward "
-            "or a state of its own: use SLTT"
-        )
+        raise ValueError(f"RateBased knows the derivative of a `step` of sltt.Neuron, not of {layer}: use SLTT")
     if steady:
         return None
     if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):

@@ -132,10 +132,7 @@ def _check_unchanged(batch: Batch, weights: Sequence[tuple[str, Tensor, Tensor]]
     changed = batch.network.layout.changes() if weights else {}  # of lists and tensors that it keeps, the logits tell
     changes += [name for name, value in changed.items() if not isinstance(value, tuple) or value[0] is dict]
     if changes:
-        raise RuntimeError(
-            f"segment runs time steps again for their backward, and the forward changes {changes[0]} in each: use BPTT "
-            "without segment"
-        )
+        raise RuntimeError(f"segment runs time steps again, and each changes {changes[0]}: use BPTT without segment")
 
 
 def _check_same(same: dict[int, Tensor]) -> None:

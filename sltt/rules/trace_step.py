@@ -161,10 +161,7 @@ class _TracedForward(TorchFunctionMode):
         with self:
             result = self.plain(*args, **kwargs)
         if self.weighs and self.traces.uses[layer] == before and self.run.follows and self.traces.wants(layer):
-            raise ValueError(
-                f"OTTT has no trace for the weights of {layer}: its forward ({type(layer).__name__}) calls none of "
-                "F.linear, F.conv1d, F.conv2d and F.conv3d; call one, or use SLTT or BPTT"
-            )
+            raise ValueError(f"OTTT has no trace for the weights of {layer}, which calls no F.linear or F.convNd")
         return result
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

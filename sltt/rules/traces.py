@@ -56,10 +56,7 @@ class _Read:
     def step(self, x: Tensor, decay: Decay, synaptic: float, steps: int) -> None:
         """Go n time steps on, in which x [n·B, ...] is read."""
         if (steps * len(self.value), *self.value.shape[1:]) != x.shape:
-            raise ValueError(
-                f"OTTT needs layers that read the same shape in every time step, got {list(x.shape)} after "
-                f"{list(self.value.shape)}; use SLTT or BPTT"
-            )
+            raise ValueError(f"OTTT needs inputs of one shape, got {[*x.shape]} after {[*self.value.shape]}: use SLTT")
         self.last, before = ref(x), self.value
         self.now = before if steps == 1 else before.new_empty(x.shape)
         for x_t, now in zip(x.detach().chunk(steps), self.now.chunk(steps), strict=True):
@@ -101,10 +98,7 @@ class _Trace:
         if self.read.last is None:
             self.read.step(x, decay, synaptic, steps)
         elif self.read.last() is not x:
-            raise ValueError(
-                "OTTT keeps one trace for layers that read the same input in the first time step, and here they read "
-                "different ones, or some do not run; use SLTT or BPTT"
-            )
+            raise ValueError("layers read one input in the first time step, and not in others: use SLTT or BPTT")
 
     def follows(self) -> Decays | None:
         """Return the one constant λ that it follows, without a synaptic current; None for others."""
@@ -239,10 +233,7 @@ class Traces:
         if self.waits:
             raise ValueError(f"a checkpoint runs {layer} again, after its trace: leave it out, or credit='none'")
         if (layer, 1) in self.traces:
-            raise ValueError(
-                f"a checkpoint runs {layer} again, which the network uses several times in a time step: OTTT cannot "
-                "tell which of its traces is meant; leave it out of the checkpoint"
-            )
+            raise ValueError(f"a checkpoint runs {layer} again, of several uses in a time step: leave it out for OTTT")
         trace = self.traces.get((layer, 0))
         if trace is None and (self.inputs or layer in self.hidden):
             raise ValueError(f"a checkpoint ran {layer} without a graph, which OTTT needs: set use_reentrant=False")

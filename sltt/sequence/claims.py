@@ -29,10 +29,7 @@ def claim(run: Any, layout: Layout) -> dict[nn.Module, Any]:
         for layer in layout.keepers:
             other = _claims.get(layer.module)
             if other and (other.thread != thread or any(state.numel() for state in state_tensors(layer.module))):
-                raise ValueError(
-                    f"{layer} is in the middle of another sequence, and keeps one state: call it after that sequence, "
-                    "or on a copy that was made before it: copy.deepcopy(model)"
-                )
+                raise ValueError(f"{layer} is in the middle of another sequence: use copy.deepcopy(model)")
         before = {module: _claims.get(module) for module in layout.layers}
         _claims.update(dict.fromkeys(before, run))
     return before

@@ -274,10 +274,7 @@ class Run:
         if layer.last_call == self.call:
             raise ValueError(f"{layer} {problem}")
         if layer in self._kept and not state_tensors(layer.module):
-            raise ValueError(
-                f"{layer} was reset in the middle of a sequence: leave the reset out of forward, a rule resets the "
-                "network before each sequence"
-            )
+            raise ValueError(f"{layer} was reset in the middle of a sequence: leave the reset out of forward")
         layer.last_call = self.call
 
     def take_paired(self, layer: Layer | None = None, *args: Any) -> Tensor:

@@ -60,7 +60,7 @@ def test_an_array_is_a_sample(here, capsys):
     os.rename("run.sltt", "run")
     np.save("batch.npy", np.random.rand(3, 8, 8))
     assert main(["predict", "run", "batch.npy"]) == 1
-    assert "expected one sample of 2 axes in a file, got shape [3, 8, 8]" in capsys.readouterr().err
+    assert "expected one sample of [8] values in a file, got [8, 8]" in capsys.readouterr().err
     np.save("bytes.npy", np.full((8, 8), 255, np.uint8))
     assert main(["predict", "run", "bytes.npy"]) == 1
     assert "bytes.npy has whole numbers up to 255: save it as the data has it, in [0, 1] say" in capsys.readouterr().err

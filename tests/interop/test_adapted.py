@@ -62,6 +62,26 @@ def test_gradients_and_states_are_those_of_their_own_code(case):
         torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("surrogate", ["ours", "theirs"])
+@pytest.mark.parametrize("case", ADAPTED)
+def test_states_have_their_own_type_under_autocast(case, surrogate):
+    library, name, settings = CASES[case]
+    model, x, _ = network_of(library(name, **settings))
+    for module in model.float().modules():
+        if hasattr(module, "spike_grad") and surrogate == "theirs":
+            module.spike_grad = pytest.importorskip("snntorch.surrogate").atan()
+    found = []
+    for own in (True, False):
+        left = []
+        handle = model.register_forward_hook(lambda *_, left=left: left.append(states_of(model)))
+        with counted(own), torch.autocast("cpu", torch.bfloat16):
+            found.append(sltt.unroll(model, x.float(), fold=1).float())
+        handle.remove()
+        found.append([state.dtype for state in left[-1]])
+    assert found[1] == found[3]
+    assert torch.equal(found[0], found[2]) or torch.bfloat16 in found[1]
+
+
 OTHERS = {f"norse {name}": (norse, name, {}) for name in ("LIFRefracCell", "LIFExCell", "LSNNCell")}
 
 
@@ -117,12 +137,34 @@ def test_a_constant_of_snntorch_that_is_changed_has_its_effect(name, resets):
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("change", ["threshold", "state", "method", "subclass", "hook on the surrogate"])
+CHANGES = {
+    "clamped": lambda n: n.mem.detach().clamp_(max=0.2),
+    "halved": lambda n: setattr(n, "mem", n.mem.detach().mul_(0.5)),
+    "another reset": lambda n: setattr(n, "reset_mechanism", "none"),
+}
+
+
+@pytest.mark.parametrize("resets", ["subtract", "zero"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_state_of_snntorch_that_is_changed_in_place_has_its_effect(change, resets):
+    model, x, y = network_of(CASES["snn Leaky"][0]("Leaky", reset_mechanism=resets))
+    found = []
+    model[1].register_forward_hook(lambda module, *_: CHANGES[change](module))
+    for own in (True, False):
+        with counted(own):
+            found.append(gradients_of(sltt.SLTT(fold=1), model, x, y))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("change", ["threshold", "state", "first state", "method", "subclass", "hook on the surrogate"])
 def test_what_is_changed_has_its_effect(change):
     neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
     model, (x, y) = nn.Sequential(nn.Linear(6, 8), neuron.LIFNode(), nn.Linear(8, 3)), batch(steps=4)
     node = model[1]
-    if change == "method":
+    if change == "first state":
+        node.set_reset_value("v", 0.3)
+        torch.testing.assert_close(sltt.unroll(sltt.interop.convert(model), x.float()), sltt.unroll(model, x.float()))
+    elif change == "method":
         node.single_step_forward = lambda x: x.relu()
     elif change == "subclass":
         model[1] = type("Own", (neuron.LIFNode,), {"single_step_functional_forward": lambda s, i, v: (i, v)})()

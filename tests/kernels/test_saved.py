@@ -129,7 +129,7 @@ def test_a_weight_that_changed_before_its_backward_is_noticed(recompute, sparse)
 
 
 def test_recomputing_without_bits_is_refused():
-    with kernels.using(bits=False), pytest.raises(ValueError, match="recompute starts from spikes saved as bits"):
+    with kernels.using(bits=False), pytest.raises(ValueError, match="recompute needs spikes as bits"):
         sltt.SLTT(recompute=True, fold=1)(
             sltt.models.DigitsNet(), torch.randn(2, 1, 8, 8), torch.zeros(2).long(), LOSS, steps=1
         )

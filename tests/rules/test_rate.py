@@ -295,7 +295,7 @@ class OwnForward(sltt.LIF):
     [
         (Twice(), r"lif \(LIF\) runs twice in a time step"),
         (Twice(resting=True), r"lif \(LIF\) ran 1 times in 2 time steps"),
-        (nn.Sequential(Own(), nn.Linear(6, 3)), r"not of 0 \(Own\), which has a forward or a state of its own"),
+        (nn.Sequential(Own(), nn.Linear(6, 3)), r"not of 0 \(Own\)"),
         (nn.Sequential(OwnForward(), nn.Linear(6, 3)), r"not of 0 \(OwnForward\)"),
         (nn.Sequential(nn.SyncBatchNorm(6), sltt.LIF(), nn.Linear(6, 3)), r"plain BatchNorm, not 0 \(SyncBatchNorm\)"),
         (

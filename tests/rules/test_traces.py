@@ -276,7 +276,7 @@ def test_checkpoints_that_hide_a_trace_are_refused():
     first, x, y = nn.Linear(6, 6), torch.randn(5, 4, 6, requires_grad=True), torch.randint(3, (4,))
     twice = Checkpointed(first, nn.Linear(6, 6), first)
     reentrant = Checkpointed(first, reentrant=True)
-    for hidden, message in (twice, "leave it out of the checkpoint"), (reentrant, "use_reentrant=False"):
+    for hidden, message in (twice, "leave it out for OTTT"), (reentrant, "use_reentrant=False"):
         for before, rule in (([], sltt.OTTT()), ([nn.Linear(6, 6), sltt.LIF()], sltt.OTTT(inputs=False))):
             model = nn.Sequential(*before, hidden, sltt.LIF(), nn.Linear(6, 3))
             with pytest.raises(ValueError, match=rf"a checkpoint r[ua]n.* Linear.*{message}"):
@@ -391,7 +391,5 @@ def test_one_trace_serves_all_layers_that_read_the_same(apart, count, monkeypatc
 
 def test_layers_that_no_longer_read_the_same_are_refused():
     x, y = 3 * torch.randn(5, 4, 6), torch.randint(3, (4,))
-    with pytest.raises(
-        ValueError, match="read the same input in the first time step, and here they read different ones"
-    ):
+    with pytest.raises(ValueError, match="layers read one input in the first time step, and not in others"):
         sltt.OTTT()(Forked([sltt.LIF(tau=2.0) for _ in range(3)], apart=(2,)), x, y, LOSS)

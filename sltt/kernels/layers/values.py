@@ -43,9 +43,7 @@ class _OnValues(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled() and weight.dtype != ctx.dtypes[0]:
-            raise RuntimeError(
-                "gradients of a convolution under autocast have no graph here; for those, train with sparse='off'"
-            )
+            raise RuntimeError("gradients of a convolution have no graph under autocast: train with sparse='off'")
         grad = grad.contiguous(memory_format=torch.channels_last)
         of_x, of_weight = convolution_gradients(grad, x, weight, ctx.axes, 1, ctx.needs_input_grad[:2])
         of_weight = None if of_weight is None else of_weight.to(ctx.dtypes[0])

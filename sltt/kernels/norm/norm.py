@@ -24,10 +24,7 @@ def stepwise_norm(norm: _BatchNorm, input: Tensor, steps: int) -> Tensor:
         return _BatchNorm.forward(norm, input)
     norm._check_input_dim(input)
     if input.numel() == steps * input.shape[1]:
-        raise ValueError(
-            f"BatchNorm needs more than one value for each channel, got {list(input.shape)} of {steps} steps: use a "
-            "larger batch"
-        )
+        raise ValueError(f"BatchNorm needs more than one value for each channel, got {list(input.shape)}: batch more")
     running, momenta = batch_statistics(norm, steps)
     y = _normalise(input, (norm.weight, norm.bias), running or (None, None), momenta, norm.eps)
     _tag(y, input, (norm.weight, norm.bias), running, momenta, norm.eps)
