@@ -70,10 +70,7 @@ class _Counter(DispatchMode):
 
 
 def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *settings: Any, out_val: Any = None) -> int:
-    """Return the floating-point operations of a convolution's gradients; PyTorch's own count leaves the groups out.
-
-    Each weight, [out, in/groups, ...], meets every output pixel once, or every input pixel of a transposed convolution.
-    """
+    """Return the floating-point operations of a convolution's gradients; PyTorch's own count leaves the groups out."""
     transposed, mask = settings[4], settings[7]
     pixels = x if transposed else grad
     return 2 * (mask[0] + mask[1]) * (pixels.numel() // pixels.shape[1]) * weight.numel()

@@ -149,9 +149,7 @@ def settings_of(
         saved = read_config(run)  # empty where the checkpoint has the copy
         other = list_changes(saved, config) + ["epochs"] * (saved.get("epochs", config["epochs"]) != config["epochs"])
         if other:
-            raise ValueError(
-                f"{run} was trained with other settings ({'; '.join(other)}): choose another --save, or delete the run"
-            )
+            raise ValueError(f"{run} was trained with other settings ({'; '.join(other)}): choose another --save")
     return built, replace(built, data=data, run=run, resume=resume, config=config, report=report)
 
 
@@ -238,11 +236,7 @@ def print_compared(comparison: Mapping[str, Any], report: Console) -> None:
 
 
 def _measure(row: dict[str, Any], name: str, here: Session, built: Settings, report: Console) -> None:
-    """Measure one training batch, on the trained weights, as far as it goes.
-
-    The bytes above what is allocated before it, its operations, the energy of an inference, and the cosine of
-    the gradient with BPTT's.
-    """
+    """Measure one training batch, on the trained weights, as far as it goes."""
     try:
         ready = Prepared(here, built, built.steps)
         x, y = ready.batch(built.size)

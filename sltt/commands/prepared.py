@@ -75,10 +75,7 @@ class Prepared:
 
 
 def _run_in_precision(model: nn.Module, fabric: "Fabric") -> None:
-    """Have each call of the model run under autocast, and give float32.
-
-    By hooks, not Fabric's wrapper: a copy keeps them, layers keep their names, and a backward needs no Fabric.
-    """
+    """Have each call of the model run under autocast, and give float32."""
     entered: list[Any] = []
 
     def enter(module: nn.Module, inputs: Any) -> None:

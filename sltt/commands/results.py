@@ -88,10 +88,7 @@ def gather(folders: Sequence[Path]) -> Gathered:
         runs = sorted({path.parent for name in (CONFIG, LAST) for at in ("", "*/") for path in folder.glob(at + name)})
         files = [(folder / f"{name}.json", kind) for name, kind in KINDS.items() if (folder / f"{name}.json").is_file()]
         if not runs and not files:
-            raise ValueError(
-                f"{folder} has nothing to report: expected the folder of a run, or one that sltt compare, profile, "
-                "agreement or fscil wrote with --save"
-            )
+            raise ValueError(f"{folder} has nothing to report: neither a run nor what a command wrote with --save")
         for path, kind in files:
             try:
                 getattr(results, kind).append(_read(path))

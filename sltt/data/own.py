@@ -66,10 +66,7 @@ def from_datasets(
 
 
 class _OwnData(Data):
-    """Data sets by name, as `from_datasets` explains them; `form` are fields of the splits.
-
-    With `collates` in `form`, samples are taken as they are.
-    """
+    """Data sets by name, as `from_datasets` explains them; `form` are fields of the splits."""
 
     def __init__(
         self,

@@ -89,11 +89,7 @@ class ShallowResNet(nn.Module):
 
 
 class _Contrasts(nn.Conv2d):
-    """The fixed first convolution: contrasts of 2×2 pixels in opponent colours, each with both signs: 24 channels.
-
-    The filters are the products of the four 2×2 Hadamard patterns with brightness, red − blue and green − the others.
-    They stand for the principal components of natural patches of 2×2 pixels, and need no data.
-    """
+    """The fixed first convolution: contrasts of 2×2 pixels in opponent colours, each with both signs: 24 channels."""
 
     def __init__(self) -> None:
         super().__init__(3, 24, 2, bias=False)

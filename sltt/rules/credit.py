@@ -75,10 +75,7 @@ class CreditStep(Step):
             done[layer] = waiting.send(before if ran == steps else before - layer.module.depth, ran, backward)
 
     def _find_readers(self, value: Tensor) -> None:
-        """Find what reads each delay, in the graph of a call.
-
-        Raises ValueError where a graph that waits is part of another, which runs backward at another time.
-        """
+        """Find what reads each delay, in the graph of a call."""
         nodes = {layer: graph_nodes([waiting.queue[-1][1].grad_fn]) for layer, waiting in self.delays.items()}
         nodes = {**nodes, None: graph_nodes([value.grad_fn])}
         for layer, node in self._nodes.items():
@@ -149,10 +146,7 @@ class _Read(torch.autograd.Function):
 
 
 class _Send(torch.autograd.Function):
-    """A scalar 0, whose backward gives x the error that its leaves collected; that has the scale of the loss already.
-
-    It holds the graph behind x, and not x.
-    """
+    """A scalar 0, whose backward gives x the error that its leaves collected; it holds the graph behind x, not x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, leaves: list[Tensor]) -> Tensor:  # type: ignore[override]

@@ -118,10 +118,7 @@ def _choose(run: Run, x: Tensor, fold: Any, known: KnownBatch, rule: Any) -> Fol
 
 @torch.no_grad()
 def _measure(model: nn.Module, x: Tensor, proved: bool) -> tuple[float, float]:
-    """Return the mean rows of a layer's product in a time step x [B, ...], and the bytes that its layers give.
-
-    What structure proves leaves no trace in the network; another forward runs on a copy.
-    """
+    """Return the mean rows of a layer's product in a time step x [B, ...], and the bytes that its layers give."""
     few, step = x[:2].clone(), Sizes()
     ours = all(role_of(type(m)).kind != "keeper" or isinstance(m, Stateful) for m in model.modules())
     model = model if proved and ours else copy_apart(model)  # states of other libraries keep the size of their batch

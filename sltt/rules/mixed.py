@@ -185,10 +185,7 @@ class _Cut(Step):
         return add_gradients(gradients[0][0].new_zeros(()) if waiting is None else waiting, gradients)
 
     def _separates(self, value: Tensor, before: set[Any]) -> bool:
-        """Return whether what is above the cut, and goes now, shares nothing with what is below it, and waits.
-
-        Nor may a kept state hold what stands above for the cut output: its gradient would come steps later.
-        """
+        """Return whether what is above the cut, and goes now, shares nothing with what is below it, and waits."""
         above = graph_nodes([value.grad_fn])
         roots = [output.grad_fn for output, _ in self._outputs]
         below = graph_nodes([*roots, *_graph_of_states(self.kept)], stop=before)

@@ -148,11 +148,7 @@ def _with_value(value: Tensor, x: Tensor) -> Tensor:
 
 
 class _RateLayer:
-    """Sums of a layer over the T = `steps` steps, for the rate pass.
-
-    `step(x)` runs the layer in one of the T steps, `rate(x)` in the rate pass, and `steady(x)` in a rate pass without
-    steps before.
-    """
+    """Sums of a layer over the T = `steps` steps, for the rate pass."""
 
     def __init__(self, layer: Layer, steps: int):
         self.layer, self.module, self.steps = layer, layer.module, steps
@@ -161,10 +157,7 @@ class _RateLayer:
     def check(self, steps: int) -> None:
         """Raise ValueError unless the layer ran once in each of the steps so far, or never."""
         if self.calls not in (0, steps):
-            raise ValueError(
-                f"{self.layer} ran {self.calls} times in {steps} time steps, and "
-                "RateBased keeps one rate for it: use a module for each place, in every step, or the rule SLTT"
-            )
+            raise ValueError(f"{self.layer} ran {self.calls} times in {steps} time steps: RateBased keeps one rate")
 
     def count(self) -> int:
         """Return in how many time steps the layer ran."""

@@ -139,8 +139,4 @@ def _check_same(same: dict[int, Tensor]) -> None:
     """Raise RuntimeError unless every replayed step gave the same; once a sequence, since it waits for the device."""
     if same and not torch.stack(list(same.values())).all():
         step = next(t for t in sorted(same) if not same[t])
-        raise RuntimeError(
-            f"time step {step} gave other logits when it was run again for its backward: the model draws random "
-            "numbers from a generator of its own, keeps a state outside sltt.Stateful, or has a checkpoint within. "
-            "Use BPTT without segment."
-        )
+        raise RuntimeError(f"time step {step} gave other logits when it was run again: use BPTT without segment")

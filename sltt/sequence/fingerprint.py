@@ -47,10 +47,7 @@ class Fingerprint:
         self._rows, self._held = self._read()
 
     def _read(self) -> tuple[list[Row], list[Any]]:
-        """Return a row for each layer, and the objects whose ids are in it: as long as they live, ids are theirs.
-
-        It is read before each batch, and calls a function for what is no plain value alone.
-        """
+        """Return a row for each layer, and the objects whose ids are in it: as long as they live, ids are theirs."""
         held: list[Any] = []
         rows: list[Row] = []
         for layer, internal, theirs, own in self._layers:

@@ -80,10 +80,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _check_call(model: nn.Module, sequence: Sequence) -> None:
-    """Run a call of the network without the compiler: neurons run once in it, and nothing stays.
-
-    Where the network does not run so, the training says what is wrong.
-    """
+    """Run a call of the network without the compiler: neurons run once in it, and nothing stays."""
     samples = sequence.batch
     try:
         twin = _copy(model)
@@ -135,10 +132,7 @@ def warn_of_leftovers(model: nn.Module, before: list[Any], samples: int) -> None
 
 
 def _find_mixing(model: nn.Module, sequence: Sequence) -> str | None:
-    """Return the first module whose output for sample 0 depends on the others.
-
-    None too where the network does not run so: the training says what is wrong.
-    """
+    """Return the first module whose output for sample 0 depends on the others."""
     x = sequence.input(range(1))
     others = 1 - x[1:] if x.is_floating_point() else x[1:].flip(0)
     changed = torch.cat([x[:1], others])

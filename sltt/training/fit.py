@@ -64,10 +64,7 @@ def fit(settings: Settings) -> Fit:
 
 
 def _config(settings: Settings, untold: list[str]) -> dict[str, Any]:
-    """Return what the folder of a run that is made in Python keeps: plain settings, and objects by their arguments.
-
-    Of a run that is resumed, what it is compared with; None leaves a setting that may change as it was.
-    """
+    """Return what the folder of a run that is made in Python keeps: plain settings, and objects by their arguments."""
     plain = bool | int | float | str | None
     told = {
         name: value if isinstance(value, plain) else describe(value, untold, name)
@@ -165,10 +162,7 @@ def _check(here: Session, settings: Settings, report: Console) -> tuple[Session,
 
 
 def _read_run(run: Path, config: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Return the last checkpoint of a run, None if it stopped before the first, and the settings to go on with.
-
-    Raises ValueError where those that are given are others than the run's.
-    """
+    """Return the last checkpoint of a run, None if it stopped before the first, and the settings to go on with."""
     checkpoint = load_checkpoint(last) if (last := runs.find_last(run)) else None
     saved = runs.read_config(run, checkpoint)
     if runs.MADE_IN in saved or runs.MADE_IN not in config:  # arguments in Python do not repeat a recipe

@@ -42,12 +42,10 @@ SUM = nn.CrossEntropyLoss(reduction="sum")
 ONE = "BatchNorm needs two"
 REFUSED = [
     ({"callbacks": [EarlyStopping]}, "callbacks"),
-    ({"callbacks": ["EarlyStopping"]}, "callbacks"),
     ({"callbacks": EarlyStopping()}, "callbacks"),
     ({"data": Blobs(validation=0), "callbacks": [EarlyStopping()]}, "EarlyStopping needs validation samples: hold"),
     ({"data": Empty()}, "there are no test samples"),
     ({"batch_size": 1, "phases": [Phase(1, batches=1)]}, ONE),
-    ({"batch_size": 59, "phases": [Phase(1, batches=1), Phase(1)], "epochs": 2}, ONE),
     ({"batch_size": 59, "phases": [Phase(1, batches=2)]}, ONE),
     ({"graph": "on"}, "graph='on' needs a CUDA device, and this is cpu: leave graph out"),
     ({"loggers": ["CSV"]}, r"loggers\[0\] must be a Logger, got 'CSV'; such as lightning_fabric"),

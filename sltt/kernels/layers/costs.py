@@ -76,11 +76,7 @@ def _nanoseconds(layer: LayerSizes, dtype: torch.dtype, calls: int) -> list[tupl
 
 
 def _elements(layer: LayerSizes) -> tuple[int, int]:
-    """Return the elements read and written forward, and for the weight gradient.
-
-    Forward, a convolution reads and writes sums of up to 64 outputs for each kernel row and 64 inputs; fewer take as
-    long.
-    """
+    """Return the elements read and written forward, and for the weight gradient."""
     inputs, outputs = math.prod(layer.x_shape), math.prod(layer.y_shape)
     if layer.flat:
         return inputs + outputs, inputs + outputs

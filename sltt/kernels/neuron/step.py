@@ -99,10 +99,7 @@ def steps_by_channel(step: NeuronStep, v: Tensor, x: Tensor, values: Tensor) -> 
 def _run(
     call: _StepCall, v: Tensor, x: Tensor, decay: Any, factors: Any = None, keep: bool = False, packs: bool = False
 ) -> tuple[Tensor, Tensor, Any, Tensor | None]:
-    """Spikes, the last v, if asked to `keep` it what the backward needs of each step, and the bits of the spikes.
-
-    The backward needs v, or u for a hard reset. With `factors`, x is the input of a BatchNorm.
-    """
+    """Spikes, the last v, if asked to `keep` it what the backward needs of each step, and the bits of the spikes."""
     step, fast, steps, cut, _ = call
     x = x.resolve_neg()
     first = x if steps == 1 else x[: len(x) // steps]

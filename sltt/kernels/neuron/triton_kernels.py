@@ -20,10 +20,7 @@ import triton.language as tl
 
 @triton.jit
 def _block(n, width, channels, COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the elements of this program [BLOCK / 8, 8], and which are there; the same of its bytes of bits.
-
-    The last result are the channels of the elements, [BLOCK / 8, 8] or [BLOCK / 8, 1].
-    """
+    """Return the elements of this program [BLOCK / 8, 8], and which are there; the same of its bytes of bits."""
     row = tl.arange(0, BLOCK // 8)
     neighbours = tl.arange(0, 8)[None, :]
     if TILE == 0:
@@ -209,10 +206,7 @@ def _step_back(
     SURROGATE: tl.constexpr, SOFT: tl.constexpr, SCALES: tl.constexpr, DETACHED: tl.constexpr, FLOWS: tl.constexpr,
     COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write ∂L/∂x of time step t, and this program's part of the BatchNorm's sums; v is the potential before the step.
-
-    Returns ∂L/∂v before it, and the sums for ∂L/∂λ and ∂L/∂V_th with those of this step.
-    """
+    """Write ∂L/∂x of time step t, and the BatchNorm's sums; return ∂L/∂v before it, and sums for ∂L/∂λ and ∂L/∂V_th."""
     here = tl.cast(n, tl.int64) * t + at
     grad_s = tl.zeros([BLOCK // 8, 8], tl.float32)
     if grad_s_ptr is not None:

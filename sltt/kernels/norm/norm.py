@@ -85,9 +85,6 @@ def counting_batches() -> Iterator[Counter[_BatchNorm]]:
 
 
 def _normalise(x: Tensor, affine: Pair, running: Pair, momenta: list[float], eps: float) -> Tensor:
-    """Return x [T·B, C, ...] normalised as by T calls.
-
-    The running mean and variance [C] are updated T times, with the weights `momenta`.
-    """
+    """Return x [T·B, C, ...] normalised as by T calls."""
     steps = zip(x.chunk(len(momenta)), momenta, strict=True)
     return torch.cat([F.batch_norm(x_t, *running, *affine, True, momentum, eps) for x_t, momentum in steps])
