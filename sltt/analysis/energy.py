@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -224,7 +223,7 @@ class _Counter(DispatchMode):
         self.neurons = spiking_layers(model)
         self.weights: dict[Any, tuple[int, float]] = {}  # size and zeros
         self._parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-        self._varying: set[StorageWeakRef] = set()
+        self._varying: set[Any] = set()  # storages
         self._before: dict[str, list[Tensor]] = {}  # membrane potentials
 
     @torch.no_grad()
@@ -252,8 +251,8 @@ class _Counter(DispatchMode):
         size, zeros = (sum(column) for column in zip((0, 0), *self.weights.values(), strict=True))
         held = [*self.model.parameters(), *self.model.buffers()]
         footprint = sum(t.numel() * (4 if t.is_floating_point() else t.element_size()) for t in held)
-        layers = [*self.layers.values()]
-        return Energy(layers, steps, passes, updates, spikes, active, size, round(zeros), footprint), logits
+        counted = steps, passes, updates, spikes, active, size, round(zeros), footprint
+        return Energy([*self.layers.values()], *counted), logits
 
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
         self._inside.append(name)
@@ -286,15 +285,17 @@ class _Counter(DispatchMode):
             self._product(*args[_PRODUCTS[operation] :][:2])
         if any(map(self._varies, tree_leaves((args, kwargs)))):
             self._vary(out)
-        with suppress(RuntimeError, IndexError):  # of an operation that takes no counts
+        try:
             _pass_counts(func, args, kwargs or {}, out)
+        except (RuntimeError, IndexError):  # of an operation that takes no counts
+            _lose_counts(func, args)
         return out
 
     def _vary(self, tensors: Any) -> None:
-        self._varying |= {_storage_of(tensor) for tensor in tree_leaves(tensors) if isinstance(tensor, Tensor)}
+        self._varying |= {*map(_storage_of, tree_leaves(tensors))} - {None}
 
     def _varies(self, tensor: Any) -> bool:
-        return isinstance(tensor, Tensor) and _storage_of(tensor) in self._varying
+        return _storage_of(tensor) in self._varying
 
     def _convolution(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> None:
         one, grad = x[:1].double(), torch.ones_like(out[:1], dtype=torch.float64)
@@ -307,6 +308,8 @@ class _Counter(DispatchMode):
 
     def _product(self, a: Any, b: Any) -> None:
         """Count a matrix product [..., N, K] [..., K, M]; a vector is a row on the left, a column on the right."""
+        if a.layout is not torch.strided or b.layout is not torch.strided:
+            return
         varies, factors = (self._varies(a), self._varies(b)), [(a, _counts_of(a)), (b, _counts_of(b))]
         if b.ndim == 1:
             factors = [(x.view(-1, len(b)).mT if x is b else x.view(-1, len(b)), n) for x, n in factors]
@@ -363,8 +366,10 @@ class _Counter(DispatchMode):
         return x[self.real[self.step].repeat_interleave(len(x) // self.batch)]
 
 
-def _storage_of(tensor: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(tensor.untyped_storage())
+def _storage_of(value: Any) -> StorageWeakRef | None:
+    """Return the memory of a tensor; None of what is none, or has a sparse layout."""
+    dense = isinstance(value, Tensor) and value.layout is torch.strided
+    return StorageWeakRef(value.untyped_storage()) if dense else None
 
 
 def _counts_of(x: Tensor) -> Tensor | None:
@@ -382,17 +387,19 @@ def _count_spikes(x: Tensor, units: Tensor | None) -> Tensor | None:
     return (x != 0).double() if one else None
 
 
+def _lose_counts(func: Any, args: Any) -> None:
+    """Note that an operation wrote other values than spikes into its arguments."""
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.is_write and isinstance(value, Tensor) and "counts" in vars(value):
+            vars(value)["counts"].fill_(torch.nan)
+
+
 def _pass_counts(func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Do with the counts of spikes what an operation on spikes alone does with these; an average becomes a sum."""
     tensors: list[Any] = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
-    operation, spikes = func.overloadpacket, bool(tensors) and all("counts" in vars(tensor) for tensor in tensors)
-    if not spikes or operation in _PRODUCTS:
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.is_write and isinstance(value, Tensor) and "counts" in vars(value):
-                vars(value)["counts"].fill_(torch.nan)
-        return
-    if torch.Tag.nondeterministic_seeded in func.tags:
-        return
+    operation, draws = func.overloadpacket, torch.Tag.nondeterministic_seeded in func.tags
+    if draws or operation in _PRODUCTS or not tensors or not all("counts" in vars(tensor) for tensor in tensors):
+        return _lose_counts(func, args)
     args, kwargs = tree_map_only(Tensor, lambda tensor: vars(tensor)["counts"], (args, kwargs))
     counts: Any = args[0] if args else None
     if operation in _SUMS:
@@ -405,18 +412,20 @@ def _pass_counts(func: Any, args: Any, kwargs: Any, out: Any) -> None:
         of_outputs = operation(*args[:6], *(args[1], [], 0, False, True)[len(args) - 1 :], 1)
     else:
         of_outputs = aten.add(*args[:2]) if operation is aten.sub else func(*args, **kwargs)
-    if operation in (aten.mean, *_POOLS[2:]):
-        of_outputs = of_outputs * _averaged(counts.shape, out.shape, operation is aten.mean).to(counts)
+    if operation is aten.mean:
+        of_outputs = of_outputs * (counts.numel() / max(out.numel(), 1))
+    elif operation in _POOLS[2:]:
+        of_outputs = of_outputs * _window_sizes(counts.shape, out.shape).to(counts)
     outputs: list[Any] = tree_leaves(out)
     for tensor, counts in zip(outputs, tree_leaves(of_outputs), strict=True):
         if isinstance(tensor, Tensor):
             vars(tensor)["counts"] = counts
 
 
-def _averaged(inputs: Sequence[int], outputs: Sequence[int], mean: bool) -> Tensor:
-    """Return over how many values each output of a mean, or of an adaptive pooling, averages."""
-    sizes = torch.tensor(math.prod(inputs) / max(math.prod(outputs), 1) if mean else 1.0)
-    for x, y in () if mean else zip(inputs, outputs, strict=True):
+def _window_sizes(inputs: Sequence[int], outputs: Sequence[int]) -> Tensor:
+    """Return over how many values each output of an adaptive pooling averages."""
+    sizes = torch.ones(())
+    for x, y in zip(inputs, outputs, strict=True):
         sizes = sizes[..., None] * torch.tensor([-(-(i + 1) * x // y) - i * x // y for i in range(y)])
     return sizes
 

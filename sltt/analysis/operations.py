@@ -46,14 +46,14 @@ def count_operations(
         value.backward()
         of_backward += counter.total - before
 
-    counter = _Counter()
+    counter = _Multiplications()
     with kernels.using(compile="off", sparse="off"), counter:
         rule(copy_model(model), x, target, loss, steps=steps, update=lambda: None, backward=backward)
     # a multiplication and an addition
     return Operations((counter.total - of_backward) // 2, of_backward // 2)
 
 
-class _Counter(DispatchMode):
+class _Multiplications(DispatchMode):
     """Counts floating-point operations by PyTorch's table. Its own mode hooks all modules: layers then run plain."""
 
     def __init__(self) -> None:

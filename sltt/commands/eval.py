@@ -50,4 +50,5 @@ def run(words: Sequence[str]) -> None:
     report.line(f"loss         {metrics.loss:.4f}")
     report.line(f"firing rate  {metrics.firing_rate:.4f}")
     report.line(f"seconds      {metrics.seconds:.1f}")
-    report.line(f"peak memory  {megabytes(metrics.peak_memory or 0)} for a batch of {built.size}")
+    peak = megabytes(metrics.peak_memory) if metrics.peak_memory else "–"
+    report.line(f"peak memory  {peak} for a batch of {built.size}")

@@ -150,7 +150,7 @@ def _read_packets(data: bytes) -> NDArray[np.int64]:
     """Return addresses and times of the valid polarity events of AEDAT 3.1, [N, 2]; tonic takes all for such."""
     packets, place = [np.zeros((0, 2), np.int64)], 0
     while place < len(data):
-        kind, _, size, _, overflow, _, count, _ = struct.unpack_from("<HHiiiiii", data, place)
+        kind, _, size, _, overflow, _, count, _ = struct.unpack_from("<HHIIIIII", data, place)
         place += 28 + size * count
         if place > len(data):
             raise RecordingError("truncated: its last packet has fewer events than it says")

@@ -49,12 +49,14 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path, *, sequence: bool = F
     check_names(model)
     path = folder("path", path, "a file")
     frame = x[0] if sequence else x
-    try:
-        unroll(model, x if sequence else x[None])
-    except Exception as error:
-        error.add_note("for all steps of a static input [B, ...], give x.expand(T, *x.shape)")
-        raise
-    step = _OneStep(copy_model(model).eval(), frame)
+    twin = copy_model(model).eval()
+    if sequence:
+        try:
+            unroll(twin, x)
+        except Exception as error:
+            error.add_note("for all steps of a static input [B, ...], give x.expand(T, *x.shape)")
+            raise
+    step = _OneStep(twin, frame)
     names = [] if sequence else list(step.first)
     if taken := {"x", "logits"} & {*names}:
         raise ValueError(f"the layer of neurons {min(taken)} has a name that the file needs: call it otherwise")

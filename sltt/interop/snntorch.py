@@ -97,9 +97,8 @@ def _arguments(module: Any) -> dict[str, Any]:
     require(type(module) in (Leaky, Lapicque, Synaptic), "has other dynamics than Leaky, Lapicque and Synaptic")
     require(module.init_hidden and not module.output, "gives its state with its spikes: use init_hidden=True")
     resets = {"subtract": "_base_sub", "zero": "_base_zero", "none": "_base_int"}
-    built = getattr(module, "state_function", None), list(resets)[int(module.reset_mechanism_val)]
-    agree = getattr(built[0], "__name__", None) in (None, resets[module.reset_mechanism])
-    require(agree and built[1] == module.reset_mechanism, "was made with another reset_mechanism: make it anew")
+    made, now = list(resets.values())[int(module.reset_mechanism_val)], resets[module.reset_mechanism]
+    require(made == now == (_state_function(module) or now), "was made with another reset_mechanism: make it anew")
     require(not module.inhibition, "lets one neuron of the layer fire only (inhibition=True)")
     require(not module.state_quant, "rounds its membrane potential (state_quant)")
     require(read_constant("graded_spikes_factor", module.graded_spikes_factor) == 1, "has spikes that are not 0 or 1")
@@ -133,9 +132,19 @@ def _constants(module: Any) -> tuple[Any, ...]:
     states = module._non_persistent_buffers_set
     tensors = [t for name, t in (module._parameters | module._buffers).items() if name not in states]
     delayed = getattr(module, "reset_delay", True)
-    function = getattr(getattr(module, "state_function", None), "__name__", None)
-    flags = function, module.reset_mechanism, delayed, module.inhibition, module.state_quant, module.output
+    flags = (
+        _state_function(module),
+        module.reset_mechanism,
+        delayed,
+        module.inhibition,
+        module.state_quant,
+        module.output,
+    )
     return *tensors, *(t.requires_grad for t in tensors), module.spike_grad, *flags
+
+
+def _state_function(module: Any) -> str | None:
+    return getattr(getattr(module, "state_function", None), "__name__", None)
 
 
 def _decay(module: Any) -> Any:

@@ -35,4 +35,4 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        raise RuntimeError("a gradient through neurons, or layers on spikes, cannot be differentiated twice")
+        raise RuntimeError("neurons, and layers on spikes, are not differentiated twice: leave gradient penalties out")

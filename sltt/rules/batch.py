@@ -121,10 +121,7 @@ class Batch:
             return self.network(self.sequence.mean())[0]
 
     def _saving_context(self, steps: int, graph: bool, cut: bool, recompute: bool) -> AbstractContextManager[None]:
-        """Return the context that saves spikes. Small ones stay as they are if their graph lives for this call only.
-
-        So do those on a device where packing is a pass of its own.
-        """
+        """Return the context that saves spikes; small ones of a brief graph stay, and where packing is a pass."""
         if recompute and not self.network.bits:
             raise ValueError("recompute needs spikes as bits: leave out using(bits=False) and saved-tensor hooks")
         if not (graph and self.network.bits):

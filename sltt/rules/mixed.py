@@ -158,10 +158,7 @@ class _Cut(Step):
         return value
 
     def _parts(self, module: nn.Module, value: Tensor, before: set[Any]) -> bool:
-        """Return whether the graph of the first step could be cut at a module's output, as `_separates` says of a cut.
-
-        A kept state that is made of that output later would get its gradient steps too late.
-        """
+        """Return whether the first graph could be cut at a module's output, and no state is made of it later."""
         outputs = [(output, then) for of, output, then in self._first if of is module]
         if len(outputs) != 1 or not isinstance(outputs[0][0], Tensor):
             return False

@@ -161,7 +161,7 @@ class _TracedForward(TorchFunctionMode):
         with self:
             result = self.plain(*args, **kwargs)
         if self.weighs and self.traces.uses[layer] == before and self.run.follows and self.traces.wants(layer):
-            raise ValueError(f"OTTT has no trace for the weights of {layer}, which calls no F.linear or F.convNd")
+            raise ValueError(f"OTTT has no trace for the weights of {layer}: without F.linear or F.convNd, use SLTT")
         return result
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

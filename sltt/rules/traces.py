@@ -284,10 +284,7 @@ class Traces:
             waiting += [behind for behind, _ in node.next_functions] + [self.behind.get(node)]
 
     def _with_decay(self, neuron: IntegrateAndFire, x: Tensor) -> Tensor:
-        """Return the input x of neurons, with the gradient of λ through earlier time steps; the value is the same.
-
-        ∂u[t]/∂λ = v[t−1] + λ ∂v[t−1]/∂λ, and the neuron itself has the first term.
-        """
+        """Return x with the gradient of λ: of ∂u[t]/∂λ = v[t−1] + λ ∂v[t−1]/∂λ, what the neuron has not."""
         decay: Any = neuron.decay()
         before = neuron.start if neuron.v is None else neuron.v.detach()
         step = before - x.detach() if neuron.decay_input else before + torch.zeros_like(x)

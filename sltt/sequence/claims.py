@@ -29,7 +29,7 @@ def claim(run: Any, layout: Layout) -> dict[nn.Module, Any]:
         for layer in layout.keepers:
             other = _claims.get(layer.module)
             if other and (other.thread != thread or any(state.numel() for state in state_tensors(layer.module))):
-                raise ValueError(f"{layer} is in the middle of another sequence: use copy.deepcopy(model)")
+                raise ValueError(f"{layer} is in the middle of another sequence: wait, or copy.deepcopy before")
         before = {module: _claims.get(module) for module in layout.layers}
         _claims.update(dict.fromkeys(before, run))
     return before

@@ -87,7 +87,7 @@ def load_optimizer(optim: Any, state: dict[str, Any], path: Path) -> None:
         optim.load_state_dict(state)
         lost = {key for keys, group in zip(options, optim.param_groups, strict=True) for key in keys - set(group)}
     except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"the optimizer's state in {path} is of other parameters: {error}") from error
+        raise CheckpointError(f"the optimizer's state in {path} is of other parameter groups: {error}") from error
     if lost:  # it would end in a KeyError at the first step
         raise CheckpointError(
             f"the optimizer in {path} was another, without {', '.join(sorted(lost))}: resume with it, or use --weights"

@@ -85,8 +85,6 @@ def train(here: Session, settings: Settings, name: str = "run") -> Fit:
     if not resume:
         start_from(model, settings.weights, settings.strict)
     made = first(lambda: runs.old_run(run) if resume else runs.new_run(run, name, config))
-    if not resume:
-        report.line(f"run {made}")
     with runs.lock_run(made, not resume) if here.processes.rank == 0 else nullcontext():
         checkpoint = None
         if resume:
@@ -97,8 +95,8 @@ def train(here: Session, settings: Settings, name: str = "run") -> Fit:
         loop = Loop(Learner(here, settings), splits, made, config, report)
         if checkpoint:
             loop.restore(checkpoint)
-        if resume:
-            report.line(f"continuing {made}: {loop.state.epoch} of {settings.epochs} epochs are done")
+        continuing = f"continuing {made}: {loop.state.epoch} of {settings.epochs} epochs are done"
+        report.line(continuing if resume else f"run {made}")
         if resume and config and here.processes.rank == 0:
             runs.write_config(made, config)
         loop.run()
@@ -112,10 +110,7 @@ def train(here: Session, settings: Settings, name: str = "run") -> Fit:
 
 
 def _check(here: Session, settings: Settings, report: Console) -> tuple[Session, Splits]:
-    """Return the session in the network's memory format, and the splits of the first stage.
-
-    Raises ValueError for what cannot be trained, before there is a folder.
-    """
+    """Refuse what cannot be trained; return the session in the network's memory format, and the first splits."""
     model, stages, count = settings.model, settings.stages(), here.processes.count
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no parameter to train: give it a layer with weights, or requires_grad_(True)")

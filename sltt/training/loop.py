@@ -154,10 +154,7 @@ class Loop:
         return Trained(steps, *facts, self.fingerprint)
 
     def _save(self, *names: str) -> None:
-        """Save what a training needs to go on as if it had never stopped, under these names, in the first process.
-
-        Raises FloatingPointError for weights that are not finite.
-        """
+        """Save what a training needs to go on as if it had never stopped, in the first process; refuse NaN."""
         check_weights(self.learner.model)
         classes = getattr(self.settings.dataset, "classes", ())
         content = {

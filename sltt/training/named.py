@@ -99,7 +99,4 @@ def _check_kind(run: Path, path: str, value: Any) -> None:
         return
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None or any(folder in file for folder in OURS):
-        raise ValueError(
-            f"the settings of {run} name {path}, which is no network, data set, loss, rule, optimizer, schedule, "
-            "metric, callback or logger: a run names no other code of an installed package"
-        )
+        raise ValueError(f"the settings of {run} name {path}, which is no network, data set or other setting")

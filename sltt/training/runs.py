@@ -36,7 +36,8 @@ def new_run(folder: str | Path | None, name: str, config: dict[str, Any]) -> Pat
     if folder is not None:
         there = os.listdir(folder) if os.path.isdir(folder) else [""] * os.path.exists(folder)
         if not all(name.endswith(".part") for name in there):  # which a killed process left of its settings
-            raise FileExistsError(f"{folder} exists: continue it with --resume {quote(str(folder))}, or choose another")
+            go_on = f"--resume {quote(str(folder))}, in Python by resume=True"
+            raise FileExistsError(f"{folder} exists: continue it by {go_on}, or choose another folder")
         return _make(Path(folder), config, exist_ok=os.path.isdir(folder))
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1, 1000):

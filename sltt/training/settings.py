@@ -209,7 +209,7 @@ class Settings(Execution):
         stages = plan(self.phases, self.epochs, self.steps, self.rule)
         last = stages[-1].steps
         if last != self.steps and sum(phase.epochs for phase in self.phases or ()) <= self.epochs:
-            raise ValueError(f"the last phase trains T = {last}, and evaluation has steps={self.steps}: set {last}")
+            raise ValueError(f"the last phase trains T = {last}, and steps={self.steps} is evaluated: set steps={last}")
         if self.quantised and (online := next((stage.rule for stage in stages if stage.rule.online), None)):
             raise ValueError(f"quantised rounds the weights once a batch, and {online} updates them in it: use SLTT()")
         return stages

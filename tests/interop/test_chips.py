@@ -36,7 +36,6 @@ LIMITS = [
     ("speck", lambda: convs(64, 128), (64, 4, 4), 0, "131,072 weights in the memory, at most 65,536"),
     ("speck", lambda: convs(32, 64), (32, 19, 19), 0, "no core has memory for 32,768 weights and 65,536 neurons"),
     ("speck", lambda: convs(*[16] * 5, size=1), (16, 64, 64), -1, "not enough memory in the 9 cores"),
-    ("speck", lambda: convs(1, 1, size=17), (1, 20, 20), 0, "17 pixels of a side of the kernel, at most 16"),
     ("speck", lambda: [nn.AvgPool2d(3), *convs(2, 2, size=1)], (2, 6, 6), 0, "only windows of 1, 2 or 4"),
     ("speck", lambda: [Fork(*convs(2, 2, 2, 2, 2, size=1))], (2, 4, 4), 1, "3 layers that read it, at most 2"),
     ("speck", lambda: fcs(2, 2), (2,), 1, "not on the chip, which has IF, AvgPool2d, Flatten, Affine"),

@@ -96,6 +96,9 @@ def test_a_static_input_is_no_sequence(tmp_path):
     with pytest.raises(ValueError, match=r"\[T, B, ...\], time first") as raised:
         to_onnx(nn.Sequential(nn.Linear(4, 8), sltt.LIF()), torch.rand(5, 4), tmp_path / "a.onnx", sequence=True)
     assert "x.expand(T, *x.shape)" in raised.value.__notes__[-1]
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), sltt.LIF())
+    to_onnx(model, torch.rand(3, 5, 4), tmp_path / "b.onnx", sequence=True)
+    assert model[1].num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("name", ["x", "logits"])

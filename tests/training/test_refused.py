@@ -62,7 +62,7 @@ REFUSED = [
     ({"phases": [Phase(3), Phase(1, crop=2)]}, "a phase crops 2 pixels out of samples"),
     ({"phases": [Phase(3), Phase(1, rule=sltt.SLTT(k=5))]}, "trains 5 steps, but the sequence has T = 4; use k ≤ T"),
     ({"model": HARD, "phases": [Phase(3), Phase(1, rule=sltt.OTTT())]}, r"2 \(LIF\) resets to v_reset = 0.0"),
-    ({"phases": [Phase(4, steps=2)]}, "the last phase trains T = 2, and evaluation has steps=4"),
+    ({"phases": [Phase(4, steps=2)]}, "the last phase trains T = 2, and steps=4 is evaluated"),
     ({"quantised": "int4"}, "quantised must be one of 'int8', got 'int4'"),
     ({"quantised": "int8", "ema": 0.9}, "leave one out"),
     ({"quantised": "int8", "rule": sltt.OTTT(online=True)}, "updates them in it"),
