@@ -80,7 +80,8 @@ def load(
 def _network(run: Path, config: dict[str, Any]) -> nn.Module:
     """Return the network that the recipe of a run names, with other weights."""
     if "model" not in config or MADE_IN in config:
-        raise ValueError(f"{run} was made in Python, and does not keep its network: make it, and give it to sltt.load")
+        load = f"sltt.load({str(run)!r}, model)"
+        raise ValueError(f"{run} was made in Python, and does not keep its network: make it, and call {load}")
     from jsonargparse import ArgumentParser
 
     from sltt.training.named import check_named

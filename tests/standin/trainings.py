@@ -10,7 +10,7 @@ from tests.standin import device
 
 assert device.LIBRARY
 OTHERS = {  # beginnings of the names of tests
-    "it is about the CPU": "a_cpu_has a_graphed_rule_needs settings_that_do_not_fit_are_refused_before_a_training[8] "
+    "it is about the CPU": "a_cpu_has a_graphed_rule_needs settings_that_do_not_fit_are_refused_before_a_training[6] "
     "a_resumed_run_ends_with_the_same_bits averaged_weights_are_those_of_dense_layers",
     "it compares with tensors of the host": "a_phase_crops a_replay_repeats the_average_is_that_of_the_equation",
     "a graph does not call the rule, which ends the training": "ctrl_c_saves_and_a_resumed_run_ends_as_one_that_never_"
