@@ -47,11 +47,11 @@ def new_run(folder: str | Path | None, name: str, config: dict[str, Any]) -> Pat
 
 
 def old_run(folder: str | Path | None) -> Path:
-    """Return the folder of a run to resume; raise ValueError where it is none."""
+    """Return the folder of a run to resume, empty if it was killed at once; raise ValueError where it is none."""
     if folder is None:
         raise ValueError("resume=True needs the folder of the run to continue: run=...")
     run = Path(folder)
-    if not is_run(run):
+    if not is_run(run) and (not run.is_dir() or any(run.glob("[!.]*"))):
         raise ValueError(f"resume=True continues a run, and {run} is not the folder of one: leave it out for a new run")
     return run
 

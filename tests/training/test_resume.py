@@ -238,9 +238,9 @@ def test_a_run_whose_last_checkpoint_is_gone_is_not_trained_again(left, tmp_path
     assert all((tmp_path / "run" / name).read_bytes() == before[name] for name in ("best.ckpt", "metrics.csv"))
 
 
-@pytest.mark.parametrize("name", ["typo", "empty", None])
+@pytest.mark.parametrize("name", ["typo", "files", None])
 def test_what_is_no_run_is_not_resumed(name, tmp_path):
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "files" / "mine").mkdir(parents=True)
     with pytest.raises(ValueError, match="resume=True"):
         train(name and tmp_path / name, resume=True)
     assert not (tmp_path / "typo").exists()

@@ -19,15 +19,8 @@ class Killed(BaseException):
 
 def test_the_run_folder_holds_metrics_and_checkpoints(tmp_path):
     model, result = train(tmp_path / "run", config={"a": 1})
-    assert {p.name for p in result.run.iterdir() if not p.name.startswith(".")} == {
-        "best.ckpt",
-        "card.md",
-        "config.yaml",
-        "last.ckpt",
-        "metrics.csv",
-        "sample.npz",
-        "tensorboard",
-    }
+    found = {p.name for p in result.run.iterdir() if not p.name.startswith(".")}
+    assert found == {"best.ckpt", "card.md", "config.yaml", "last.ckpt", "metrics.csv", "sample.npz", "tensorboard"}
     rows = list(csv.DictReader((result.run / "metrics.csv").read_text().splitlines()))
     assert len(rows) == 4
     assert float(rows[-1]["train_loss"]) == result.history[-1]["train_loss"]
@@ -39,12 +32,14 @@ def test_the_run_folder_holds_metrics_and_checkpoints(tmp_path):
     assert (result.run / "config.yaml").read_text() == "a: 1\n"
 
 
+@pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("left", [[], [".config.yaml.0.part"]])
-def test_an_empty_folder_is_taken_by_a_new_run(left, tmp_path):
+def test_an_empty_folder_is_taken_by_a_run(left, resume, tmp_path):
     (tmp_path / "run").mkdir()
     for name in left:  # by a process that was killed
         (tmp_path / "run" / name).touch()
-    train(tmp_path / "run", epochs=1)
+    train(tmp_path / "run", epochs=1, resume=resume, config={"seed": 0})
+    assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 0\n"
     assert not list((tmp_path / "run").glob(".*.part"))
 
 
