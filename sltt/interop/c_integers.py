@@ -25,7 +25,7 @@ _FINE = 2**26  # a bias or a shift has no more units than this
 _GAIN = 64  # units of an input or a spike behind which there are no weights
 _FIRES = PEAK // 64  # units of most thresholds, at most
 _Units = dict[Value, Tensor]
-_Bounds = dict[Value, float]
+_Bounds = dict[Value, Tensor]  # of the channels
 _Threshold = Tensor | None
 
 
@@ -48,7 +48,7 @@ def _in_integers(network: Network, x: Tensor, gain: int, narrow: bool) -> Networ
     counts = bool((x == x.round()).all()) and x.abs().max() <= 127
     rounded.input_scale = 1.0 if counts else x.abs().max().item() / 127
     units = {network.input: torch.full(network.input.shape[:1], rounded.input_scale).double()}
-    rounded.bounds = bounds = {network.input: 127.0}
+    bounds = {network.input: torch.full(network.input.shape[:1], 127.0).double()}
     counted = {network.input}  # values that count whole inputs or spikes
     thresholds: dict[Value, Tensor] = {}  # of the neurons that read a value
     for op in reversed(network.operations):
@@ -65,16 +65,16 @@ def _in_integers(network: Network, x: Tensor, gain: int, narrow: bool) -> Networ
         if not isinstance(op, Affine | Weights) and counted.issuperset(op.inputs):
             counted.add(op.output)
         units[op.output] = rule(op, units, bounds, threshold, last)
-        if bounds[op.output] >= LIMIT:
-            reach = f"{bounds[op.output]:.3g}"
-            raise ValueError(f"{op.name} would leave 32 bits, with sums of up to {reach}: use weights='float32'")
+        if (reach := bounds[op.output].max()) >= LIMIT:
+            raise ValueError(f"{op.name} would leave 32 bits, with sums of up to {reach:.3g}: use weights='float32'")
         rounded.operations.append(op)
 
     joined = {op.output for op in network.operations if isinstance(op, Join) and not op.output.spikes}
     for op in map(copy.copy, network.operations):
         for value in op.inputs:
             if value.spikes or value.levels:
-                units[value], bounds[value] = torch.ones(value.shape[0]).double(), float(value.levels or 1)
+                units[value] = torch.ones(value.shape[0]).double()
+                bounds[value] = units[value] * (value.levels or 1)
                 counted.add(value)
         for name, tensor in op.arrays().items():
             setattr(op, name, tensor.double())
@@ -96,28 +96,31 @@ def _in_integers(network: Network, x: Tensor, gain: int, narrow: bool) -> Networ
                 before, op.inputs[i] = op.inputs[i], Value(value.shape)
                 thresholds[op.inputs[i]] = threshold
                 add(Sum(name, [before], op.inputs[i], [None]))
-        if narrow and isinstance(op, Weights) and bounds[op.inputs[0]] * (most := 127 * op.weight[0].numel()) >= LIMIT:
+        most = 127 * op.weight[0].numel() if isinstance(op, Weights) else 0
+        if narrow and bounds[op.inputs[0]].max() * most >= LIMIT:
             before, op.inputs = op.inputs, [Value(op.inputs[0].shape)]
             add(Sum(name, before, op.inputs[0], [None]), last=4 * most)
         add(op, gain if op.inputs[0] in counted else 1)
-    unit, reach = units[rounded.output], bounds[rounded.output]
+    unit, reach = units[rounded.output], bounds[rounded.output].max()
     if unit.ne(unit[0]).any() or reach * network.steps >= 2**31:  # logits are compared with each other, and summed
         last = Sum("logits", [rounded.output], Value(rounded.output.shape), [None])
         rounded.output = last.output
         add(last)
+    rounded.bounds = {value: bound.max().item() for value, bound in bounds.items()}
     rounded.logit_scale = units[rounded.output][0].item()
     return rounded
 
 
 def _keep(op: Operation, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int) -> Tensor:
-    bounds[op.output] = bounds[op.inputs[0]]
-    return units[op.inputs[0]].repeat(op.output.shape[0] // op.inputs[0].shape[0])
+    times = op.output.shape[0] // op.inputs[0].shape[0]
+    bounds[op.output] = bounds[op.inputs[0]].repeat(times)
+    return units[op.inputs[0]].repeat(times)
 
 
 def _join(op: Join, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int) -> Tensor:
-    bounds[op.output] = max(bounds[x] for x in op.inputs)
-    flat = op.output.shape[1:] == (1, 1)
-    return torch.cat([units[x].repeat_interleave(x.size // x.shape[0] if flat else 1) for x in op.inputs])
+    times = {x: x.size // x.shape[0] if op.output.shape[1:] == (1, 1) else 1 for x in op.inputs}
+    bounds[op.output] = torch.cat([bounds[x].repeat_interleave(times[x]) for x in op.inputs])
+    return torch.cat([units[x].repeat_interleave(times[x]) for x in op.inputs])
 
 
 def _shift(threshold: Tensor) -> int:
@@ -134,14 +137,16 @@ def _room(unit: Tensor, threshold: _Threshold) -> Tensor:
 
 def _weights(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int) -> Tensor:
     outputs = len(op.weight)
-    unit = units[op.inputs[0]].view(op.groups, 1, -1).expand(-1, outputs // op.groups, -1)
-    weight = op.weight * unit.reshape(outputs, -1, 1, 1)
+    unit, bound = (
+        y[op.inputs[0]].view(op.groups, 1, -1).expand(-1, outputs // op.groups, -1).reshape(outputs, -1, 1, 1)
+        for y in (units, bounds)
+    )
+    weight = op.weight * unit
     peak = weight.abs().amax((1, 2, 3))
     peak = torch.maximum((peak.amax() if last else peak).expand(outputs) / 127, op.bias.abs().amax() / _FINE)
     unit = _room(torch.where(peak > 0, peak, 1.0), threshold)
     op.weight, op.bias = (weight / unit.view(-1, 1, 1, 1)).round(), (op.bias / unit).round()
-    sums = op.weight.abs().sum((1, 2, 3)) * bounds[op.inputs[0]] + op.bias.abs()
-    bounds[op.output] = sums.max().item()
+    bounds[op.output] = (op.weight.abs() * bound).sum((1, 2, 3)) + op.bias.abs()
     return unit
 
 
@@ -150,10 +155,12 @@ def _affine(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last
     unit = value.abs() / gain
     if threshold is not None and gain > 1:  # finer where a spike is many thresholds
         unit = torch.minimum(unit, torch.maximum(threshold / gain, unit / 8))
-    unit = torch.maximum(unit, op.shift.abs() / _FINE)
+    large = (bounds[op.inputs[0]] * value.abs() < op.shift.abs() / 256) | (gain > 1)
+    fine = torch.where(large & (threshold is None), 2**13, _FINE)  # a much smaller unit would take weights to 0
+    unit = torch.maximum(unit, op.shift.abs() / fine)
     unit = _room(torch.where(unit > 0, unit, 1.0), threshold)
     op.gain, op.shift = (value / unit).round(), (op.shift / unit).round()
-    bounds[op.output] = bounds[op.inputs[0]] * op.gain.abs().max().item() + op.shift.abs().max().item()
+    bounds[op.output] = bounds[op.inputs[0]] * op.gain.abs() + op.shift.abs()
     return unit
 
 
@@ -165,20 +172,21 @@ def _pool(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: 
 
 
 def _sum(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int) -> Tensor:
-    input_units = torch.stack([units[x] for x in op.inputs])
+    input_units, input_bounds = (torch.stack([y[x] for x in op.inputs]) for y in (units, bounds))
     most = 2**30 / max(last, 4)  # of a sum, so that those of all time steps fit in 32 bits
-    fits = sum(bounds[x] for x in op.inputs) < 2 * most
+    fits = input_bounds.sum(0).max() < 2 * most
     same = input_units.eq(input_units[0]).all() and _room(input_units[0], threshold).eq(input_units[0]).all()
     if same and not (last and (input_units.ne(input_units[0, 0]).any() or not fits)):
-        bounds[op.output] = sum(bounds[x] for x in op.inputs)
+        bounds[op.output] = input_bounds.sum(0)
         return input_units[0]
-    reach = (input_units * torch.tensor([[bounds[x]] for x in op.inputs])).sum(0)  # the largest sum
+    reach = (input_units * input_bounds).sum(0)  # the largest sum
     unit = torch.stack([input_units.amin(0), input_units.amax(0) / 2**SHIFT, reach / most]).amax(0)
     unit = _room(unit, threshold)
     if last:
         unit = torch.stack([unit.amin(), input_units.amax() / 2**SHIFT, reach.amax() / most]).amax().expand(len(unit))
-    op.factors = [(units[x] / unit * 2**SHIFT).round() for x in op.inputs]
-    bounds[op.output] = (reach / unit).max().item() + len(op.inputs)
+    bounds[op.output] = reach / unit + len(op.inputs)
+    op.bits = int(min(30 - (input_units / unit).max().log2(), 51 - bounds[op.output].max().log2(), 40))
+    op.factors = [(units[x] / unit * 2**op.bits).round() for x in op.inputs]
     return unit
 
 
@@ -193,14 +201,14 @@ def _fire(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: 
         setattr(op, name, (getattr(op, name) * 2**SHIFT).round())
     for name in {"rise", "subtract"} & op.arrays().keys():
         setattr(op, name, (getattr(op, name) / unit).round().clamp(0, PEAK))
-    bounds[op.output] = float(op.output.levels or 1)
+    bounds[op.output] = torch.full_like(unit, op.output.levels or 1)
     return torch.ones_like(unit)
 
 
 def _integrate(op: Any, units: _Units, bounds: _Bounds, threshold: _Threshold, last: int) -> Tensor:
     decay = (op.factors[1].double() * 2**SHIFT).round().clamp(max=2**SHIFT - 1)
     op.factors = [None, decay]
-    bounds[op.output] = (bounds[op.inputs[0]] + 1) / (1 - decay.max().item() / 2**SHIFT)
+    bounds[op.output] = (bounds[op.inputs[0]] + 1) / (1 - decay / 2**SHIFT)
     return units[op.inputs[0]]
 
 

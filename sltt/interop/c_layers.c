@@ -258,8 +258,8 @@ static void keep$(const IN *in, OUT *out, int size, int shift)
         out[i] = (OUT)((in[i] + ((1 << shift) >> 1)) >> shift);
 }
 // part add_scaled
-/* As add, each channel times its factor; of integers over 2^14, to the nearest: shifts keep the sign, as in all compilers. */
-static void add_scaled$(const IN *in, const NUMBER *factor, NUMBER *out, int size, int channels, int begin)
+/* As add, each channel times its factor; of integers over 2^bits, to the nearest: shifts keep the sign, as in all compilers. */
+static void add_scaled$(const IN *in, const FACTORS, NUMBER *out, int size, int channels, int begin)
 {
     for (int i = 0; i < size;)
         for (int c = 0; c < channels; c++, i++)

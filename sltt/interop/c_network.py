@@ -143,13 +143,17 @@ class Fire(Operation):
         u = self._charge(self.decay, states.get("v", none + _channels(self.start)), x)
         threshold, raised = _channels(self.threshold), states.get("a", none)
         amount = threshold if self.subtract is None else _channels(self.subtract)
-        above = torch.stack([u - (threshold + raised + k * amount) for k in range(self.output.levels or 1)])
+        levels, v = [], u
+        for _ in range(self.output.levels or 1):  # one after the other, as in C
+            levels.append(v - (threshold + raised))
+            v = torch.where(levels[-1] >= 0, v - amount, v)
+        above = torch.stack(levels)
         below = (-u - threshold).expand(int(self.negative), *u.shape)
         s = (above >= 0).sum(0).to(u.dtype) - (below >= 0).sum(0).to(u.dtype)
         if "margin" in states:
             apart = torch.cat([above, below]).abs().transpose(0, 1).flatten(1).amin(1)
             states["margin"] = torch.minimum(states["margin"], apart)
-        states["v"] = u * (1 - s) if self.hard else u - amount * s
+        states["v"] = u * (1 - s) if self.hard else torch.where(s < 0, u + amount, v)
         if self.adaptation is not None and self.rise is not None:
             states["a"] = self._charge(self.adaptation, raised, _channels(self.rise) * s)
         return s
@@ -185,16 +189,20 @@ class Pool(Operation):
 
 @dataclass(eq=False)
 class Sum(Operation):
-    """The sum of the inputs, each times its factor [C] if it has one; of integers, in float64, over 2^14."""
+    """The sum of the inputs, each times its factor [C] if it has one; of integers, in float64, over 2^bits."""
 
     factors: list[Tensor | None]
+    bits: int = SHIFT
 
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         terms = [
-            x if factor is None else _rescale(_channels(factor) * x)
+            x if factor is None else self._rescale(_channels(factor) * x)
             for x, factor in zip(inputs, self.factors, strict=True)
         ]
         return torch.stack(terms).sum(0)
+
+    def _rescale(self, x: Tensor) -> Tensor:
+        return _shift_right(x, self.bits) if x.dtype is torch.float64 else x
 
     def arrays(self) -> dict[str, Tensor]:
         return {f"factor{i}": factor for i, factor in enumerate(self.factors) if factor is not None}
@@ -351,10 +359,6 @@ class Network:
 
 def _channels(vector: Tensor) -> Tensor:
     return vector.view(-1, 1, 1)
-
-
-def _rescale(x: Tensor) -> Tensor:
-    return _shift_right(x, SHIFT) if x.dtype is torch.float64 else x
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -206,8 +206,10 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             declared, value = (rf"const \1 *{field}", rf"{field}[c]") if field in self.each else (rf"\1 {field}", field)
             text = re.sub(rf"FIELD\((\w+), {field}\)", declared, text).replace(f"AT({field})", value)
         shifted = "(in[c] + ((1 << l->shift) >> 1)) >> l->shift"  # to the nearest integer
-        scaled = "(int32_t)(((int64_t)factor[c] * in[i] + (1 << 13)) >> 14)"
-        words = {"scaled": scaled if self.network.integers else "factor[c] * in[i]"}
+        scaled = "(int32_t)(((int64_t)factor[c] * in[i] + (INT64_C(1) << (bits - 1))) >> bits)"
+        words = {"scaled": scaled, "factors": "NUMBER *factor, int bits"}
+        if not self.network.integers:
+            words = {"scaled": "factor[c] * in[i]", "factors": "NUMBER *factor"}
         words |= {"current": shifted if "shift" in self.has else "in[c]"} | self.types | types
         for word, name in words.items():
             text = re.sub(rf"\b{word.upper()}\b", name, text)
@@ -351,7 +353,8 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             if factor is not None:
                 key = self._constant(op, f"factor{i}", factor)
                 function = self._function("add_scaled", op.inputs[i], op.output)
-                lines.append(f"{function}({places[i]}, {key}, {out}, {size}, {channels}, {begin});")
+                bits = f", {op.bits}" * self.network.integers
+                lines.append(f"{function}({places[i]}, {key}{bits}, {out}, {size}, {channels}, {begin});")
             elif k or places[i] != out:
                 lines.append(f"{self._function('add', op.inputs[i], op.output)}({places[i]}, {out}, {size}, {begin});")
         return lines
