@@ -80,13 +80,23 @@ def set_rng_states(states: dict[torch.device, torch.Tensor]) -> None:
 @contextmanager
 def keep_generators(*devices: torch.device) -> Iterator[None]:
     """Leave the global random generators as they were: Python's, NumPy's, PyTorch's of the CPU and of these devices."""
-    states = random.getstate(), np.random.get_state(), get_rng_states(devices)
+    states = get_generators(devices)
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        set_rng_states(states[2])
+        set_generators(states)
+
+
+def get_generators(devices: Iterable[torch.device] = ()) -> tuple[Any, ...]:
+    """Return the states of the global random generators of Python, NumPy and PyTorch."""
+    return random.getstate(), np.random.get_state(), get_rng_states(devices)
+
+
+def set_generators(states: tuple[Any, ...]) -> None:
+    """Set the global random generators to such states."""
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    set_rng_states(states[2])
 
 
 @contextmanager

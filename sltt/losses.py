@@ -74,7 +74,7 @@ class CrossEntropyMSE(Loss):
 
 
 class PerStep(Loss):
-    """A target for each time step: L = 1/T Σ_t ℓ(o[t], y[t]).
+    """A target for each time step: L = 1/T Σ_t ℓ(o[t], y[t]), where ℓ is 0 if all labels are its `ignore_index`.
 
     Args:
         loss: ℓ, of one time step.
@@ -89,7 +89,8 @@ class PerStep(Loss):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Logits [B, C] and targets [B, ...] of one time step to a scalar."""
-        return self.loss(logits, target)
+        value, ignored = self.loss(logits, target), getattr(self.loss, "ignore_index", None)
+        return value if ignored is None else torch.where((target == ignored).all(), logits.sum() * 0, value)
 
 
 class SequenceLoss(Loss):
@@ -328,7 +329,7 @@ def _check_labels(logits: Tensor, target: Tensor) -> None:
     instance("logits", logits, Tensor)
     instance("target", target, Tensor)
     if logits.ndim < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
-        remedy = "end the model with nn.Flatten() and a linear layer"
+        remedy = "end the model with nn.Flatten() and a linear layer; sequences need static=False"
         if logits.ndim == 2:
             remedy = "labels are class indices, one a sample: y.squeeze(1) of [B, 1], y.argmax(1) of one-hot labels"
         got = f"{list(logits.shape)} and {list(target.shape)}"

@@ -87,9 +87,10 @@ def _mean(values: Tensor, prediction: Tensor) -> Tensor:
 def _check_classes(metric: Any, target: Tensor, prediction: Tensor) -> None:
     """Raise ValueError for what is no class index for each prediction [B, C, ...]."""
     shape = instance("prediction", prediction, Tensor).shape
+    if instance("target", target, Tensor).is_floating_point():
+        remedy = "give target.long(); for numbers, choose metric=sltt.metrics.MeanAbsoluteError()"
+        raise ValueError(f"{type(metric).__name__} takes class indices, got {target.dtype}: {remedy}")
     _check_shape(metric, target, shape[:1] + shape[2:])
-    if target.is_floating_point():
-        raise ValueError(f"{type(metric).__name__} takes class indices, got {target.dtype}: give target.long()")
 
 
 def _check_shape(metric: Any, target: Tensor, expected: Any) -> None:

@@ -180,12 +180,12 @@ def compared_json(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _chance(splits: Splits, metric: Any) -> float | None:
     """Return the score of one answer for all test samples, the most frequent class or the mean; None if not known."""
-    labels = find_labels(splits.test, None) or []
     if isinstance(metric, Accuracy) and splits.classes:
+        labels = find_labels(splits.test, None) or []
         listed = labels and not np.ndim(labels[0])  # not one for each pixel or step
         return max(Counter(map(int, labels)).values()) / len(labels) if listed else 1 / splits.classes
-    if isinstance(metric, MeanAbsoluteError | MeanSquaredError) and labels:
-        targets = torch.as_tensor(np.array(labels), dtype=torch.float64)
+    if isinstance(metric, MeanAbsoluteError | MeanSquaredError):
+        targets = torch.stack([torch.as_tensor(target, dtype=torch.float64) for _, target in splits.test])
         return float(metric(targets.mean(0).expand_as(targets), targets))
     return None
 

@@ -17,7 +17,8 @@ REMEDIES = {
     r"MemoryError|OutOfMemory|out of memory|can't allocate memory": (
         "use a smaller --batch_size, fewer --steps, or the rule SLTT; `sltt profile --budget` says what fits"
     ),
-    r"\[Errno (2|13|20|21|28|30)\]": (  # of the system alone
+    r"\[Errno (2|20|21)\]": "correct the path",  # of the system alone
+    r"\[Errno (13|28|30)\]": (
         "correct the path or its permissions, or free space; --data.cache FOLDER keeps frames of events elsewhere"
     ),
     r"shared memory|Bus error|/dev/shm": "use --workers 0, or a larger /dev/shm (docker run --shm-size=8g)",

@@ -52,23 +52,26 @@ def run(words: Sequence[str]) -> None:
             share = numeral(decision.get("probability"), ".1%").text
             columns = step, decision.get("class", decision["prediction"]), share
             print(as_json(decision) if args.json else "\t".join(map(str, columns)), flush=True)
+        if not step:
+            raise ValueError(f"{args.files[0]} has no line: expected the numbers of a time step in each")
         return
     predictions = []
-    for file in args.files:
-        try:
+    try:
+        for file in args.files:
             sample = built.dataset.read(file, built.steps)
             shape = sample.shape if trained.static else sample.shape[1:]
             if (seen := content.get("sample")) and shape != (expected := seen["x"].shape[1:]):
                 raise ValueError(f"expected one sample of {list(expected)} values in a file, got {list(shape)}")
             prediction = predict(built.model, sample[None] if trained.static else sample[:, None])
-        except Exception as error:
-            error.add_note(f"the file is {file}")
-            raise
-        predictions.append({"file": str(file), **_describe(prediction, trained, names)})
-    if args.json:
-        print(as_json(predictions))
-    else:
-        Table([_row(prediction_of_file) for prediction_of_file in predictions]).show(Console())
+            predictions.append({"file": str(file), **_describe(prediction, trained, names)})
+    except Exception as error:
+        error.add_note(f"the file is {file}")
+        raise
+    finally:  # those before a file that cannot be read, too
+        if args.json:
+            print(as_json(predictions))
+        elif predictions:
+            Table([_row(prediction_of_file) for prediction_of_file in predictions]).show(Console())
 
 
 def _read_steps(file: Path, shape: Sequence[int]) -> Iterator[Tensor]:
@@ -89,7 +92,7 @@ def _describe(prediction: Tensor, trained: Trained, names: Sequence[str]) -> dic
     if trained.classes is None or prediction.ndim > 2:
         return {"prediction": prediction.squeeze(int(trained.prediction == "steps")).tolist()}
     index = int(prediction.argmax(1))
-    name = names[index] if len(names) == trained.classes else index
+    name = names[index] if index < len(names) == trained.classes else index
     probability = float(prediction.softmax(1)[0, index])
     return {"class": name, "probability": probability, "prediction": prediction[0].tolist()}
 

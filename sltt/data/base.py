@@ -151,7 +151,7 @@ class Data(ABC):
         Raises ValueError for a file that holds no sample.
         """
         if path.suffix != ".npy":
-            raise ValueError(f"{path}: {self} reads a sample from .npy, the array of one, got {path.suffix}")
+            raise ValueError(f"{path}: expected a file as {self} reads them, or .npy with the array of a sample")
         try:
             x = torch.from_numpy(np.load(path, allow_pickle=False))
         except (ValueError, TypeError, EOFError) as error:

@@ -3,6 +3,7 @@
 Shapes: T frames, of 10 ms, C bands.
 """
 
+import logging
 import math
 import re
 import wave
@@ -19,6 +20,7 @@ from sltt.data.recordings import RecordingError
 from sltt.data.series import prepare, standardise
 
 RATE, HOP, WINDOW, FFT = 8000, 80, 200, 256  # samples: of a second, from frame to frame, of a frame, of its spectrum
+log = logging.getLogger("sltt")
 URL = "https://github.com/Jakobovski/free-spoken-digit-dataset"
 
 
@@ -79,8 +81,10 @@ class SpokenDigits(Data):
         """Read a recording `.wav` as the frames of a sample."""
         if path.suffix != ".wav":
             return super().read(path, steps)
-        frames = log_mel(read_wav(path), mel_bank(self.bands))[:steps]
-        return standardise(frames, self.statistics or self.splits(steps).statistics, self.delta)
+        frames = log_mel(read_wav(path), mel_bank(self.bands))
+        if len(frames) > steps:
+            log.warning("%s: the first %d of its %d frames of 10 ms count, as in the training", path, steps, len(frames))
+        return standardise(frames[:steps], self.statistics or self.splits(steps).statistics, self.delta)
 
 
 def read_wav(path: Path) -> Tensor:
@@ -93,7 +97,8 @@ def read_wav(path: Path) -> Tensor:
         raise RecordingError(f"{path}: not a wav file ({error}); get it again from {URL}") from error
     if got[:3] != (1, 16, RATE) or len(data) != 2 * got[-1] or got[-1] < FFT:
         expected = f"1 channel of 16 bits at {RATE} Hz, {FFT} samples or more, all of them in the file"
-        raise RecordingError(f"{path}: expected {expected}, got {list(got)}; convert it, or get it again from {URL}")
+        found = "{} of {} bits at {} Hz, {} samples".format(*got)
+        raise RecordingError(f"{path}: expected {expected}, got {found}; convert it, or get it again from {URL}")
     return torch.frombuffer(bytearray(data), dtype=torch.int16) / 2.0**15
 
 

@@ -89,8 +89,7 @@ class GraphNetwork(nn.Module):
                 fits = all(shape == got[0] for shape in got) and expected in (None, got[0])
                 try:
                     require(fits, f"expected {expected}")
-                    dtype = next((p.dtype for p in layer.parameters()), torch.float32)
-                    values[name] = layer(sum(values[r].to(dtype) for r in reads))
+                    values[name] = layer(sum(values[r] for r in reads))
                 except (ValueError, RuntimeError) as reason:
                     raise ValueError(f"the input of {name} has shape {got} without the batch: {reason}") from None
         reset(self)
@@ -147,9 +146,10 @@ def _conv(node: Any) -> nn.Module:
 
 
 def _fill(module: Any, weight: np.ndarray, bias: np.ndarray | None) -> nn.Module:
-    module.weight = nn.Parameter(torch.from_numpy(np.array(weight)))
+    dtype = torch.get_default_dtype()  # as PyTorch makes layers
+    module.weight = nn.Parameter(torch.from_numpy(np.array(weight)).to(dtype))
     if bias is not None:
-        module.bias = nn.Parameter(torch.from_numpy(np.array(bias)).to(module.weight.dtype))
+        module.bias = nn.Parameter(torch.from_numpy(np.array(bias)).to(dtype))
     return module
 
 

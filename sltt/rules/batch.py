@@ -16,7 +16,7 @@ from sltt import kernels
 from sltt.losses import SequenceLoss, Watching, is_mean, is_per_step
 from sltt.sequence.once import add_gradients
 from sltt.sequence.padding import Padded, Real
-from sltt.sequence.reach import refers_to
+from sltt.sequence.reach import graph_nodes, operations, refers_to
 from sltt.sequence.run import Run
 from sltt.sequence.steps import Sequence
 
@@ -156,10 +156,11 @@ class Batch:
             self._total = self._total + total.detach() + others
         return total
 
-    def backpropagate_logits(self, steps: range, logits: Tensor) -> list[Tensor | None]:
-        """Call the loss of time steps that ran without a graph, once for each; return the gradients that it gives.
+    def backpropagate_logits(self, steps: range, logits: Tensor) -> list[Tensor | None] | None:
+        """Call the loss of time steps that run again, once for each; return the gradients that it gives.
 
-        These are of the logits [n, B, C], and of the states behind the last step if the loss may read them.
+        These are of the logits [n, B, C], and of the states behind the last step if the loss may read them. It is None
+        where logits have a graph, and the loss reads more of it.
         """
         leaf, watching = logits.detach().requires_grad_(), self.loss if isinstance(self.loss, Watching) else None
         reads = watching is None and refers_to(self.loss, self.network.layout.layers)
@@ -168,8 +169,11 @@ class Batch:
             state.requires_grad_()
         with torch.enable_grad():
             value = self._sum_losses(steps, leaf, watching and watching.loss)
-            if value.requires_grad:
+            late = operations(graph_nodes([logits.grad_fn])) & graph_nodes([value.grad_fn])
+            if value.requires_grad and not late:
                 self.backward(value)
+        if late:
+            return None
         with torch.no_grad():
             self._total = self._total + value.detach() + (watching.penalty() / self.steps if watching else 0.0)
         gradients = [leaf.grad, *(state.grad for state in states)]
@@ -178,8 +182,12 @@ class Batch:
             state.requires_grad_(False)
         return gradients
 
-    def add_gradients(self, total: Tensor, logits: Tensor, gradients: list[Tensor | None]) -> Tensor:
+    def add_gradients(self, total: Tensor, steps: range, logits: Tensor, gradients: list[Tensor | None] | None) -> Tensor:
         """Return `total`, whose backward gives time steps that ran again what `backpropagate_logits` found."""
+        if gradients is None:
+            value = self._sum_losses(steps, logits)
+            self._total = self._total + value.detach()
+            return total + value
         if isinstance(self.loss, Watching):
             total = total + self.loss.penalty() / self.steps
         states = [s for s in self.network.layout.state_tensors() if s.is_floating_point()]

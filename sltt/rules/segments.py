@@ -28,7 +28,7 @@ def run_in_segments(batch: Batch, length: int, checkpoints: int | None, fold: Fo
     run = batch.network
     segments = split(range(batch.steps), length)
     weights = [] if run.layout.steady else [(name, p, p.detach().sum()) for name, p in batch.model.named_parameters()]
-    of_logits: dict[int, list[Tensor | None]] = {}  # logits, since a loss is called once for each step
+    of_logits: dict[int, list[Tensor | None] | None] = {}  # logits, since a loss is called once for each step
     same: dict[int, Tensor] = {}
     counters: list[Any] = [
         watch.see for layer in run.layout.neurons.values() for watch in watches(layer) if watch.counts
@@ -39,11 +39,15 @@ def run_in_segments(batch: Batch, length: int, checkpoints: int | None, fold: Fo
         for counter in counters:
             counter.replays = again
         before = [(t, batch.logits(t).clone()) for t in call] if again else []
-        logits = batch.run(call, graph=graph)
-        if again and not graph and isinstance(batch.loss, Watching):
-            batch.loss.rates.clear()  # spikes of a call that ran again count once
+        first = not of_logits  # with a graph, to see whether the loss reads more of it than logits and states
+        logits = batch.run(call, graph=graph or first)
+        if first:
+            run.detach()
         if not again:
-            of_logits[call.start] = batch.backpropagate_logits(call, logits)
+            late = not first and of_logits[0] is None  # the loss is called as the step runs with a graph
+            of_logits[call.start] = None if late else batch.backpropagate_logits(call, logits)
+        if not graph and isinstance(batch.loss, Watching) and (again or of_logits[call.start] is None):
+            batch.loss.rates.clear()  # spikes of a call that ran again count once
         for t, o in before:
             same[t] = torch.isclose(batch.logits(t), o, 1e-3, 1e-5, equal_nan=True).all() & same.get(t, True)
         return logits
@@ -56,7 +60,7 @@ def run_in_segments(batch: Batch, length: int, checkpoints: int | None, fold: Fo
             if segment.stop == batch.steps:
                 total = total + batch.forward(call)
             else:
-                total = batch.add_gradients(total, forward(call, graph=True), of_logits.pop(call.start))
+                total = batch.add_gradients(total, call, forward(call, graph=True), of_logits.pop(call.start))
         if after:
             states = zip(run.layout.state_tensors(), gradients, strict=True)
             total = add_gradients(total, [(s, g) for s, g in states if g is not None and s.requires_grad])

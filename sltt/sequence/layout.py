@@ -120,7 +120,7 @@ class Layout:
                 "no module of the model keeps a state between time steps, so that all rules are the same. A rule knows "
                 "sltt's neurons and every sltt.Stateful, the neurons of SpikingJelly, snnTorch, sinabs and Norse, and "
                 "what sltt.register is given",
-                stacklevel=3,
+                stacklevel=1,  # of one line, so that it is shown once
             )
 
     @property

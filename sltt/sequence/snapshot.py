@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sltt._torch import get_rng_states, set_rng_states
+from sltt._torch import get_generators, set_generators
 from sltt.sequence.run import Run
 from sltt.sequence.state import map_tensors, state_names
 
@@ -39,12 +39,12 @@ class Surroundings:
 
     def __init__(self, run: Run):
         self.buffers = Buffers(run)
-        self.generators = get_rng_states({p.device for p in run.model.parameters()})
+        self.generators = get_generators({p.device for p in run.model.parameters()})
 
     def restore(self) -> None:
         """Set them back."""
         self.buffers.restore()
-        set_rng_states(self.generators)
+        set_generators(self.generators)
 
 
 class Snapshot:

@@ -65,7 +65,7 @@ def test_an_array_is_a_sample(here, capsys):
     assert main(["predict", "run", "bytes.npy"]) == 1
     assert "bytes.npy has whole numbers up to 255: save it as the data has it, in [0, 1] say" in capsys.readouterr().err
     assert main(["predict", "run", "sample.csv"]) == 1
-    assert "sample.csv: SequentialDigits reads a sample from .npy, the array of one" in capsys.readouterr().err
+    assert "sample.csv: expected a file as SequentialDigits reads them, or .npy" in capsys.readouterr().err
 
 
 def test_a_prediction_without_one_class_has_its_numbers():

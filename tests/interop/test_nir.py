@@ -228,7 +228,7 @@ def test_names_that_differ_in_a_dot_are_two_layers():
     ends = {"input": nir.Input({"input": np.array([3])}), "output": nir.Output({"output": np.array([3])})}
     edges = [("input", "fc.1"), ("fc.1", "fc_1"), ("fc_1", "output")]
     graph = nir.NIRGraph({**ends, "fc.1": weights(1.0), "fc_1": weights(10.0)}, edges)
-    assert from_nir(graph)(torch.ones(1, 3).double()).tolist() == [[90.0] * 3]
+    assert from_nir(graph)(torch.ones(1, 3)).tolist() == [[90.0] * 3]
 
 
 def test_a_weight_that_is_computed_is_folded_as_an_ordinary_one():

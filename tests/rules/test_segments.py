@@ -1,5 +1,7 @@
+import random
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -52,6 +54,36 @@ def test_the_second_run_of_a_segment_carries_the_gradient_through_a_state_that_r
     for length in (1, 2, 3):
         torch.testing.assert_close(gradients(model, sltt.BPTT(segment=length), x, y)[0], expected)
     assert not torch.allclose(gradients(model, sltt.SLTT(), x, y)[0], expected)
+
+
+@pytest.mark.parametrize("rate", [None, 0.3])
+@pytest.mark.parametrize("length", [1, 2, "auto"])
+def test_segments_have_the_gradient_of_a_loss_on_hidden_layers(length, rate):
+    """Read from an attribute and from a hook, beside spikes that Activity reads; random numbers of Python repeat."""
+
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Sequential(nn.Linear(6, 8), sltt.LIF(tau=4.0)), nn.Linear(8, 3)
+
+        def forward(self, x):
+            self.hidden = self.inner(x)
+            return self.outer(self.hidden * random.choice([0.5, 1.5]) * np.random.choice([0.5, 1.5]))
+
+    def loss(logits, target):
+        return LOSS(logits, target) + model.hidden.square().mean() + 3 * seen[-1].mean() + model.outer.weight.sum()
+
+    x, y = batch(steps=7)
+    results, model, seen = [], Hidden().double(), []
+    model.inner[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    for rule in (sltt.BPTT(fold=1), sltt.BPTT(segment=length)):
+        random.seed(0)
+        np.random.seed(0)
+        model.zero_grad()
+        out = rule(model, x, y, loss if rate is None else sltt.losses.Activity(loss, rate=rate))
+        results.append([out.loss, out.logits, *(p.grad for p in model.parameters()), torch.tensor(random.random())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 def test_a_layer_runs_compiled_in_both_runs_of_a_segment_or_in_none(monkeypatch):
