@@ -233,7 +233,7 @@ def fitted(tmp_path, data, loss, metric, outputs=2, steps=6, **settings):
 
 
 def test_labels_that_the_loss_ignores_are_no_damage(tmp_path):
-    samples = [(torch.rand(6, 4), torch.tensor([0, 1, 1, 0, 0, -100 if i % 2 else 1])) for i in range(20)]
+    samples = [(torch.rand(6, 4), torch.tensor([0, 1, -100, 0, 0, -100 if i % 2 else 1])) for i in range(20)]
     data = from_datasets(samples, static=False, per_step=True, classes=2)
     loss = sltt.losses.PerStep(nn.CrossEntropyLoss(ignore_index=-100))
     _, result = fitted(tmp_path, data, loss, sltt.metrics.Accuracy())
@@ -326,7 +326,7 @@ def test_metrics_are_what_they_say():
 )
 def test_targets_that_would_be_broadcast_are_refused(metric, prediction, target):
     with pytest.raises(ValueError, match=f"{type(metric).__name__} compares predictions with targets"):
-        metric(torch.rand(prediction), torch.ones(target))
+        metric(torch.rand(prediction), torch.ones(target).long())
 
 
 RECIPE = """

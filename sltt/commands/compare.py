@@ -185,7 +185,7 @@ def _chance(splits: Splits, metric: Any) -> float | None:
         listed = labels and not np.ndim(labels[0])  # not one for each pixel or step
         return max(Counter(map(int, labels)).values()) / len(labels) if listed else 1 / splits.classes
     if isinstance(metric, MeanAbsoluteError | MeanSquaredError):
-        targets = torch.stack([torch.as_tensor(target, dtype=torch.float64) for _, target in splits.test])
+        targets = torch.stack([torch.as_tensor(target, dtype=torch.float64) for _, target in splits.test or ()])
         return float(metric(targets.mean(0).expand_as(targets), targets))
     return None
 

@@ -58,15 +58,16 @@ def run(words: Sequence[str]) -> None:
     predictions = []
     try:
         for file in args.files:
-            sample = built.dataset.read(file, built.steps)
-            shape = sample.shape if trained.static else sample.shape[1:]
-            if (seen := content.get("sample")) and shape != (expected := seen["x"].shape[1:]):
-                raise ValueError(f"expected one sample of {list(expected)} values in a file, got {list(shape)}")
-            prediction = predict(built.model, sample[None] if trained.static else sample[:, None])
+            try:
+                sample = built.dataset.read(file, built.steps)
+                shape = sample.shape if trained.static else sample.shape[1:]
+                if (seen := content.get("sample")) and shape != (expected := seen["x"].shape[1:]):
+                    raise ValueError(f"expected one sample of {list(expected)} values in a file, got {list(shape)}")
+                prediction = predict(built.model, sample[None] if trained.static else sample[:, None])
+            except Exception as error:
+                error.add_note(f"the file is {file}")
+                raise
             predictions.append({"file": str(file), **_describe(prediction, trained, names)})
-    except Exception as error:
-        error.add_note(f"the file is {file}")
-        raise
     finally:  # those before a file that cannot be read, too
         if args.json:
             print(as_json(predictions))

@@ -272,5 +272,7 @@ def test_the_brackets_of_a_rule_are_shown(capsys):
 )
 def test_chance_is_the_score_of_one_answer_for_all_test_samples(metric, targets, chance):
     samples = torch.utils.data.TensorDataset(torch.rand(4, 3), torch.tensor(targets))
+    if "Mean" in type(metric).__name__:  # with targets that are found one by one
+        samples = [*samples]
     splits = sltt.data.from_datasets(samples, test=samples, static=True).splits(4)
     assert compare._chance(splits, metric) == chance

@@ -64,14 +64,20 @@ def test_an_array_is_a_sample(here, capsys):
     np.save("bytes.npy", np.full((8, 8), 255, np.uint8))
     assert main(["predict", "run", "bytes.npy"]) == 1
     assert "bytes.npy has whole numbers up to 255: save it as the data has it, in [0, 1] say" in capsys.readouterr().err
-    assert main(["predict", "run", "sample.csv"]) == 1
-    assert "sample.csv: expected a file as SequentialDigits reads them, or .npy" in capsys.readouterr().err
+    Path("empty.txt").touch()
+    assert main(["predict", "run", "empty.txt", "--stream", "2"]) == 1
+    assert main(["predict", "run", "sample.npy", "sample.csv"]) == 1
+    said = capsys.readouterr()
+    assert "empty.txt has no line: expected" in said.err
+    assert "sample.csv: expected a file as SequentialDigits reads them, or .npy" in said.err
+    assert said.out.count("sample.npy") == 1  # what was predicted before
 
 
 def test_a_prediction_without_one_class_has_its_numbers():
     for by, classes, shape in (("mean", None, (1, 3)), ("steps", 2, (4, 1, 2)), ("max", 2, (1, 2, 5, 1))):
         (found,) = _describe(x := torch.rand(shape), Trained(4, False, classes, by), []).values()
         assert np.array_equal(found, x[:, 0] if by == "steps" else x[0])
+    assert _describe(torch.eye(5)[4:], Trained(4, False, 3, "mean"), ["a", "b", "c"])["class"] == 4
 
 
 def test_events_in_arrays(tmp_path):

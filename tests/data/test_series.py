@@ -105,10 +105,12 @@ def test_spoken_digits_are_split_by_index_or_by_speaker(spoken):
         SpokenDigits(str(spoken), speaker="bob").splits(22)
 
 
-def test_a_packed_run_predicts_and_exports_without_its_data(spoken, monkeypatch, capsys):
+def test_a_packed_run_predicts_and_exports_without_its_data(spoken, monkeypatch, capsys, caplog):
     monkeypatch.chdir(spoken)
     words = "speech --data.root . --epochs 1 --steps 25 --model.features [40,8,10] --model.delays [null] --device cpu"
     assert main(["train", *words.split(), "--run", "run"]) == 0
+    SpokenDigits(".").read(spoken / "recordings/0_ann_2.wav", 22)
+    assert "the first 22 of its 23 frames of 10 ms count" in caplog.text
     splits, model, wav = SpokenDigits(".").splits(25), sltt.load("run"), "0_ann_2.wav"
     expected = sltt.predict(model, splits.test[2][0][:, None])[0]
     assert main(["pack", "run"]) == 0
