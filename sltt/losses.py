@@ -62,11 +62,9 @@ class CrossEntropyMSE(Loss):
         loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
         if self.alpha == 0:
             return loss
-        goal = (
-            F.one_hot(target, logits.shape[1]).movedim(-1, 1).to(logits.dtype)
-            if self.one_hot
-            else torch.ones_like(logits)
-        )
+        goal = torch.ones_like(logits)
+        if self.one_hot:
+            goal = F.one_hot(target, logits.shape[1]).movedim(-1, 1).to(logits.dtype)
         return (1 - self.alpha) * loss + self.alpha * F.mse_loss(logits, goal)
 
     def extra_repr(self) -> str:

@@ -99,17 +99,7 @@ def test_another_rule_names_the_nearest_loss(name):
             by_rule(model, RULES[name], x, torch.rand(4, 5, 3).double(), VanRossum())
 
 
-STEP_RULES = [
-    "BPTT",
-    "BPTT(segment=2)",
-    "BPTT(fold=4)",
-    "TBPTT(2)",
-    "SLTT",
-    "SLTT(fold=3)",
-    "SLTT(k=1)",
-    "OTTT",
-    "Mixed",
-]
+STEP_RULES = ["BPTT", "BPTT(segment=2)", "BPTT(fold=4)", "TBPTT(2)", "SLTT", "SLTT(fold=3)", "SLTT(k=1)", "OTTT"]
 
 
 @pytest.mark.parametrize("name", [*STEP_RULES, "Mixed"])

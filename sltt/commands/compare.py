@@ -61,9 +61,8 @@ def run(words: Sequence[str]) -> None:
     for rule, chosen in combinations:  # what is wrong with an option or a rule ends this before a training begins
         recipe.build(*to_options(chosen), rule=rule).stages()
     report = Console(quiet=args.json)
-    result = compared_json(
-        recipe, [compare(rule, chosen, args.seeds, args.save, recipe, report) for rule, chosen in combinations]
-    )
+    rows = [compare(rule, chosen, args.seeds, args.save, recipe, report) for rule, chosen in combinations]
+    result = compared_json(recipe, rows)
     give(result, args, "compare.json", lambda report: print_compared(result, report))
     tell_died(result["rows"])
 

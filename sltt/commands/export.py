@@ -151,9 +151,8 @@ def _default_name(run: Path) -> str:
 
 def _write_c(built: Any, splits: Splits, folder: Path, name: str, options: dict[str, Any], report: Console) -> None:
     """Write a trained network as C, and report its size, operations and accuracy."""
-    samples, of = (
-        (splits.unaugmented_train, "training") if splits.validation is None else (splits.validation, "validation")
-    )
+    samples = splits.unaugmented_train if splits.validation is None else splits.validation
+    of = "training" if splits.validation is None else "validation"
     x, y = _batch(splits, samples, range(SEEN))
     steps = built.steps if splits.static else None
     exported = to_c(built.model, x, folder, name=name, steps=steps, **options)

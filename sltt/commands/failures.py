@@ -69,9 +69,7 @@ def remedy(error: Exception, command: str) -> str:
         return f"correct {place}; SLTT_TRACEBACK=1 shows what called it"
     if isinstance(error, SAID) and "".join(_places(error)[-1:]).startswith(PACKAGE):
         return f"{explains}; the page “Errors and remedies” of the documentation has more"
-    return (
-        "SLTT_TRACEBACK=1 shows where this happened: report it with the output, if the network and the data are right"
-    )
+    return "SLTT_TRACEBACK=1 shows where this happened: report it with the output, if network and data are right"
 
 
 def _user_line(error: Exception) -> str | None:

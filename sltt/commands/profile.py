@@ -214,13 +214,9 @@ def _cost(here: Session, recipe: Recipe, rule: str, steps: int, batch: int, repe
     ready = Prepared(here, recipe.build(rule=rule), steps)
     memory = _memory(ready, batch)
     seconds = _seconds(ready, itertools.islice(ready.batches(batch), repeats + WARMUP), WARMUP)
-    operations = count_operations(ready.model, *ready.batch(batch), ready.loss, ready.rule, steps=ready.repeat)
+    counted = count_operations(ready.model, *ready.batch(batch), ready.loss, ready.rule, steps=ready.repeat)
     parts = {**vars(memory), "batch": memory.batch, "total": memory.total}
-    measured = {
-        "memory": parts,
-        "seconds": {**vars(seconds), "total": seconds.total},
-        "operations": operations._asdict(),
-    }
+    measured = {"memory": parts, "seconds": {**vars(seconds), "total": seconds.total}, "operations": counted._asdict()}
     return {"rule": rule, "steps": steps, "fold": ready.fold._asdict(), **measured}
 
 

@@ -161,11 +161,7 @@ def _agreement(agreements: dict[str, Any], results: Gathered) -> Section:
 
 def _few_shots(results: dict[str, Any], colours: dict[str, str]) -> Section:
     seen = list(itertools.accumulate(results["sizes"]))
-    lines = {
-        row["rule"]: [(seen, accuracies) for accuracies in row["accuracies"]]
-        for row in results["rows"]
-        if row["accuracies"]
-    }
+    lines = {row["rule"]: [(seen, y) for y in row["accuracies"]] for row in results["rows"] if row["accuracies"]}
     base, way, count = results["sizes"][0], results["sizes"][1], len(results["sizes"]) - 1
     text = [
         f"The network trains on {base} base classes and is then frozen. {count} × {way} classes follow, each with "

@@ -110,9 +110,8 @@ def answers(results: Gathered) -> list[str]:
     sentences = [_sentence(verdict, reference) for verdict in others if reference is not None]
     if reference is not None and reference.score is not None and sentences:
         sentences.append(_take(rules, reference))
-    return [text for text in sentences if text] or [
-        row["advice"] for agreement in results.agreements for row in agreement["rows"]
-    ]
+    advice = [row["advice"] for agreement in results.agreements for row in agreement["rows"]]
+    return [text for text in sentences if text] or advice
 
 
 def advice_on(row: Mapping[str, Any], recipe: str, results: Gathered) -> str:

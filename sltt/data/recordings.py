@@ -184,10 +184,8 @@ def _read_npy(path: Path) -> Recording:
 
 def _read_npz(path: Path) -> Recording:
     with np.load(path, allow_pickle=False) as arrays:
-        if missing := set("xytp") - set(arrays.files):
-            raise RecordingError(
-                f"expected arrays x, y, t, p, got {', '.join(arrays.files)} without {', '.join(sorted(missing))}"
-            )
+        if missing := ", ".join(sorted(set("xytp") - set(arrays.files))):
+            raise RecordingError(f"expected arrays x, y, t, p, got {', '.join(arrays.files)} without {missing}")
         return _of_names(arrays)
 
 

@@ -83,9 +83,7 @@ class SpokenDigits(Data):
             return super().read(path, steps)
         frames = log_mel(read_wav(path), mel_bank(self.bands))
         if len(frames) > steps:
-            log.warning(
-                "%s: the first %d of its %d frames of 10 ms count, as in the training", path, steps, len(frames)
-            )
+            log.warning("%s: the first %d of its %d frames of 10 ms count, as in training", path, steps, len(frames))
         return standardise(frames[:steps], self.statistics or self.splits(steps).statistics, self.delta)
 
 

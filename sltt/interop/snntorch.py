@@ -131,15 +131,8 @@ def _find_ours(module: Any) -> nn.Module:
 def _constants(module: Any) -> tuple[Any, ...]:
     states = module._non_persistent_buffers_set
     tensors = [t for name, t in (module._parameters | module._buffers).items() if name not in states]
-    delayed = getattr(module, "reset_delay", True)
-    flags = (
-        _state_function(module),
-        module.reset_mechanism,
-        delayed,
-        module.inhibition,
-        module.state_quant,
-        module.output,
-    )
+    plain = [getattr(module, name) for name in ("reset_mechanism", "inhibition", "state_quant", "output")]
+    flags = _state_function(module), getattr(module, "reset_delay", True), *plain
     return *tensors, *(t.requires_grad for t in tensors), module.spike_grad, *flags
 
 

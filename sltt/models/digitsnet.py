@@ -20,12 +20,7 @@ class DigitsNet(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int = 1,
-        classes: int = 10,
-        width: int = 32,
-        neuron: NeuronFactory = LIF,
-        dropout: float = 0.0,
+        self, in_channels: int = 1, classes: int = 10, width: int = 32, neuron: NeuronFactory = LIF, dropout: float = 0
     ):
         super().__init__()
         self.in_channels = whole_number("in_channels", in_channels, least=1)

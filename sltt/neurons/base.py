@@ -95,9 +95,7 @@ class Neuron(Stateful):
         """Return what `advance` does in a run."""
         return self.advance
 
-    def advance_normalised(
-        self, norm: nn.Module, x: Tensor, bias: Tensor | None, steps: int, cut: bool
-    ) -> Tensor | None:
+    def advance_normalised(self, norm: Any, x: Tensor, bias: Tensor | None, steps: int, cut: bool) -> Tensor | None:
         """Run the time steps in x behind a BatchNorm by a kernel that also normalises; return None without one.
 
         `bias`, if given, stands for the norm's, whose values it has.

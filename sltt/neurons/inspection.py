@@ -38,9 +38,8 @@ def emits_bits(kind: type, step: CustomStep) -> bool:
             got = f"{list(value.shape)} ({str(value.dtype).removeprefix('torch.')})"
             raise problem(f"returns {name} {got} for an input {list(SHAPE)} (float32)", "keep shape and type")
     if not results[0].requires_grad:
-        raise problem(
-            "returns spikes that no gradient passes", "let a surrogate fire: sltt.surrogates.Triangle()(u - 1)"
-        )
+        remedy = "let a surrogate fire: sltt.surrogates.Triangle()(u - 1)"
+        raise problem("returns spikes that no gradient passes", remedy)
     same, cause = False, None
     try:
         alone = _run_alone(step, inputs, parameters)

@@ -182,9 +182,7 @@ class Batch:
             state.requires_grad_(False)
         return gradients
 
-    def add_gradients(
-        self, total: Tensor, steps: range, logits: Tensor, gradients: list[Tensor | None] | None
-    ) -> Tensor:
+    def add_gradients(self, total: Tensor, steps: range, logits: Tensor, gradients: Any) -> Tensor:
         """Return `total`, whose backward gives time steps that ran again what `backpropagate_logits` found."""
         if gradients is None:
             value = self._sum_losses(steps, logits)

@@ -21,14 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt import kernels
-from sltt._torch import (
-    DispatchMode,
-    _disable_current_modes,
-    _DropoutNd,
-    get_rng_states,
-    keep_generators,
-    unwrapped,
-)
+from sltt._torch import DispatchMode, _disable_current_modes, _DropoutNd, get_rng_states, keep_generators, unwrapped
 from sltt.neurons.dropout import Dropout
 from sltt.rules.batch import Backward, Batch, Fold
 from sltt.sequence.copies import copy_model

@@ -236,9 +236,8 @@ class _Watched(Sizes):
     def find_pairs(self) -> dict[str, str]:
         """Return the layers of neurons that alone read what a BatchNorm gives, by its name."""
         self.operations.samples.clear()
-        return {
-            norm: neuron for norm, neuron, y, left in self._pairs if self.operations.reads[y] == 1 and left() is None
-        }
+        reads = self.operations.reads
+        return {norm: neuron for norm, neuron, y, left in self._pairs if reads[y] == 1 and left() is None}
 
     def keeper(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         if not is_proved(layer):

@@ -30,9 +30,8 @@ def run_in_segments(batch: Batch, length: int, checkpoints: int | None, fold: Fo
     weights = [] if run.layout.steady else [(name, p, p.detach().sum()) for name, p in batch.model.named_parameters()]
     of_logits: dict[int, list[Tensor | None] | None] = {}  # logits, since a loss is called once for each step
     same: dict[int, Tensor] = {}
-    counters: list[Any] = [
-        watch.see for layer in run.layout.neurons.values() for watch in watches(layer) if watch.counts
-    ]
+    watching = [watch for layer in run.layout.neurons.values() for watch in watches(layer)]
+    counters: list[Any] = [watch.see for watch in watching if watch.counts]
 
     def forward(call: range, graph: bool) -> Tensor:
         again = call.start in of_logits

@@ -43,13 +43,11 @@ class TraceStep(CreditStep):
             raise ValueError(f"OTTT in a fold has no traces for {problems[0]}{more}; use fold=1")
 
     def weight(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
-        operations, module = self._operations_of(layer), layer.module
+        ours, module = self._operations_of(layer), layer.module
         operation = kernels.operation_of(module) if layer.is_known else None
         if operation is None or len(args) != 1 or not self.run.follows or has_own_operations():
-            return operations.forward(*args, **kwargs)
-        return operations.weigh(
-            operation.function, args[0], layer.role.weight(module), module.bias, *operation.settings
-        )
+            return ours.forward(*args, **kwargs)
+        return ours.weigh(operation.function, args[0], layer.role.weight(module), module.bias, *operation.settings)
 
     def norm(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         norm = layer.module
@@ -247,10 +245,8 @@ class _Traced(torch.autograd.Function):
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...], needs: list[bool]) -> Any:
     """Return the gradients of input and weight that are needed; `settings` are those of a convolution."""
     if not settings:
-        return (
-            grad @ weight.to(grad.dtype) if needs[0] else None,
-            grad.flatten(0, -2).T @ x.flatten(0, -2) if needs[1] else None,
-        )
+        of_x = grad @ weight.to(grad.dtype) if needs[0] else None
+        return of_x, grad.flatten(0, -2).T @ x.flatten(0, -2) if needs[1] else None
     stride, padding, dilation, groups = settings
     axes = stride, 0 if padding == "valid" else padding, dilation
     dims = weight.ndim - 2

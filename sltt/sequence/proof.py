@@ -68,7 +68,6 @@ def is_proved(layer: Any) -> bool:
         return package in LIBRARIES
     if role.kind == "norm" and role.of is None:  # GroupNorm: operations tell whether channels may be last
         return package == "torch" and not isinstance(module, nn.GroupNorm)
-    alike = name in {f"torch.nn.modules.{file}" for file in _ALIKE.split()} and not isinstance(
-        module, _NOT_ALIKE + _PADS
-    )
+    of_torch = name in {f"torch.nn.modules.{file}" for file in _ALIKE.split()}
+    alike = of_torch and not isinstance(module, _NOT_ALIKE + _PADS)
     return alike or kind in _CONTAINERS or name.startswith("torch.nn.utils")

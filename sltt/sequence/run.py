@@ -13,7 +13,6 @@ import threading
 from collections import deque
 from contextlib import AbstractContextManager, ExitStack
 from itertools import pairwise
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -104,9 +103,7 @@ class Run:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         with self._exit_stack:
             self._exit_stack.callback(release, self._before)
             self._exit_stack.callback(self.reset)

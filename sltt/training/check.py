@@ -119,11 +119,9 @@ def warn_of_leftovers(model: nn.Module, before: list[Any], samples: int) -> None
         new = id(value) not in there and (name, attribute, value.shape) not in shapes  # or it is of that size anyway
         if value.ndim > 1 and len(value) == samples and new:
             kind = type(module).__name__
-            other = (
-                "give it a name that begins with _"
-                if isinstance(module, Stateful)
-                else f"sltt.register({kind}, states=[])"
-            )
+            other = f"sltt.register({kind}, states=[])"
+            if isinstance(module, Stateful):
+                other = "give it a name that begins with _"
             warnings.warn(
                 f"{name.removeprefix(FABRIC) or 'the model'} ({kind}) keeps a tensor of the batch in `.{attribute}` "
                 f"after the sequence. If it is a state, {to_state(module, attribute)}; if it is not, {other}",

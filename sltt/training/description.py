@@ -74,7 +74,6 @@ def _parts(value: Any) -> dict[str, Any]:
     held = {k: v for k, v in getattr(value, "__dict__", {}).items() if k != "_loaded"}
     if isinstance(value, nn.Module):
         tensors = *value.named_parameters(recurse=False), *value.named_buffers(recurse=False)
-        held = (
-            {k: v for k, v in held.items() if k not in vars(nn.Module())} | dict(tensors) | dict(value.named_children())
-        )
+        held = {k: v for k, v in held.items() if k not in vars(nn.Module())}
+        held |= dict(tensors) | dict(value.named_children())
     return {"class": name if held else None, **held}

@@ -225,9 +225,8 @@ def names_of(kind: type[Execution], *groups: str | None) -> list[str]:
 
 def texts_of(kind: type[Execution]) -> dict[str, str]:
     """Return what each setting does, with those of `Execution` last."""
-    texts = {
-        doc.arg_name: doc.description or "" for part in kind.__mro__[:-1] for doc in parse_from_object(part).params
-    }
+    docs = [doc for base in kind.__mro__[:-1] for doc in parse_from_object(base).params]
+    texts = {doc.arg_name: doc.description or "" for doc in docs}
     shared = {setting.name for setting in fields(Execution)}
     order = sorted(fields(kind), key=lambda setting: setting.kw_only and setting.name in shared)
     return {setting.name: " ".join(texts[setting.name].split()) for setting in order}

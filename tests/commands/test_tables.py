@@ -58,10 +58,7 @@ def test_gradients_beside_that_of_bptt(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[5:7]] == [["layer", "cosine", "norm", "/", "BPTT"], ["a", "0.9000", "0.800"]]
     assert [line.split()[0] for line in lines[6:8]] == ["a", "d"]
-    assert lines[8:] == [
-        "T = 3, after 1 epoch: Take it.",
-        "τ = 1.5, T = 3, after 1 epoch: Take it.",
-    ]
+    assert lines[8:] == ["T = 3, after 1 epoch: Take it.", "τ = 1.5, T = 3, after 1 epoch: Take it."]
 
 
 def test_accuracy_by_session_is_a_mean_over_seeds(capsys):

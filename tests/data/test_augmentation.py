@@ -23,13 +23,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"randaugment": 2},
-        {"erase": 1.0},
-        {"mixup": 0.5},
-    ],
-    ids=lambda kwargs: "-".join(kwargs),
+    "kwargs", [{"randaugment": 2}, {"erase": 1.0}, {"mixup": 0.5}], ids=lambda kwargs: "-".join(kwargs)
 )
 def test_training_images_change_and_others_do_not(folder, kwargs):
     drawn = []

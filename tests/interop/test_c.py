@@ -387,8 +387,7 @@ def test_what_the_recipes_take_in_memory(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "weights"),
-    [("events", "float32"), ("Residual", "int8"), ("recurrent MLP", "float32"), ("delays", "int8")],
+    ("key", "weights"), [("events", "float32"), ("Residual", "int8"), ("recurrent MLP", "float32"), ("delays", "int8")]
 )
 def test_the_exported_test_passes_under_sanitizers_and_finds_a_wrong_weight(key, weights, compiled):
     """The folder is whole: Makefile, test and vectors."""

@@ -9,12 +9,7 @@ from sltt.models.base import SHIPPED
 from sltt.neurons import Neuron
 from sltt.training.checkpoints import load_checkpoint
 
-BUILDERS = [
-    models.vgg11,
-    models.resnet18,
-    models.resnet34,
-    models.DigitsNet,
-]
+BUILDERS = [models.vgg11, models.resnet18, models.resnet34, models.DigitsNet]
 
 
 EACH_KIND = [models.DigitsNet, models.vgg11, models.resnet18]
@@ -54,9 +49,7 @@ def test_parameter_counts_are_those_of_the_paper(model, expected):
 
 
 @pytest.mark.parametrize(
-    ("build", "count"),
-    list(zip(BUILDERS, [8, 17, 33, 3], strict=True)),
-    ids=lambda v: getattr(v, "__name__", str(v)),
+    ("build", "count"), list(zip(BUILDERS, [8, 17, 33, 3], strict=True)), ids=lambda v: getattr(v, "__name__", str(v))
 )
 def test_networks_have_so_many_neurons_as_they_are_given(build, count):
     with torch.device("meta"):

@@ -128,9 +128,7 @@ def test_a_window_of_mixed_is_that_of_the_whole_recurrent_layer():
 
 @pytest.mark.parametrize(
     ("layer", "message"),
-    [
-        (nn.Linear(3, 4), r"gets spikes \[2, 3\] and gives \[2, 4\]: expected a layer that keeps the shape"),
-    ],
+    [(nn.Linear(3, 4), r"gets spikes \[2, 3\] and gives \[2, 4\]: expected a layer that keeps the shape")],
 )
 def test_recurrence_of_the_wrong_width_is_named(layer, message):
     with pytest.raises(ValueError, match=message):

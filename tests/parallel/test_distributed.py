@@ -17,16 +17,7 @@ from sltt.parallel.signals import PREEMPTED
 from sltt.training.batches import EpochSampler, train_loader
 from sltt.training.checkpoints import load_checkpoint
 from tests.conftest import LINUX, LOSS
-from tests.processes import (
-    NORMED,
-    ONLINE,
-    TRAININGS,
-    Sequences,
-    network,
-    several_lengths,
-    statistics,
-    train,
-)
+from tests.processes import NORMED, ONLINE, TRAININGS, Sequences, network, several_lengths, statistics, train
 from tests.training.blobs import equal
 
 ROOT = Path(__file__).parents[2]
@@ -282,10 +273,7 @@ sltt.fit(model, sltt.data.Digits(), Fails(), steps=2, run=sys.argv[1], device="c
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("of", "said"),
-    [
-        ("rule", "no spike was ever seen"),
-        ("width", "the network differs between processes: 1.weight [10, 64], "),
-    ],
+    [("rule", "no spike was ever seen"), ("width", "the network differs between processes: 1.weight [10, 64], ")],
 )
 def test_an_error_in_one_process_ends_the_others(of, said, tmp_path):
     (tmp_path / "script.py").write_text(FAILS)

@@ -149,10 +149,7 @@ FUNCTIONS = {
         lambda layer, x: x + layer.table((x > 0).long()).sum(2),
         {"table": nn.Embedding(2, 4, scale_grad_by_freq=True)},
     ),
-    "reads its memory in another order": (
-        lambda layer, x: x.contiguous().as_strided(x.shape, (1, len(x))),
-        {},
-    ),
+    "reads its memory in another order": (lambda layer, x: x.contiguous().as_strided(x.shape, (1, len(x))), {}),
     "normalises a weight": (lambda layer, x: F.linear(x, layer.norm(layer.w)), {"norm": nn.BatchNorm1d(16), **WEIGHT}),
     "has neurons behind a weight": (lambda layer, x: x + layer.neuron(layer.w[0]), {"neuron": sltt.LIF(), **WEIGHT}),
     "drops weights": (lambda layer, x: F.linear(x, layer.drop(layer.w)), {"drop": nn.Dropout(), **WEIGHT}),

@@ -11,9 +11,8 @@ from tests.references import measured
 
 
 def peak(rule, steps):
-    return measured(
-        rule, sltt.models.DigitsNet(width=8), torch.randn(16, 1, 8, 8), torch.randint(10, (16,)), steps=steps
-    )
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
+    return measured(rule, sltt.models.DigitsNet(width=8), x, y, steps=steps)
 
 
 @pytest.mark.parametrize(

@@ -298,10 +298,7 @@ class OwnForward(sltt.LIF):
         (nn.Sequential(Own(), nn.Linear(6, 3)), r"not of 0 \(Own\)"),
         (nn.Sequential(OwnForward(), nn.Linear(6, 3)), r"not of 0 \(OwnForward\)"),
         (nn.Sequential(nn.SyncBatchNorm(6), sltt.LIF(), nn.Linear(6, 3)), r"plain BatchNorm, not 0 \(SyncBatchNorm\)"),
-        (
-            nn.Sequential(nn.Dropout(0.1), sltt.LIF(), nn.Linear(6, 3)),
-            r"0 \(Dropout\) draws a mask .* sltt.Dropout",
-        ),
+        (nn.Sequential(nn.Dropout(0.1), sltt.LIF(), nn.Linear(6, 3)), r"0 \(Dropout\) draws a mask .* sltt.Dropout"),
     ],
     ids=["twice", "resting", "foreign state", "own forward", "SyncBatchNorm", "dropout"],
 )

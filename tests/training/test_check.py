@@ -55,9 +55,8 @@ def fit(layer, tmp_path, rule=None):
     data = torch.utils.data.TensorDataset(torch.rand(12, 6), torch.randint(3, (12,)))
     data = sltt.data.from_datasets(data, test=data, classes=3, static=True)
     model = nn.Sequential(nn.Linear(6, 8), sltt.IF(v_threshold=0.1), layer, nn.Linear(8, 3))
-    return sltt.fit(
-        model, data, rule or sltt.SLTT(), steps=3, epochs=1, batch_size=6, device="cpu", run=tmp_path / "run"
-    )
+    settings = {"steps": 3, "epochs": 1, "batch_size": 6, "device": "cpu", "run": tmp_path / "run"}
+    return sltt.fit(model, data, rule or sltt.SLTT(), **settings)
 
 
 @pytest.mark.parametrize("layer", [AmongSamples(), Centred()], ids=lambda m: type(m).__name__)

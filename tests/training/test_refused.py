@@ -85,10 +85,7 @@ def test_a_batch_of_one_sample_is_refused_with_a_size_that_trains(size, tmp_path
 
 
 SAMPLES = {
-    "shape": (
-        torch.rand(8, 1, 9, 9),
-        r"\[1, 9, 9\] of torch.float32; training samples are \[1, 8, 8\] of torch",
-    ),
+    "shape": (torch.rand(8, 1, 9, 9), r"\[1, 9, 9\] of torch.float32; training samples are \[1, 8, 8\] of torch"),
     "double": (torch.rand(8, 1, 8, 8).double(), r"\[1, 8, 8\] of torch.float64; .*: mat1 and mat2 must have the same"),
     "whole": (torch.randint(9, (8, 1, 8, 8)), r"\[1, 8, 8\] of torch.int64; "),
 }

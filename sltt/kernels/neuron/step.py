@@ -70,11 +70,9 @@ def run_step(
         return s, v
 
 
-def fast_step(
-    step: NeuronStep, v: Tensor, x_dtype: torch.dtype, decay: Tensor | None
-) -> NativeStep | TritonStep | None:
+def fast_step(step: NeuronStep, v: Tensor, dtype: torch.dtype, decay: Tensor | None) -> NativeStep | TritonStep | None:
     """Choose the form of a step: C++ on a CPU, Triton on CUDA; None for the plain one, which TorchInductor compiles."""
-    return (native_step if v.is_cpu else triton_step)(step, v, x_dtype, v.dtype, decay)
+    return (native_step if v.is_cpu else triton_step)(step, v, dtype, v.dtype, decay)
 
 
 def normed_step(
