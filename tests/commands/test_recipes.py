@@ -51,7 +51,7 @@ def test_recipes_of_transformers_have_the_published_values(name):
 
 def test_a_null_on_the_command_line_reaches_the_neuron():
     """The soft reset that OTTT needs, as the recipe says; and one whose default is a number."""
-    leaky = ["--model.neuron", "CubaLIF"]
+    leaky = ["--model.neuron", "sltt.CubaLIF"]  # Norse has one of this name too
     for name, words, key, own in (("cifar10-spikformer", [], "v_reset", 0.0), ("digits", leaky, "tau", 1.1)):
         for options, expected in ((words, own), ([*words, f"--model.neuron.{key}", "null"], None)):
             config = Recipe("sltt train", name, options).resolve()
