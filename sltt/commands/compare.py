@@ -184,8 +184,11 @@ def _chance(splits: Splits, metric: Any) -> float | None:
         listed = labels and not np.ndim(labels[0])  # not one for each pixel or step
         return max(Counter(map(int, labels)).values()) / len(labels) if listed else 1 / splits.classes
     if isinstance(metric, MeanAbsoluteError | MeanSquaredError):
-        targets = torch.stack([torch.as_tensor(target, dtype=torch.float64) for _, target in splits.test or ()])
-        return float(metric(targets.mean(0).expand_as(targets), targets))
+        test: Any = splits.test
+        listed = [torch.as_tensor(test[i][1], dtype=torch.float64) for i in range(len(test))]
+        if len({target.shape for target in listed}) == 1:  # not of sequences of several lengths
+            targets = torch.stack(listed)
+            return float(metric(targets.mean(0).expand_as(targets), targets))
     return None
 
 

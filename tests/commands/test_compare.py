@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 import types
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -272,7 +273,9 @@ def test_the_brackets_of_a_rule_are_shown(capsys):
 )
 def test_chance_is_the_score_of_one_answer_for_all_test_samples(metric, targets, chance):
     samples = torch.utils.data.TensorDataset(torch.rand(4, 3), torch.tensor(targets))
-    if "Mean" in type(metric).__name__:  # with targets that are found one by one
-        samples = [*samples]
+    if "Mean" in type(metric).__name__:  # with targets that are found one by one, without an end that is told
+        samples = type("Endless", (), {"__len__": lambda _: 4, "__getitem__": lambda _, i, all=samples: all[i % 4]})()
     splits = sltt.data.from_datasets(samples, test=samples, static=True).splits(4)
     assert compare._chance(splits, metric) == chance
+    ragged = replace(splits, test=[(torch.rand(3), torch.rand(n)) for n in (2, 3)])
+    assert isinstance(metric, sltt.metrics.Accuracy) or compare._chance(ragged, metric) is None

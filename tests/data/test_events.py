@@ -38,9 +38,8 @@ def test_gestures_and_the_split_of_cifar10dvs(tmp_path):
     splits = data.splits(4)
     assert (len(splits.train), len(splits.test)) == (9, 6)
     assert splits.train[0][0].sum() == 50
-    interpolated = (
-        sltt.data.CIFAR10DVS(str(tmp_path), validation=0, size=48, resize="interpolate").splits(4).train[0][0]
-    )
+    small = sltt.data.CIFAR10DVS(str(tmp_path), validation=0, size=48, resize="interpolate")
+    interpolated = small.splits(4).train[0][0]
     full = sltt.data.CIFAR10DVS(str(tmp_path), validation=0).splits(4).train[0][0]
     torch.testing.assert_close(interpolated, torch.nn.functional.interpolate(full, (48, 48), mode="bilinear"))
 

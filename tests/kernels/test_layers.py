@@ -187,9 +187,8 @@ def test_weights_that_change_between_batches_are_read_anew(change, model):
             elif change == "data":
                 weight.data.mul_(-0.5)
             elif change == "load":
-                model.load_state_dict(
-                    {k: 0.7 * v if v.is_floating_point() else v for k, v in model.state_dict().items()}
-                )
+                state = model.state_dict()
+                model.load_state_dict({k: 0.7 * v if v.is_floating_point() else v for k, v in state.items()})
             elif change == "replaced":
                 model.convs[3].weight = nn.Parameter(torch.randn_like(model.convs[3].weight))
             else:
