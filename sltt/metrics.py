@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sltt.checks import function, instance
@@ -42,9 +43,15 @@ class Accuracy(Metric):
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Logits [B, C, ...] and class indices [B, ...]; others, such as those that a loss ignores, do not count."""
+        right, counted = self.count(prediction, target)
+        return right / counted.clamp(min=1)
+
+    def count(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return how many predictions are right, and how many labels are class indices: [2]."""
         _check_classes(self, target, prediction)
-        counted = ((target >= 0) & (target < prediction.shape[1])).sum().clamp(min=1)
-        return _mean((prediction.argmax(1) == target) * (target.numel() / counted), prediction)
+        counted = (target >= 0) & (target < prediction.shape[1])
+        shares = [_mean(values, prediction) for values in (prediction.argmax(1) == target, counted)]
+        return (torch.stack(shares) * target.numel()).round()
 
 
 class MultiLabelAccuracy(Metric):

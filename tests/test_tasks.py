@@ -226,8 +226,13 @@ def test_labels_that_the_loss_ignores_are_no_damage(tmp_path):
     samples = [(torch.rand(6, 4), torch.tensor([0, 1, -100, 0, 0, -100 if i % 2 else 1])) for i in range(20)]
     data = from_datasets(samples, static=False, per_step=True, classes=2)
     loss = sltt.losses.PerStep(nn.CrossEntropyLoss(ignore_index=-100))
-    _, result = fitted(tmp_path, data, loss, sltt.metrics.Accuracy())
+    model, result = fitted(tmp_path, data, loss, sltt.metrics.Accuracy())
     assert len(result.history) == 2
+    data = from_datasets(samples[:5], None, samples, static=False, per_step=True, classes=2)
+    scores = [sltt.evaluate(model, data, loss=loss, steps=6, batch_size=size).score for size in (1, 3, 20)]
+    x, y = torch.stack([x for x, _ in samples], 1), torch.stack([y for _, y in samples], 1)
+    right = (sltt.unroll(model, x).argmax(2) == y).sum().item()
+    assert scores == [right / (y >= 0).sum().item()] * 3
 
 
 def test_regression_is_selected_and_reported_by_its_error(tmp_path, capsys):

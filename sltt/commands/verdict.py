@@ -169,7 +169,8 @@ def _judge(verdict: Verdict, reference: Verdict) -> tuple[str, str, str, bool]:
     if verdict.score is None or reference.score is None:
         return "", "", UNSAFE if verdict.died and not reference.died else "", False
     name, other = verdict.metric.replace("_", " "), reference.rule
-    lost, noise, margin = verdict.sign * (reference.score - verdict.score), noise_of(verdict, reference), MARGIN
+    lost, noise, margin = reference.score - verdict.score, noise_of(verdict, reference), MARGIN
+    lost = round(verdict.sign * lost, 12)  # 0.97 − 0.96 is above 0.01
     if is_share(verdict.metric):
         points, measured = f"{100 * lost:.1f} points", f"±{100 * noise:.0f} points"
         text = f"{name} within {points} of {other}" if lost > 0 else f"{name} not below that of {other}"
@@ -188,8 +189,9 @@ def _judge(verdict: Verdict, reference: Verdict) -> tuple[str, str, str, bool]:
     else:
         guesses, why = False, NOT_COMPARED
     safe = SAFE if lost <= margin and noise <= 2 * margin and exact and not guesses else UNSURE
-    word = UNSAFE if verdict.died or lost > max(margin, noise) else safe
-    return text, why, word, not verdict.died and lost <= margin
+    failed = verdict.died > 0 and not reference.died
+    word = UNSAFE if failed or lost > max(margin, noise) else safe
+    return text, why, word, lost <= margin and not failed
 
 
 def _times(ratio: float) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sltt.losses import is_per_step
-from sltt.metrics import collects, name_of
+from sltt.metrics import Accuracy, collects, name_of
 from sltt.parallel.processes import Processes
 from sltt.sequence.padding import Padded
 from sltt.training.progress import Progress
@@ -25,6 +25,7 @@ class Score:
 
     def __init__(self, metric: Any, processes: Processes, progress: Progress, selects: bool = True):
         self.metric, self.processes, self.selects, self.collecting = metric, processes, selects, collects(metric)
+        self.counts = type(metric) is Accuracy  # of labels that a loss ignores, a batch may have any number
         self.empty = not progress.score
         self.partial = self.collecting and progress.batch > 0 and self.empty
         # of a mean; the first process takes over the sums of all
@@ -38,7 +39,7 @@ class Score:
     def measure(self, prediction: Tensor, target: Any, samples: int) -> Any:
         """Return what to `add` of a batch, of which so many samples count here."""
         if not self.collecting:
-            return self.metric(prediction, target)
+            return (self.metric.count if self.counts else self.metric)(prediction, target)
         own = (prediction.detach().cpu(), target.cpu() if isinstance(target, Tensor) else target) if samples else None
         for part in self.processes.gather(own):
             if part is not None:
@@ -47,10 +48,10 @@ class Score:
 
     def add(self, value: Any, samples: int) -> None:
         """Add what `measure` has found of so many samples."""
-        if not self.collecting:
-            # right predictions add up to whole numbers
-            self.total += round(self._number(value) * samples, 12)
-            self.samples += samples
+        if samples and not self.collecting:
+            total, count = map(float, value) if self.counts else (self._number(value) * samples, samples)
+            self.total += total
+            self.samples += count
 
     def value(self) -> Any:
         """Return the score of all samples, of all processes; None of a metric that has seen none after a resume."""

@@ -175,6 +175,8 @@ def test_where_bptt_died_too_there_is_no_verdict():
     found = gathered(*({**compared(rule, []), "errors": ["no crop"]} for rule in ("BPTT", "SLTT")))
     assert "1 of 1 seeds of SLTT died" in answers(found)[0]
     assert "afe here" not in " ".join(answers(found))
+    both = gathered(compared("BPTT", [0.98, 0.98, None], memory=9), compared("SLTT", [0.97, 0.97, None], memory=3))
+    assert ["Safe here" in text for text in answers(both)] == [True, True]
 
 
 def test_scores_that_are_no_numbers_are_left_out():
