@@ -87,7 +87,7 @@ def instance(name: str, value: Any, kind: type[T], remedy: str = "") -> T:
     if isinstance(value, type) or not isinstance(value, kind):
         if isinstance(value, type) and issubclass(value, kind):
             remedy = f"call it: {value.__name__}()"
-        raise ValueError(_message(name, f"a {kind.__name__}", value, remedy))
+        raise ValueError(_message(name, f"a{'n' * (kind.__name__[0] in 'AEIO')} {kind.__name__}", value, remedy))
     return value
 
 

@@ -161,7 +161,7 @@ OTHER_CALLS = [
     ("lif_step(decay: 2)", partial(sltt.lif_step, X, X, decay=2.0), ValueError, "decay must be at least 0 and at most"),
     ("Accuracy of floats", lambda: sltt.metrics.Accuracy()(X[0], torch.ones(5)), ValueError, "takes class indices"),
     ("memory_parts(optimizer)", lambda: analysis.memory_parts(network(), X, Y, LOSS, sltt.SLTT(), SGD), ValueError,
-     "optimizer must be a Optimizer"),
+     "optimizer must be an Optimizer"),
     ("Delta of NaN", lambda: data.Delta()(torch.full((4, 3), torch.nan), 4), ValueError, "expected a finite input"),
     ("from_datasets(per_step)", per_step, ValueError, "expected targets of each time step, .* is per_step=True right"),
     ("read(text)", partial(recordings.read, Path("x.txt"), (3, 3), "count", 4), recordings.RecordingError, "not a rec"),

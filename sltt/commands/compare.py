@@ -9,13 +9,11 @@ import hashlib
 import math
 import re
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sltt.analysis import agreement, count_operations, measure_energy
@@ -179,16 +177,17 @@ def compared_json(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _chance(splits: Splits, metric: Any) -> float | None:
     """Return the score of one answer for all test samples, the most frequent class or the mean; None if not known."""
+    test: Any = splits.test
+    targets = (torch.as_tensor(test[i][1]) for i in range(len(test)))
     if isinstance(metric, Accuracy) and splits.classes:
-        labels = find_labels(splits.test, None) or []
-        listed = labels and not np.ndim(labels[0])  # not one for each pixel or step
-        return max(Counter(map(int, labels)).values()) / len(labels) if listed else 1 / splits.classes
+        labels = torch.cat([torch.as_tensor(label).flatten() for label in find_labels(test, None) or targets])
+        counts = labels[(labels >= 0) & (labels < splits.classes)].bincount()
+        return counts.max().item() / int(counts.sum())
     if isinstance(metric, MeanAbsoluteError | MeanSquaredError):
-        test: Any = splits.test
-        listed = [torch.as_tensor(test[i][1], dtype=torch.float64) for i in range(len(test))]
+        listed = [target.double() for target in targets]
         if len({target.shape for target in listed}) == 1:  # not of sequences of several lengths
-            targets = torch.stack(listed)
-            return float(metric(targets.mean(0).expand_as(targets), targets))
+            numbers = torch.stack(listed)
+            return float(metric(numbers.mean(0).expand_as(numbers), numbers))
     return None
 
 

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import pydoc
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
@@ -59,8 +60,10 @@ def _nearest_option(option: str, values: Mapping[str, Any]) -> str:
 
 
 def _unknown_class(name: str) -> str:
-    paths = _class_paths()
-    near = difflib.get_close_matches(name.rpartition(".")[2], paths, 1)
+    module, _, last = name.rpartition(".")
+    own = dir(sys.modules.get(module))  # of the user's file, say
+    paths = _class_paths() | {one: f"{module}.{one}" for one in own if one[0] != "_"}
+    near = difflib.get_close_matches(last, paths, 1)
     hint = f"did you mean {paths[near[0]]}?" if near else "expected a path to import such as sltt.SLTT"
     return f"unknown class {name!r}; {hint}"
 

@@ -100,8 +100,6 @@ class Delta(Encoding):
 
     def __call__(self, x: Tensor, steps: int) -> Tensor:
         """Code a sequence [T, C, ...] as spikes [T, 2C, ...], those of increases first."""
-        if len(x) != steps:
-            raise ValueError(f"Delta codes a sequence of {steps} time steps, got one of shape {list(x.shape)}")
         check_input(x)
         dtype, x, frames = x.dtype, _to_float32(x), []
         reference = x[0]

@@ -135,7 +135,7 @@ class Rule(Frozen, ABC):
             batch = Batch(network, target, loss, explained, update, seed, fold, mean)
             with network, nullcontext() if stream is None else stream.carry(network, self):
                 batch.loss = bind_loss(loss, network)
-                out = self.run(batch)
+                out = instance("what `run` of a rule returns", self.run(batch), Output, "return batch.output()")
                 network.results.finish(explained)
                 if x is not made and x.grad is not None:  # once, for all steps
                     explained(add_gradients(out.loss.new_zeros(()), [(made, x.grad)]))

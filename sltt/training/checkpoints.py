@@ -71,13 +71,17 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: Path, strict: 
     held = model.state_dict(keep_vars=True)
     if not strict:
         fits = {k: v for k, v in weights.items() if k in held and held[k].shape == v.shape}
+        if not fits:
+            raise CheckpointError(f"no weights in {path} have the name and shape of weights of the model")
         if left := sorted({*held, *weights} - {*fits}):
             log.warning("%s: no weights of the same name and shape for %s", path, ", ".join(left))
         weights = {**held, **fits}
     try:
         model.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:
-        raise CheckpointError(f"the weights in {path} do not fit the model: {error}") from error
+        reason = f"{error}".rstrip(". ")
+        remedy = "with strict=False, sltt.load and sltt.fit take those that do"
+        raise CheckpointError(f"the weights in {path} do not fit the model: {reason}; {remedy}") from error
 
 
 def load_optimizer(optim: Any, state: dict[str, Any], path: Path) -> None:

@@ -174,7 +174,7 @@ class Settings(Execution):
     the best epoch on the validation samples."""
     accumulate: int = 1
     """compute each batch in this many parts: the memory of a part, the gradient of the batch. BatchNorm takes its
-    statistics over a part, of two samples at least."""
+    statistics over a part, of two samples at least; a loss with weights, or labels that it ignores, its mean."""
     ema: float | None = setting(default=None, above=0, below=1)
     """decay of the moving average of the weights. The averaged weights are validated, selected and loaded."""
     quantised: Quantised | None = None

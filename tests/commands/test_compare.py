@@ -266,6 +266,7 @@ def test_the_brackets_of_a_rule_are_shown(capsys):
     ("metric", "targets", "chance"),
     [
         (sltt.metrics.Accuracy(), [0, 1, 1, 1], 0.75),
+        (sltt.metrics.Accuracy(), [[0, 1], [1, 1], [1, -100], [1, 0]], 5 / 7),
         (sltt.metrics.MeanAbsoluteError(), [0.0, 1.0, 1.0, 4.0], 1.25),
         (sltt.metrics.MeanSquaredError(), [[0.0], [1.0], [1.0], [4.0]], 2.25),
         (nn.L1Loss(), [0.0, 1.0, 1.0, 4.0], None),
@@ -273,9 +274,9 @@ def test_the_brackets_of_a_rule_are_shown(capsys):
 )
 def test_chance_is_the_score_of_one_answer_for_all_test_samples(metric, targets, chance):
     samples = torch.utils.data.TensorDataset(torch.rand(4, 3), torch.tensor(targets))
-    if "Mean" in type(metric).__name__:  # with targets that are found one by one, without an end that is told
+    if chance != 0.75:  # with targets that are found one by one, without an end that is told
         samples = type("Endless", (), {"__len__": lambda _: 4, "__getitem__": lambda _, i, all=samples: all[i % 4]})()
-    splits = sltt.data.from_datasets(samples, test=samples, static=True).splits(4)
+    splits = sltt.data.from_datasets(samples, test=samples, static=True, classes=2).splits(4)
     assert compare._chance(splits, metric) == chance
     ragged = replace(splits, test=[(torch.rand(3), torch.rand(n)) for n in (2, 3)])
     assert isinstance(metric, sltt.metrics.Accuracy) or compare._chance(ragged, metric) is None

@@ -100,8 +100,8 @@ def test_codes_that_do_not_fit_are_named():
         Encoded(Digits(), Delta()).splits(4)
     with pytest.raises(ValueError, match=r"intensities in 0 … 1, got -.* give low=… and high"):
         Encoded(Digits(), Latency()).splits(4).train[0]
-    with pytest.raises(ValueError, match=r"Delta codes a sequence of 4 time steps, got one of shape \[3, 1\]"):
-        Delta()(torch.zeros(3, 1), 4)
+    several = sltt.data.from_datasets([(torch.rand(n, 3), 0) for n in (3, 4)], None, static=False, pad=True)
+    assert [len(x) for x, _ in Encoded(several, Delta()).splits(4).train] == [3, 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16])
