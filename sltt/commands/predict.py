@@ -83,9 +83,8 @@ def _read_steps(file: Path, shape: Sequence[int]) -> Iterator[Tensor]:
                 yield torch.tensor([float(word) for word in line.replace(",", " ").split()]).reshape(shape)
             except (ValueError, RuntimeError):
                 size = f"{math.prod(shape)} " * (shape[0] > 0)
-                raise ValueError(
-                    f"{file}: expected the {size}numbers of a time step in line {i}, got {line!r:.60}"
-                ) from None
+                expected = f"expected the {size}numbers of a time step in line {i}"
+                raise ValueError(f"{file}: {expected}, got {line!r:.60}") from None
 
 
 def _describe(prediction: Tensor, trained: Trained, names: Sequence[str]) -> dict[str, Any]:

@@ -26,9 +26,8 @@ class Prepared:
 
     def __init__(self, session: Session, built: Any, steps: int):
         self.splits: Splits = session.splits(built.data, steps)
-        session = session.choose_format(
-            built.model, lambda: self.splits.collate([self.splits.train[0]])[0], self.splits.static
-        )
+        splits = self.splits
+        session = session.choose_format(built.model, lambda: splits.collate([splits.train[0]])[0], splits.static)
         self._session, self._seed = session, built.seed
         session.set_up(built.model)
         self.model: nn.Module = built.model.train()

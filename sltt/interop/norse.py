@@ -136,11 +136,8 @@ class _Cell(Adapter):
         return spikes, _STATES[type(self.module)](*states_after)
 
 
-_STATES = {
-    norse.LIFCell: LIFFeedForwardState,
-    norse.LIFBoxCell: LIFBoxFeedForwardState,
-    norse.IAFCell: IAFFeedForwardState,
-}
+_KINDS = norse.LIFCell, norse.LIFBoxCell, norse.IAFCell
+_STATES = dict(zip(_KINDS, (LIFFeedForwardState, LIFBoxFeedForwardState, IAFFeedForwardState), strict=True))
 
 
 def _constants(cell: Any) -> list[Any]:

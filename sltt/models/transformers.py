@@ -204,10 +204,8 @@ def qkformer(
 
 def _merge(channels: int, neuron: NeuronFactory, pool_last: bool) -> nn.Module:
     """Half as many tokens on a side, of twice as many channels; QKFormer's CIFAR networks pool in the second layer."""
-    main = [
-        *_layer(channels // 2, channels, 3, neuron, pool=not pool_last),
-        *_layer(channels, channels, 3, neuron, pool=pool_last),
-    ]
+    main = _layer(channels // 2, channels, 3, neuron, pool=not pool_last)
+    main += _layer(channels, channels, 3, neuron, pool=pool_last)
     shortcut = _layer(channels // 2, channels, 1, neuron, stride=2)
     return Residual(nn.Sequential(*main), nn.Sequential(*shortcut))
 

@@ -304,9 +304,8 @@ class _NormLayer(_RateLayer):
         if x.numel() == x.shape[1]:
             raise ValueError(f"BatchNorm needs more than one value a channel, got {list(x.shape)}: use a larger batch")
         running, (momentum,) = kernels.batch_statistics(norm, 1)
-        y, mean, inverse = torch.native_batch_norm(
-            x, norm.weight, norm.bias, *(running or (None, None)), True, momentum, norm.eps
-        )
+        kept = running or (None, None)
+        y, mean, inverse = torch.native_batch_norm(x, norm.weight, norm.bias, *kept, True, momentum, norm.eps)
         self.mean, self.inverse = self.mean + mean, self.inverse + inverse
         return y
 

@@ -71,10 +71,8 @@ class Fingerprint:
                 attributes += [(k, _freeze(buffer, held, self._device)) for k, buffer in values["_buffers"].items()]
             ids, hooks = (*map(id, parameters), None, *map(id, children)), count_hooks(layer.module)
             learns = (*map(_LEARNS, filter(_is_there, parameters)),)
-            kind = type(layer.module)
-            rows.append(
-                (kind, getattr(kind, "forward", None), ids, learns, tuple(values["_buffers"].keys()), hooks, attributes)
-            )
+            kind, buffers = type(layer.module), tuple(values["_buffers"].keys())
+            rows.append((kind, getattr(kind, "forward", None), ids, learns, buffers, hooks, attributes))
         for kind in self._classes:
             parts = ((name, getattr(value, "__code__", value)) for name, value in vars(kind).items())
             rows.append(tuple((name, _freeze(value, held, self._device)) for name, value in parts))

@@ -151,10 +151,9 @@ class Step:
 
     def may_pair(self, norm: Layer, neuron: Layer) -> bool:
         """Return whether nothing of the user's is called between, before or behind the two."""
+        known = norm.is_known and neuron.advance is not None
         # on a GPU, one step alone takes fewer launches apart
-        wanted = (
-            norm.is_known and neuron.advance is not None and (self.run.fast or (self.run.bits and self.run.fold > 1))
-        )
+        wanted = known and (self.run.fast or (self.run.bits and self.run.fold > 1))
         if not wanted or has_own_operations() or runs_hooks(norm.module, neuron.module):
             return False
         return not kernels.others_save() and not in_backward()

@@ -18,10 +18,8 @@ SAMPLES = 5  # that are looked at before a training; a number that few other dim
 
 def extreme_layers(rates: dict[str, float]) -> list[str]:
     """Return a warning for each layer that never fired, or always, in a whole epoch."""
-    extreme = {
-        0.0: ("never", "lower v_threshold, or check the normalisation before it"),
-        1.0: ("always", "raise v_threshold"),
-    }
+    lower = "lower v_threshold, or check the normalisation before it"
+    extreme = {0.0: ("never", lower), 1.0: ("always", "raise v_threshold")}
     said = "layer {} {} fired in this epoch, so nothing passes it: {}".format
     return [said(name, *extreme[rate]) for name, rate in rates.items() if rate in extreme]
 

@@ -233,13 +233,8 @@ def test_sigterm_saves_and_ends_with_the_code_for_a_requeue(of_all, long_trainin
 def test_what_slurm_starts_trains_together_and_one_process_speaks(tmp_path):
     words = [*TRAIN, "--epochs", "1", "--run", str(tmp_path / "run")]
     job = {"SLURM_JOB_ID": str(20000 + os.getpid() % 10000), "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1"}
-    job |= {
-        "SLURM_NTASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_NNODES": "1",
-        "SLURM_NODEID": "0",
-        "SLURM_STEP_ID": "0",
-    }
+    job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1"}
+    job |= {"SLURM_NODEID": "0", "SLURM_STEP_ID": "0"}
     ranks = [{"SLURM_PROCID": r, "SLURM_LOCALID": r} for r in ("0", "1")]
     processes = [start(words, cwd=tmp_path, environment={**job, **rank}) for rank in ranks]
     outs = [process.communicate(timeout=120)[0] for process in processes]

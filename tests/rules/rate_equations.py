@@ -22,14 +22,8 @@ SETTINGS = {
 
 
 def network(make, norm=False):
-    layers = [
-        nn.Linear(6, 8),
-        nn.BatchNorm1d(8) if norm else nn.Identity(),
-        make(),
-        nn.Linear(8, 7),
-        make(),
-        nn.Linear(7, 3),
-    ]
+    between = nn.BatchNorm1d(8) if norm else nn.Identity()
+    layers = [nn.Linear(6, 8), between, make(), nn.Linear(8, 7), make(), nn.Linear(7, 3)]
     for layer in layers[::3] + layers[-1:]:
         layer.weight.data.mul_(3)
     return nn.Sequential(*layers).double()
