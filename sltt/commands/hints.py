@@ -62,8 +62,9 @@ def _nearest_option(option: str, values: Mapping[str, Any]) -> str:
 def _unknown_class(name: str) -> str:
     module, _, last = name.rpartition(".")
     own = dir(sys.modules.get(module))  # of the user's file, say
-    paths = _class_paths() | {one: f"{module}.{one}" for one in own if one[0] != "_"}
-    near = difflib.get_close_matches(last, paths, 1)
+    known = _class_paths() | {one: f"{module}.{one}" for one in own if one[0] != "_"}
+    paths = {one.lower(): path for one, path in known.items()}
+    near = difflib.get_close_matches(last.lower(), paths, 1)
     hint = f"did you mean {paths[near[0]]}?" if near else "expected a path to import such as sltt.SLTT"
     return f"unknown class {name!r}; {hint}"
 

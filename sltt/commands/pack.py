@@ -25,5 +25,6 @@ def run(words: Sequence[str]) -> None:
     if out.exists():
         raise FileExistsError(f"{out} exists, and may be of another run: remove it, or name another file by --out")
     kept = {name: content.get(name) for name in ("task", "config", "progress", "names", "statistics", "sample")}
+    out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(out, {**kept, "model": select_weights(content)})
     Console().line(f"{out}, {out.stat().st_size / 1e6:.3g} MB")

@@ -26,6 +26,8 @@ def run(words: Sequence[str]) -> None:
     if continued and named:
         raise UsageError(f"--resume continues {continued} with its own recipe: leave out {words[0]!r}")
     if continued:
+        if continued.is_file():
+            raise UsageError(f"--resume takes the folder of a run, and {continued} is a file: --weights starts from it")
         run_folder(continued)
         allow_only(words, RESUMABLE, "sltt train --resume", "a run continues with its own settings")
     # the run's own may need packages that are not here

@@ -124,7 +124,7 @@ def advice_on(row: Mapping[str, Any], recipe: str, results: Gathered) -> str:
 def _take(rules: Sequence[Verdict], reference: Verdict) -> str:
     """Name the rule that needs least memory of those within the margin; say how sure this is, and on what it rests."""
     exact, basis = reference.rule, reference.rests_on()
-    apart = f"{basis} do not separate it from {exact}." if exact.startswith("BPTT") else f"{NOT_COMPARED}."
+    apart = f"{basis} are too few to decide." if exact.startswith("BPTT") else f"{NOT_COMPARED}."
     cheaper = sorted((rule for rule in rules if LESS * rule.peak <= reference.peak), key=lambda rule: rule.peak)
     *_, words, enough = zip(*(_judge(verdict, reference) for verdict in cheaper), strict=True) if cheaper else ((), ())
     place = enough.index(True) if True in enough else len(cheaper)

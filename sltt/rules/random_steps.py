@@ -62,9 +62,7 @@ def number_of_steps(k: Any) -> int | None:
     return None if k is None else whole_number("k", k, least=1)
 
 
-def split_into_calls(
-    steps: range, trained: Container[int], batch: Batch
-) -> list[tuple[range, bool, Container[int] | None]]:
+def split_into_calls(steps: range, trained: Container[int], batch: Batch) -> list[tuple[range, bool, Any]]:
     """Return the time steps that share a call, whether it has a graph, and the trained ones if these are some of it.
 
     A call has steps of both kinds if m ≥ n/8 + 1 of its n steps are trained. Measured on small networks, more and

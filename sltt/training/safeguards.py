@@ -112,14 +112,12 @@ def check_samples(model: nn.Module, splits: Splits, samples: list[Any]) -> None:
             raise ValueError(f"the network takes no {name} samples {shape} of {x.dtype}; {like}: {error}") from error
 
 
-def check_last_batch(
-    model: nn.Module, splits: Splits, samples: list[Any], batch_size: int, stages: Sequence[Stage]
-) -> None:
+def check_last_batch(model: nn.Module, splits: Splits, samples: list[Any], size: int, stages: Sequence[Stage]) -> None:
     """Raise ValueError where a batch of one sample is too few for BatchNorm, before the end of an epoch shows it."""
     count = splits.sizes["train"]
-    whole = math.ceil(count / batch_size)
+    whole = math.ceil(count / size)
     most = max((stage.count_batches(whole) for stage in stages if not stage.freeze_norm), default=0)
-    single = batch_size == 1 or (most == whole and count % batch_size == 1)
+    single = size == 1 or (most == whole and count % size == 1)
     if not most or not single or not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return
     x, _ = splits.collate(samples[:1])
@@ -129,9 +127,9 @@ def check_last_batch(
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        other = next((n for n in range(max(batch_size, 2), count + 2) if count % n != 1), None)
+        other = next((n for n in range(max(size, 2), count + 2) if count % n != 1), None)
         remedy = f"set batch_size={other}" if other and count > 1 else "add samples"
         raise ValueError(
-            f"the last of {count} training samples is a batch by itself, with batch_size={batch_size}, and "
+            f"the last of {count} training samples is a batch by itself, with batch_size={size}, and "
             f"BatchNorm needs two: {remedy}"
         ) from error

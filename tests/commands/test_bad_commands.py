@@ -66,7 +66,8 @@ CASES = f"""
 2 | precision: expected [32, 'bf16-mixed', '16-mixed'], got bf16 | train --precision bf16
 2 | phases: the following arguments are required: epochs | train --phases '[{{steps: 2}}]'
 # classes that are not there, or do not fit
-2 | unknown class 'SLT'; did you mean sltt.SLTT? | train --rule SLT
+2 | unknown class 'Sltt'; did you mean sltt.SLTT? | train --rule Sltt
+2 | unknown class 'mine.Bet'; did you mean mine.Net? | train --model mine.Bet
 1 | optimizer: KeyError: 'momentums' | train --optimizer mine.Greedy
 1 | optimizer: Invalid learning rate: -1.0 | train --optimizer.lr -1
 2 | 'os.system' is not allowed | train --rule os.system
@@ -92,6 +93,7 @@ CASES = f"""
 2 | --budget: expected a memory size such as 8GB | profile --budget much
 2 | expected the folder of a run before the options | eval
 2 | nowhere is not the folder of a run | eval nowhere
+2 | --resume takes the folder of a run, and mine.py is a file: --weights | train --resume mine.py
 2 | a\\x1b[31m is not the folder of a run | train --resume 'a\x1b[31m'
 2 | --save: expected a folder to write to, and list.yaml is a file | agreement --save list.yaml
 """

@@ -47,11 +47,11 @@ def test_the_verdict_has_accuracy_memory_at_two_lengths_time_and_agreement():
     [
         (0.98, 0.98, 10_000, "SLTT. Safe here, by 2 seeds of 6 epochs and 10,000 test samples."),
         (0.90, 0.98, 10_000, "OTTT. Safe here, by 2 seeds of 6 epochs and 10,000 test samples."),
-        (0.98, 0.98, 300, "SLTT. Not sure: 2 seeds of 6 epochs and 300 test samples do not separate it from BPTT."),
-        (0.96, 0.98, 300, "test samples do not separate it from BPTT. Not sure of SLTT, which would save memory."),
+        (0.98, 0.98, 300, "SLTT. Not sure: 2 seeds of 6 epochs and 300 test samples are too few to decide."),
+        (0.96, 0.98, 300, "test samples are too few to decide. Not sure of SLTT, which would save memory."),
         (0.40, 0.60, 300, "not safe here, by 2 seeds of 6 epochs and 300 test samples. Before BPTT, where the input"),
         (0.40, 0.96, 300, "BPTT. Not sure of OTTT, which would save memory: 2 seeds of 6 epochs and 300 test"),
-        (1.00, 1.00, 40, "SLTT. Not sure: 2 seeds of 6 epochs and 40 test samples do not separate it from BPTT."),
+        (1.00, 1.00, 40, "SLTT. Not sure: 2 seeds of 6 epochs and 40 test samples are too few to decide."),
     ],
 )
 def test_the_rule_to_take_needs_least_memory_of_those_within_a_point(sltt_, ottt, samples, said):

@@ -181,12 +181,8 @@ def more_networks() -> dict[str, Any]:
     grey = [nn.Conv2d(1, 8, 3), sltt.LIF(v_threshold=0.3), nn.Flatten(), nn.Linear(8 * 12, 3)]
     found["without channels"] = Unsqueezed(*grey), (6, 4, 8, 4), None
     found["branches"], found["flattened"] = (Branches(), (6, 4, 2, 4, 5), None), (Flat(), (6, 4, 2, 4, 5), None)
-    pixels = [
-        sltt.LI(2.0, decay_input=True),
-        nn.Conv2d(2, 9, 3, padding=1),
-        sltt.LIF(v_threshold=0.3),
-        nn.Conv2d(9, 3, 3),
-    ]
+    pixels = [sltt.LI(2.0, decay_input=True), nn.Conv2d(2, 9, 3, padding=1), sltt.LIF(v_threshold=0.3)]
+    pixels += [nn.Conv2d(9, 3, 3)]
     found["logits of pixels"] = nn.Sequential(*pixels, sltt.LI(3.0)), (6, 4, 2, 4, 5), None
     found["spikes of pixels"] = nn.Sequential(nn.Conv1d(2, 3, 2), sltt.LI(), sltt.LIF(v_threshold=0.3)), (4, 2, 6), 5
     found["one output"] = Written(True), (6, 4, 3, 11, 11), None

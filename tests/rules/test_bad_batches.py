@@ -84,6 +84,7 @@ BATCH_CALLS = [
     ("a loss of text", {"loss": "mse"}, "loss must be a function of the logits and the target, got 'mse'"),
     ("a loss of a class", {"loss": losses.CrossEntropyMSE}, r"loss must be .*call it: CrossEntropyMSE\(\)"),
 ]  # fmt: skip
+Forgetful = type("Forgetful", (sltt.Rule,), {"run": lambda self, batch: None})
 RULES = {
     "BPTT": sltt.BPTT(), "SLTT": sltt.SLTT(), "SLTT(fold=2)": sltt.SLTT(fold=2), "OTTT": sltt.OTTT(),
     "RateBased": sltt.RateBased(), "Mixed": sltt.Mixed({"1": 2}),
@@ -100,6 +101,7 @@ OTHER_CALLS = [
     ("OTTT(online and fold)", partial(sltt.OTTT, online=True, fold=2), ValueError, "online updates the weights after"),
     ("RateBased(steady and fold)", partial(sltt.RateBased, steady=True, fold=2), ValueError, "steady runs the network"),
     ("SLTT(k > T)", partial(train, sltt.SLTT(k=9)), ValueError, "trains 9 steps, but .* T = 4; use k ≤ T"),
+    ("Rule(run: nothing)", partial(train, Forgetful()), ValueError, "`run` of a rule returns must be an Output"),
     ("BPTT(recompute: number)", partial(sltt.BPTT, recompute=3), ValueError, "recompute must be True or False"),
     ("BPTT(segment and hoist)", partial(sltt.BPTT, segment=2, hoist=True), ValueError, "choose one"),
     ("OTTT(online without update)", partial(train, sltt.OTTT(online=True)), ValueError, "call it with update=…"),

@@ -141,6 +141,8 @@ def test_a_run_of_other_neurons_is_noticed(tmp_path, caplog):
     other = nn.Sequential(*network(sltt.LIF(tau=2.0))[:3], nn.Linear(16, 5))
     with pytest.raises(ValueError, match=r"size mismatch for 3.weight"):
         sltt.load(tmp_path / "run", other)
+    with pytest.raises(ValueError, match=r"no weights in .*ckpt have the name and shape of weights"):
+        sltt.load(tmp_path / "run", nn.Sequential(nn.Linear(9, 9)), strict=False)
     nn.init.zeros_(other[0].weight)
     sltt.load(tmp_path / "run", other, strict=False)
     assert torch.equal(other[0].weight, model[0].weight)
