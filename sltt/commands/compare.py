@@ -180,9 +180,10 @@ def _chance(splits: Splits, metric: Any) -> float | None:
     test: Any = splits.test
     targets = (torch.as_tensor(test[i][1]) for i in range(len(test)))
     if isinstance(metric, Accuracy) and splits.classes:
-        labels = torch.cat([torch.as_tensor(label).flatten() for label in find_labels(test, None) or targets])
-        counts = labels[(labels >= 0) & (labels < splits.classes)].bincount()
-        return counts.max().item() / int(counts.sum())
+        counts = torch.zeros(splits.classes, dtype=torch.long)
+        for label in map(torch.as_tensor, find_labels(test, None) or targets):
+            counts += label[(label >= 0) & (label < splits.classes)].bincount(minlength=splits.classes)
+        return counts.max().item() / max(int(counts.sum()), 1)
     if isinstance(metric, MeanAbsoluteError | MeanSquaredError):
         listed = [target.double() for target in targets]
         if len({target.shape for target in listed}) == 1:  # not of sequences of several lengths

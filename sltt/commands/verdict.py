@@ -166,11 +166,11 @@ def _ratio(seconds: tuple[float, float, float], others: tuple[float, float, floa
 
 def _judge(verdict: Verdict, reference: Verdict) -> tuple[str, str, str, bool]:
     """Return the comparison as text, why it is not sure, the verdict, and whether the loss is within the margin."""
+    failed = verdict.died > 0 and not reference.died
     if verdict.score is None or reference.score is None:
-        return "", "", UNSAFE if verdict.died and not reference.died else "", False
-    name, other = verdict.metric.replace("_", " "), reference.rule
-    lost, noise, margin = reference.score - verdict.score, noise_of(verdict, reference), MARGIN
-    lost = round(verdict.sign * lost, 12)  # 0.97 − 0.96 is above 0.01
+        return "", "", UNSAFE if failed else "", False
+    name, other, noise, margin = verdict.metric.replace("_", " "), reference.rule, noise_of(verdict, reference), MARGIN
+    lost = round(verdict.sign * (reference.score - verdict.score), 12)  # 0.97 − 0.96 is above 0.01
     if is_share(verdict.metric):
         points, measured = f"{100 * lost:.1f} points", f"±{100 * noise:.0f} points"
         text = f"{name} within {points} of {other}" if lost > 0 else f"{name} not below that of {other}"
@@ -189,7 +189,6 @@ def _judge(verdict: Verdict, reference: Verdict) -> tuple[str, str, str, bool]:
     else:
         guesses, why = False, NOT_COMPARED
     safe = SAFE if lost <= margin and noise <= 2 * margin and exact and not guesses else UNSURE
-    failed = verdict.died > 0 and not reference.died
     word = UNSAFE if failed or lost > max(margin, noise) else safe
     return text, why, word, lost <= margin and not failed
 

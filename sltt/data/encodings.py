@@ -99,7 +99,7 @@ class Delta(Encoding):
         self.threshold = number("threshold", threshold, above=0)
 
     def __call__(self, x: Tensor, steps: int) -> Tensor:
-        """Code a sequence [T, C, ...] as spikes [T, 2C, ...], those of increases first."""
+        """Code a sequence [T, C, ...] of any T as spikes [T, 2C, ...], those of increases first."""
         check_input(x)
         dtype, x, frames = x.dtype, _to_float32(x), []
         reference = x[0]

@@ -136,8 +136,8 @@ class _Cell(Adapter):
         return spikes, _STATES[type(self.module)](*states_after)
 
 
-_KINDS = norse.LIFCell, norse.LIFBoxCell, norse.IAFCell
-_STATES = dict(zip(_KINDS, (LIFFeedForwardState, LIFBoxFeedForwardState, IAFFeedForwardState), strict=True))
+_STATES = {norse.LIFCell: LIFFeedForwardState, norse.LIFBoxCell: LIFBoxFeedForwardState}
+_STATES[norse.IAFCell] = IAFFeedForwardState
 
 
 def _constants(cell: Any) -> list[Any]:

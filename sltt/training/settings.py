@@ -173,8 +173,8 @@ class Settings(Execution):
     """of predictions and targets, a mean over samples; or with `update` and `compute`, as of torchmetrics. It selects
     the best epoch on the validation samples."""
     accumulate: int = 1
-    """compute each batch in this many parts: the memory of a part, the gradient of the batch. BatchNorm takes its
-    statistics over a part, of two samples at least; a loss with weights, or labels that it ignores, its mean."""
+    """compute each batch in this many parts: the memory of a part, the gradient of the batch. Of each part alone are
+    BatchNorm's statistics, over two samples at least, and the mean of a loss with weights or ignored labels."""
     ema: float | None = setting(default=None, above=0, below=1)
     """decay of the moving average of the weights. The averaged weights are validated, selected and loaded."""
     quantised: Quantised | None = None
