@@ -42,7 +42,7 @@ class Moment:
 
 
 class Callback:
-    """Base of callbacks: a callback of your own defines one of the methods or both.
+    """Base of callbacks: a callback of your own defines the methods that it needs.
 
         class Print(sltt.callbacks.Callback):
             def on_epoch(self, now):
@@ -57,6 +57,9 @@ class Callback:
     """
 
     needs_validation: bool = False
+
+    def on_start(self, now: Moment) -> None:
+        """Before the first batch, and when a run is resumed, which does not keep constants of layers."""
 
     def on_batch(self, now: Moment) -> None:
         """After each step of the optimizer."""

@@ -14,17 +14,8 @@ from sltt import analysis
 from sltt.commands.parsing import shipped_recipes
 
 DOCS = Path(sltt.__file__).parents[1] / "docs"
-MEASURES = [
-    "agreement",
-    "count_operations",
-    "firing_rates",
-    "iteration_seconds",
-    "layer_paths",
-    "measure_energy",
-    "memory_parts",
-    "neurobench",
-    "peak_memory",
-]
+MEASURES = ["agreement", "count_operations", "firing_rates", "iteration_seconds", "layer_paths", "measure_energy"]
+MEASURES += ["memory_parts", "neurobench", "peak_memory"]
 
 
 PAGES = ["interop", "quickstart", "own-network", "own-neuron", "own-data", "own-task", "own-loop", "own-rule", "rules"]

@@ -78,15 +78,8 @@ def make_parser(prog: str) -> ArgumentParser:
         getattr(sltt, name)
     set_parsing_settings(import_path_denylist=[])  # a class_path never imports what the parser's own list denies
     set_loader("sltt", yamltext.load_yaml, exceptions=(yaml.YAMLError,))
-    parser = ArgumentParser(
-        prog=prog,
-        usage=f"{prog} [OPTION ...]",
-        description=MATTER_FIRST,
-        exit_on_error=False,
-        allow_abbrev=False,
-        formatter_class=Help,
-        parser_mode="sltt",
-    )
+    told: Any = {"prog": prog, "usage": f"{prog} [OPTION ...]", "description": MATTER_FIRST, "formatter_class": Help}
+    parser = ArgumentParser(**told, exit_on_error=False, allow_abbrev=False, parser_mode="sltt")
     parser.add_argument("--config", action="config", help="YAML file whose values override the recipe's")
     kinds = {setting.name: (setting.type, setting.default) for setting in fields(Settings)}
     kinds |= {"data": (Data, MISSING), "batch_size": (int | None, BATCH_SIZE)}  # a recipe's data is no loader

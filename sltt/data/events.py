@@ -130,15 +130,9 @@ class _Events(Data):
             log.warning("%s is partial: %s not there", self.title, lost)
         samples, names = self._frames(train, steps, "training")
         test_samples, test_names = self._frames(test, steps, "test")
-        return self.split(
-            samples,
-            samples.targets,
-            test_samples if test else None,
-            [*names, *test_names],
-            augmented=Mapped(samples, self.augment) if self.augment else None,
-            static=False,
-            classes=len(self.classes),
-        )
+        form: Any = {"static": False, "classes": len(self.classes)}
+        augmented, tested = Mapped(samples, self.augment) if self.augment else None, test_samples if test else None
+        return self.split(samples, samples.targets, tested, [*names, *test_names], augmented=augmented, **form)
 
     def _frames(self, recordings: Recordings, steps: int, which: str) -> tuple[FrameDataset, list[str]]:
         """Return the recordings that can be used, and their names."""

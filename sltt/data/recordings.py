@@ -5,7 +5,6 @@ A recording is four arrays of equal length: x and y in pixels, p (polarity, 0 or
 
 import importlib.util
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -43,13 +42,8 @@ def read(path: Path, sensor: tuple[int, int], slicing: Slicing, steps: int) -> R
         RecordingError: unreadable, empty, fewer events than frames, time runs backwards, or events outside the sensor.
         ImportError: `.aedat4` without the package aedat.
     """
-    readers: dict[str, Callable[[Path], Recording]] = {
-        ".bin": _read_bin,
-        ".aedat": _read_aedat,
-        ".aedat4": _read_aedat4,
-        ".npy": _read_npy,
-        ".npz": _read_npz,
-    }
+    numpy = {".npy": _read_npy, ".npz": _read_npz}
+    readers = {".bin": _read_bin, ".aedat": _read_aedat, ".aedat4": _read_aedat4, **numpy}
     reader = readers.get(path.suffix)
     if reader is None:
         raise RecordingError(f"{path}: not a recording in a known format ({', '.join(readers)})")

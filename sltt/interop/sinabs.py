@@ -131,14 +131,7 @@ def _constants(module: Any) -> tuple[Any, ...]:
     return *functions, repr(functions), *(getattr(module, name, None) for name in others)
 
 
-register(
-    StatefulLayer,
-    _states,
-    reset=_reset,
-    spikes=lambda module: module.does_spike,
-    check=_check,
-    translate=_translate,
-    decay=_decay,
-)
+_of = {"spikes": lambda module: module.does_spike, "decay": _decay}
+register(StatefulLayer, _states, reset=_reset, check=_check, translate=_translate, **_of)
 _role = replace(role_of(StatefulLayer), advance=lambda m: make_adapter(_Squeezed, m, "v_mem", _Integrate, _constants))
 set_role(StatefulLayer, _role)

@@ -14,7 +14,7 @@ from sltt.models.base import SHIPPED
 from sltt.parallel.processes import Processes
 from sltt.training.average import select_weights
 from sltt.training.files import BEST, LAST, write_atomically
-from sltt.training.runs import refuse_links
+from sltt.training.runs import compare_layers, refuse_links
 
 log = logging.getLogger("sltt")
 FORMAT = "sltt-checkpoint-1"
@@ -120,12 +120,14 @@ def load_best(run: Path, which: str | None = None) -> tuple[Path, dict[str, Any]
 def load_selected(model: nn.Module, run: Path, processes: Processes, which: str | None = None) -> None:
     """Load the weights of `load_best`, which the first of several processes reads."""
 
-    def read() -> tuple[Path, dict[str, Any]]:
+    def read() -> tuple[Path, dict[str, Any], dict[str, str]]:
         path, content = load_best(run, which)
-        return path, select_weights(content)
+        return path, select_weights(content), content.get("layers", {})
 
-    path, weights = processes.first(read)
+    path, weights, layers = processes.first(read)
     load_weights(model, weights, path)
+    if other := compare_layers(model, layers):
+        log.warning("%s is of other layers than the network: %s", path, other)
 
 
 def start_from(model: nn.Module, weights: str | None, strict: bool) -> None:

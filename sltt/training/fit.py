@@ -73,7 +73,7 @@ def _config(settings: Settings, untold: list[str]) -> dict[str, Any]:
         and ((value := getattr(settings, name)) is not None or not settings.resume or name not in RESUMABLE)
     }
     network = {} if settings.resume else {"model": type(settings.model).__name__}
-    return {runs.MADE_IN: "Python, by sltt.fit", **network, "layers": runs.describe_layers(settings.model), **told}
+    return {runs.MADE_IN: "Python, by sltt.fit", **network, **told}
 
 
 def train(here: Session, settings: Settings, name: str = "run") -> Fit:

@@ -1,6 +1,7 @@
 """The network of a training on its device, and what changes its weights."""
 
 import copy
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ from sltt.training.parameters import parameter_groups
 from sltt.training.quantised import round_weights
 from sltt.training.session import Session
 from sltt.training.settings import Settings
+
+log = logging.getLogger("sltt")
 
 
 class Learner:
@@ -61,6 +64,7 @@ class Learner:
         with self.optimizing():
             return {
                 "model": weights,
+                "frozen": [name for name, p in self.model.named_parameters() if not p.requires_grad],
                 "averaged": self.average.module.state_dict() if self.average else rounded,
                 "average_steps": self.average.step if self.average else 0,
                 "optimizer": self.optim.state_dict(),
@@ -71,6 +75,12 @@ class Learner:
     def load(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Take over the state in a checkpoint that lies at `path`."""
         load_weights(self.model, checkpoint["model"], path)
+        frozen = {*checkpoint["frozen"]}  # a callback may have changed which
+        if other := [k for k, p in self.model.named_parameters() if p.requires_grad == (k in frozen)]:
+            more = f" and {len(other) - 3} more" * (len(other) > 3)
+            log.warning("frozen or trained as when it was saved: %s%s", ", ".join(other[:3]), more)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
         if self.average:
             load_weights(self.average.module, select_weights(checkpoint), path)
             self.average.step = checkpoint["average_steps"]

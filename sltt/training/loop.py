@@ -26,7 +26,7 @@ from sltt.training.learner import Learner
 from sltt.training.logs import logs
 from sltt.training.phases import Stage, stage_at
 from sltt.training.progress import Metrics, Progress, epoch_row
-from sltt.training.runs import write_table
+from sltt.training.runs import compare_layers, describe_layers, write_table
 from sltt.training.safeguards import check_weights, extreme_layers, rising_loss
 from sltt.training.trained import Trained
 
@@ -38,6 +38,7 @@ class Loop:
         splits: of the present stage; those of the data may depend on T.
         state: how far the training is.
         saved: when, on the monotonic clock.
+        layers: of the network, as a checkpoint that is resumed describes them.
     """
 
     def __init__(self, learner: Learner, splits: Splits, folder: Path, config: dict[str, Any], report: Console):
@@ -48,11 +49,16 @@ class Loop:
         self.metric = name_of(settings.metric)
         self.sampler = EpochSampler.of(splits, settings.seed, settings.size)
         self.state, self.saved, self.rose = Progress(), time.monotonic(), False
+        self.layers: dict[str, str] = {}
 
     def run(self) -> None:
         """Train the epochs that are left."""
         first = self.processes.rank == 0
         with logs(self.folder, self.settings.loggers or (), self.config, first) as log, Interrupt() as interrupt:
+            self._call("on_start")
+            if other := compare_layers(self.learner.model, self.layers):
+                change = "what a callback changes in layers, it changes in on_start again"
+                raise CheckpointError(f"the run {self.folder} was trained with other layers: {other}; {change}")
             self._show_callbacks()
             for row in self.state.history:  # so that the log of a resumed run is whole
                 log(row)
@@ -163,6 +169,7 @@ class Loop:
             "callbacks": [[_describe_callback(callback), callback.state_dict()] for callback in self.callbacks],
             "progress": vars(self.state.sum_over(self.processes)),
             "task": vars(self.trained(self.state.epoch)),
+            "layers": describe_layers(self.learner.model),
             "names": [*classes] if isinstance(classes, list | tuple) else [],
             "statistics": self.splits.statistics,
             "config": self.config,
@@ -198,6 +205,7 @@ class Loop:
         if self.processes.rank:  # the first takes over sums of all processes
             self.state.loss, self.state.terms, self.state.firing = 0.0, 0, {}
         self.learner.load(checkpoint, self.folder / LAST)
+        self.layers = checkpoint["layers"]
 
     def _show_callbacks(self) -> None:
         """Show the last epoch to callbacks that have not seen it. It is saved: a callback that fails loses no epoch."""
@@ -217,18 +225,10 @@ class Loop:
 
     def _call(self, name: str, loss: float | None = None) -> None:
         """Call a method of all callbacks; what one of them stops, in any process, ends for all after the epoch."""
-        state = self.state
-        now = Moment(
-            model=self.learner.model,
-            optimizer=self.learner.optim,
-            epoch=state.epoch,
-            batch=state.batch,
-            loss=loss,
-            history=state.history[state.first :],
-            metric=self.metric,
-            higher_is_better=higher_is_better(self.settings.metric),
-            stopped=state.stopped,
-        )
+        state, learner = self.state, self.learner
+        done = {"epoch": state.epoch, "batch": state.batch, "history": state.history[state.first :]}
+        score = {"metric": self.metric, "higher_is_better": higher_is_better(self.settings.metric)}
+        now = Moment(learner.model, learner.optim, loss=loss, stopped=state.stopped, **done, **score)
         for callback in self.callbacks:
             getattr(callback, name)(now)
         state.stopped = now.stopped

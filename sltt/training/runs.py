@@ -186,6 +186,12 @@ def describe_layers(model: nn.Module) -> dict[str, str]:
     return texts
 
 
+def compare_layers(model: nn.Module, before: dict[str, str]) -> str:
+    """Return which layers of a network are others than `before`, by `describe_layers`."""
+    layers = describe_layers(model)
+    return "; ".join(f"{k} was {was}, and is {layers.get(k)}" for k, was in before.items() if was != layers.get(k))
+
+
 def _differences(saved: Mapping[Any, Any], settings: Mapping[Any, Any], path: str = "") -> Iterator[str]:
     other_class = "class" in saved and saved["class"] != settings.get("class")  # whose other arguments say nothing
     for key in ["class"] if other_class else [*saved, *(key for key in settings if key not in saved)]:

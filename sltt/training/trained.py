@@ -18,7 +18,7 @@ from sltt.sequence.steps import time_steps
 from sltt.training.average import select_weights
 from sltt.training.check import warn_of_leftovers
 from sltt.training.checkpoints import load_best, load_weights
-from sltt.training.runs import MADE_IN, describe_layers, read_config
+from sltt.training.runs import MADE_IN, compare_layers, read_config
 
 log = logging.getLogger("sltt")
 
@@ -69,9 +69,8 @@ def load(
     path, content = load_best(run, checkpoint)
     config = read_config(run, content)
     network = _network(run, config) if model is None else instance("model", model, nn.Module)
-    layers, before = describe_layers(network), config.get("layers", {})
-    if other := [f"{name} was {was}, and is {now}" for name, was in before.items() if was != (now := layers.get(name))]:
-        log.warning("%s was trained with other layers: %s", run, "; ".join(other))
+    if other := compare_layers(network, content.get("layers", {})):
+        log.warning("%s was trained with other layers: %s", run, other)
     load_weights(network, select_weights(content), path, strict)
     network.trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
     return network.eval()

@@ -33,16 +33,8 @@ def deep(neuron=lambda: sltt.LIF(tau=2.0), layers=4, width=7, norm=True):
     return nn.Sequential(*modules, nn.Linear(width, 3)).double()
 
 
-WINDOWS = [
-    {"2": "all"},
-    {"5": "all"},
-    {"11": "all"},
-    {"2": 3},
-    {"2": "all", "8": 2},
-    {"2": 2, "5": 3, "8": 1},
-    {"5": 4, "11": "all"},
-    {"2": 2, "5": 2, "8": 2, "11": 2},
-]
+WINDOWS = [{"2": "all"}, {"5": "all"}, {"11": "all"}, {"2": 3}, {"2": "all", "8": 2}, {"5": 4, "11": "all"}]
+WINDOWS += [{"2": 2, "5": 3, "8": 1}, {"2": 2, "5": 2, "8": 2, "11": 2}]
 
 
 @pytest.mark.parametrize(("windows", "steps"), [(WINDOWS[0], 1), *((windows, 7) for windows in WINDOWS)], ids=str)

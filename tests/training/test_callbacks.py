@@ -9,7 +9,7 @@ import sltt
 from sltt.callbacks import Callback, EarlyStopping
 from sltt.training.checkpoints import CheckpointError, load_checkpoint
 from sltt.training.console import Console
-from tests.training.blobs import equal, stop_at, train, weights
+from tests.training.blobs import equal, network, stop_at, train, weights
 
 
 class Seen(Callback):
@@ -71,6 +71,34 @@ def test_a_callback_changes_learning_rate_and_weight_decay_for_good(tmp_path):
     groups = load_checkpoint(tmp_path / "part" / "last.ckpt")["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.5}
     assert equal(weights(tmp_path / "part" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
+
+
+@pytest.mark.parametrize("batch", [2, 6, 9])
+def test_what_a_callback_changes_in_the_network_is_resumed(batch, tmp_path, monkeypatch, caplog):
+    class Frees(Callback):
+        def on_start(self, now):
+            now.model[2].tau = 2.0 + now.epoch
+
+        def on_epoch(self, now):
+            now.model[2].tau = 2.0 + now.epoch
+            now.model[0].requires_grad_(True)
+
+    def run(name, rule, **settings):
+        model = network()
+        model[0].requires_grad_(False)
+        return train(tmp_path / name, model, rule=rule, callbacks=[Frees()], epochs=3, **settings)[0]
+
+    whole = run("whole", sltt.SLTT(k=2))
+    with pytest.raises(KeyboardInterrupt):
+        run("part", stop_at(batch))
+    if batch > 4:
+        with monkeypatch.context() as without:
+            without.delattr(Frees, "on_start")
+            with pytest.raises(ValueError, match=r"changes in layers, .* in on_start"):
+                run("part", sltt.SLTT(k=2), resume=True)
+    assert equal(run("part", sltt.SLTT(k=2), resume=True).state_dict(), whole.state_dict())
+    assert not torch.equal(whole[0].weight, network()[0].weight)
+    assert "best.ckpt is of other layers than the network: 2 was LIF(tau=" in caplog.text
 
 
 def test_a_callback_that_fails_loses_no_epoch(tmp_path):

@@ -258,10 +258,10 @@ def test_another_model_is_refused(tmp_path):
     """Also one with the same weights."""
     model = nn.Sequential(nn.Linear(4, 5), sltt.LIF(), nn.Dropout(0.1), nn.Linear(5, 3))
     train(tmp_path / "run", model, epochs=1)
-    for at, other, now in ((0, nn.Linear(4, 5, bias=False), "Linear"), (2, nn.Dropout(0.5), r"Dropout\(p=0.5")):
+    for at, other, why in ((0, nn.Linear(4, 5, bias=False), "do not fit"), (2, nn.Dropout(0.5), r"is Dropout\(p=0.5")):
         changed = copy.deepcopy(model)
         changed[at] = other
-        with pytest.raises(ValueError, match=f"layers.{at} was .* and is '{now}"):
+        with pytest.raises(ValueError, match=why):
             train(tmp_path / "run", changed, resume=True)
 
 

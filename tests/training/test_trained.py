@@ -152,5 +152,5 @@ def test_a_run_of_other_neurons_is_noticed(tmp_path, caplog):
     sltt.fit(other, few, weights=str(tmp_path / "run"), strict=False, **settings | {"run": tmp_path / "other"})
     assert "no weights of the same name and shape for 3.bias, 3.weight" in caplog.text
     assert other[0].weight.sub(model[0].weight).abs().max() < 0.1 < model[0].weight.abs().max()
-    with pytest.raises(ValueError, match=r"layers.1 was 'LIF\(tau=2.0, .* and is 'LIF\(tau=3.0, "):
+    with pytest.raises(ValueError, match=r"layers: 1 was LIF\(tau=2.0, .* and is LIF\(tau=3.0, "):
         sltt.fit(network(sltt.LIF(tau=3.0)), data, **settings | {"epochs": 3}, resume=True)
