@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Mapping
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -234,18 +234,26 @@ def check_forward(neuron: nn.Module) -> None:
         raise RuntimeError(f"{type(neuron).__name__} ran inside a backward pass: {reason}. {remedy}")
 
 
+_OURS = "torch", "sltt", "builtins", "abc"  # packages whose functions and classes read no numbers of users
+
+
 def _numbers_read(*values: Any) -> tuple[Any, ...]:
     """Return the numbers that users' functions and surrogates read from outside: they are compiled in."""
-    numbers, waiting, seen = [], [*values], set[Any]()
+    numbers, waiting, seen = [], [*values], set[int]()
     while waiting:
         value = waiting.pop()
         if isinstance(value, int | float | str | bool | list | tuple | dict):
             numbers.append(repr(value))
-        elif isinstance(value, FunctionType | Surrogate) and value not in seen:
-            seen.add(value)
-            of: Any = [value] if isinstance(value, FunctionType) else type(value).__mro__
-            own = [one for one in of if one.__module__.partition(".")[0] not in ("torch", "sltt", "builtins", "abc")]
-            waiting += [read for one in own for read in (variables_of(one) if one is value else vars(one).values())]
+        elif id(value) not in seen:
+            seen.add(id(value))
+            kinds = value.__mro__ if isinstance(value, type) else type(value).__mro__
+            own = [kind for kind in kinds if kind.__module__.partition(".")[0] not in _OURS]
+            if isinstance(value, FunctionType):
+                waiting += variables_of(value) if (value.__module__ or "").partition(".")[0] not in _OURS else ()
+            elif isinstance(value, ModuleType):
+                waiting += [v for v in vars(value).values() if isinstance(v, int | float)]
+            elif own:
+                waiting += [read for one in (*own, value) for read in getattr(one, "__dict__", {}).values()]
     return tuple(numbers)
 
 

@@ -71,6 +71,8 @@ def choose_fold(run: Run, fold: int | Literal["auto"] = "auto", rule: Any = None
     key = fold, run.sequence.steps, kernels.current_options().fold_memory
     if not problem and loss is not None and refers_to(loss, layout.layers):
         problem = "has a loss that refers to it, which may read the states of one time step"
+    if getattr(run.sequence.x, "_backward_hooks", None) or run.sequence.x._post_accumulate_grad_hooks:
+        problem = "has an input with hooks"
     if not problem:
         if key not in known.folds:
             known.folds[key] = _choose(run, x, fold, known, rule)

@@ -151,12 +151,12 @@ class SamplesWatch(DispatchMode):
 
 
 class _Hooks(TorchFunctionMode):
-    """Sees hooks on tensors, which see one time step in a call."""
+    """Sees hooks on tensors, which see one time step in a call, and values that NumPy reads."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        hooks = "register_hook", "retain_grad", "register_post_accumulate_grad_hook"
-        if getattr(func, "__name__", "") in hooks or func == Tensor.grad_fn.__get__:  # pyright: ignore
-            raise UnknownError("registers a hook on a tensor, or on what made it")
+        seen = "register_hook", "retain_grad", "register_post_accumulate_grad_hook", "numpy", "__array__", "__dlpack__"
+        if getattr(func, "__name__", "") in seen or func == Tensor.grad_fn.__get__:  # pyright: ignore
+            raise UnknownError("registers a hook on a tensor, or on what made it, or reads its values")
         return func(*args, **(kwargs or {}))
 
 

@@ -6,24 +6,27 @@ is in it, and the code of its functions. Out of reach are global variables, what
 libraries' objects, and the values of parameters.
 """
 
-from collections import OrderedDict, deque
-from collections.abc import Iterable
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
 from functools import partial
 from operator import attrgetter, is_not
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sltt.sequence.hooks import Handler, count_hooks
 from sltt.sequence.state import LIBRARIES, registrations
 
-_INTERNAL = {*vars(nn.Module()), "_sltt_layouts", "watched"} - {"training", "_non_persistent_buffers_set"}
+_INTERNAL = {*vars(nn.Module()), "_sltt_layouts"} - {"training", "_non_persistent_buffers_set"}
 _ATOMS = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size}
-_LISTS = {list, tuple, set, frozenset, deque}
-_OPAQUE = {"builtins", "functools", "torch", "numpy", "sltt"}  # whose objects are values, functions or modules
-_KNOWN = _OPAQUE | LIBRARIES  # whose classes stay as they are
-_DEPTH = 4  # of lists, dictionaries and objects in each other
+_LISTS = list, tuple, set, frozenset, deque
+_FUNCTIONS = {FunctionType, BuiltinFunctionType, ModuleType, CodeType, property, staticmethod, classmethod, range}
+_KNOWN = {"builtins", "functools", "torch", "numpy", "sltt"} | LIBRARIES  # whose classes stay as they are
+_DEPTH = 99  # of lists, dictionaries and objects in each other
 _LENGTH = 1024  # of a longer one, only its length counts
 _LEARNS, _is_there = attrgetter("requires_grad"), partial(is_not, None)
 
@@ -38,11 +41,11 @@ class Fingerprint:
         self._layers: list[tuple[Any, set[str], bool, bool]] = []
         self._classes: dict[type, None] = {}  # of the user, in the order in which they were seen
         for layer in layers:
-            package = type(layer.module).__module__.partition(".")[0]
+            package = _package(kind := type(layer.module))
             own = layer.role.kind == "other" and package not in ("torch", "sltt")
-            self._layers.append((layer, _INTERNAL.union(layer.states), package in LIBRARIES, own))
-            kinds = type(layer.module).__mro__
-            self._classes |= {k: None for k in kinds if k.__module__.partition(".")[0] not in _KNOWN}
+            internal = {*_INTERNAL, *layer.states, *["watched"] * hasattr(kind, "watched")}
+            self._layers.append((layer, internal, package in LIBRARIES, own))
+            self._classes |= {k: None for k in kind.__mro__ if _package(k) not in _KNOWN}
         self._registrations = registrations()
         self._rows, self._held = self._read()
 
@@ -50,6 +53,7 @@ class Fingerprint:
         """Return a row for each layer, and the objects whose ids are in it: as long as they live, ids are theirs."""
         held: list[Any] = []
         rows: list[Row] = []
+        freeze = partial(_freeze, held=held, seen={id(layer.module) for layer, *_ in self._layers}, device=self._device)
         for layer, internal, theirs, own in self._layers:
             values = vars(layer.module)
             parameters, children, attributes = values["_parameters"].values(), values["_modules"].values(), []
@@ -58,24 +62,23 @@ class Fingerprint:
                 # what neurons of a library note of a step, such as sinabs' firing rate, is no part of what they do
                 if name in internal or (theirs and type(value) not in _ATOMS):
                     continue
-                if (kind := type(value)) in _LISTS and len(value) < _LENGTH and _ATOMS.issuperset(map(type, value)):
-                    value = kind, *value
-                elif kind not in _ATOMS:
+                if type(value) in _LISTS and len(value) < _LENGTH and _ATOMS.issuperset(map(type, value)):
+                    value = type(value), *value
+                elif type(value) not in _ATOMS:
                     while isinstance(value, Handler):  # of a run around this one
                         value = value.args[0].before
                     if name == "forward" and value is None:
                         continue
-                    value = _freeze(value, held, self._device)
+                    value = freeze(value)
                 attributes.append((name, value))
             if own:
-                attributes += [(k, _freeze(buffer, held, self._device)) for k, buffer in values["_buffers"].items()]
+                attributes += [(k, freeze(buffer)) for k, buffer in values["_buffers"].items()]
             ids, hooks = (*map(id, parameters), None, *map(id, children)), count_hooks(layer.module)
             learns = (*map(_LEARNS, filter(_is_there, parameters)),)
             kind, buffers = type(layer.module), tuple(values["_buffers"].keys())
             rows.append((kind, getattr(kind, "forward", None), ids, learns, buffers, hooks, attributes))
         for kind in self._classes:
-            parts = ((name, getattr(value, "__code__", value)) for name, value in vars(kind).items())
-            rows.append(tuple((name, _freeze(value, held, self._device)) for name, value in parts))
+            rows.append(tuple((name, freeze(value)) for name, value in _contents(kind)))
         return rows, held
 
     def changes(self) -> dict[str, Any]:
@@ -96,29 +99,56 @@ class Fingerprint:
         return changes
 
 
-def _freeze(value: Any, held: list[Any], device: str | None, depth: int = 0) -> Any:
-    """Return what an attribute holds in a form that can be compared."""
+def _freeze(value: Any, held: list[Any], seen: set[int], device: str | None, depth: int = 0) -> Any:
+    """Return what an attribute holds in a form that can be compared; what cannot be read equals nothing."""
     kind = type(value)
     if kind in _ATOMS:
         return value
+    held.append(value)
     if isinstance(value, Tensor):
-        held.append(value)
         if value.device.type == device:
             held.append(value.detach())  # its memory: another tensor may be put into it by `.data`
             return id(value), value.data_ptr()
         return id(value), 0 if value.is_inference() else value._version
-    if depth < _DEPTH:
-        inner = partial(_freeze, held=held, device=device, depth=depth + 1)
-        if kind in _LISTS:
-            return kind, len(value), *(map(inner, value) if len(value) < _LENGTH else [])
-        if kind in (dict, OrderedDict):
-            items = value.items() if len(value) < _LENGTH else ()
-            return kind, len(value), *[(inner(k), inner(v)) for k, v in items]
-        if kind.__module__ == "numpy" and value.size < _LENGTH:
-            return kind, value.tobytes()
-        plain = hasattr(value, "__dict__") and not isinstance(value, nn.Module | type)
-        if plain and kind.__module__.partition(".")[0] not in _OPAQUE:
-            held.append(value)
-            return id(value), *[(k, inner(v)) for k, v in vars(value).items()]
-    held.append(value)
-    return id(value)
+    if id(value) in seen:
+        return id(value)
+    seen.add(id(value))
+    inner = partial(_freeze, held=held, seen=seen, device=device, depth=depth + 1)
+    if depth > _DEPTH:
+        return object()
+    if isinstance(value, _LISTS):
+        return kind, len(value), *(map(inner, value) if len(value) < _LENGTH else []), *map(inner, _attributes(value))
+    if isinstance(value, dict):
+        items = value.items() if len(value) < _LENGTH else ()
+        return kind, len(value), *[(inner(k), inner(v)) for k, v in items], *map(inner, _attributes(value))
+    if kind is np.ndarray and value.size < _LENGTH and not value.dtype.hasobject:
+        return kind, value.tobytes()
+    if isinstance(value, MethodType):
+        return id(value.__func__), inner(value.__self__)
+    if isinstance(value, type):
+        own = (k for k in value.__mro__ if _package(k) not in _KNOWN | sys.stdlib_module_names)
+        return id(value), *[(name, inner(part)) for one in own for name, part in _contents(one)]
+    if not isinstance(value, nn.Module) and (kind in _FUNCTIONS or _package(kind) in ("torch", "sltt")):
+        return id(value)
+    try:
+        return id(value), inner(kind), *map(inner, _attributes(value))
+    except Exception:  # of any kind: it is the user's code
+        return object() if isinstance(value, Iterator) else id(value)
+
+
+def _attributes(value: Any) -> Iterable[Any]:
+    """Return the attributes of an object; those of a class with its own way to be pickled, or without any, as it is."""
+    kind = type(value)
+    if hasattr(value, "__dict__") and kind.__reduce__ is object.__reduce__:
+        return vars(value).items()
+    return () if isinstance(value, (dict, *_LISTS)) else value.__reduce_ex__(2)[1:]
+
+
+def _contents(kind: type) -> Iterable[tuple[str, Any]]:
+    """Return what is in a class, without what a copy of its objects puts there."""
+    parts = vars(kind).items()
+    return [(name, getattr(part, "__code__", part)) for name, part in parts if name != "__slotnames__"]
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]

@@ -121,8 +121,25 @@ def test_layers_read_spikes_as_bits_and_graded_ones_as_they_are(sparse_calls):
         sparse_calls.clear()
 
 
-@pytest.mark.parametrize("make", [sltt.ALIF, lambda **kwargs: sltt.IntegerLIF(levels=2, **kwargs)])
-def test_a_surrogate_reads_what_its_class_has_now(make):
+class Config:
+    alpha = 1.0
+
+
+class Scaled(sltt.Neuron):
+    """Reads a class, and learns a number."""
+
+    def __init__(self, surrogate):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(0.9, dtype=torch.float64))
+
+    @staticmethod
+    def step(x, v, *, w):
+        s = sltt.surrogates.FastSigmoid(Config.alpha)(w * v + x - 1)
+        return s, w * v + x - s
+
+
+@pytest.mark.parametrize("make", [sltt.ALIF, lambda **kwargs: sltt.IntegerLIF(levels=2, **kwargs), Scaled])
+def test_a_step_reads_what_classes_have_now(make):
     class Annealed(sltt.surrogates.Surrogate):
         alpha = 1.0
 
@@ -131,13 +148,14 @@ def test_a_surrogate_reads_what_its_class_has_now(make):
 
     found, neuron = [], make(surrogate=Annealed())
     for mode in ("on", "on", "off"):
-        x = torch.linspace(-1, 3, 64).requires_grad_()
+        x = torch.linspace(-1, 3, 64, dtype=torch.float64).requires_grad_()
         with kernels.using(compile=mode):
-            neuron(x).sum().backward()
+            (neuron(x) + neuron(x)).sum().backward()
         sltt.reset(neuron)
-        found.append(x.grad)
-        Annealed.alpha = 4.0
-    assert not torch.equal(found[0], found[1])
+        found.append([x.grad, *(p.grad for p in neuron.parameters())])
+        neuron.zero_grad()
+        Annealed.alpha = Config.alpha = 4.0
+    assert not torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[1], found[2])
 
 

@@ -1,9 +1,12 @@
 """Which networks share calls among time steps by default: those whose results stay the same."""
 
 import copy
+import itertools
 import random
+from collections import Counter, defaultdict
 from operator import attrgetter
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,6 +163,12 @@ FUNCTIONS = {
     "makes numbers by the size of the batch": (lambda layer, x: x / torch.ones(len(x)).sum(), {}),
     "has a hook on the graph": (hook_graph, {}),
     "pads the batch": (lambda layer, x: layer.pad(x), {"pad": nn.ConstantPad2d((0, 0, 1, -1), 0.0)}),
+    "draws from a generator of its own": (
+        lambda layer, x: -x if layer.drawn.random() < 0.15 else x,
+        {"drawn": np.random.default_rng(1)},
+    ),
+    "counts in a counter": (lambda layer, x: x if count(layer, x) < 4 else -x, {"seen": Counter(steps=0)}),
+    "counts by an iterator": (lambda layer, x: x if next(layer.seen) < 4 else -x, {"seen": itertools.count()}),
     "mixes pairs of samples": (lambda layer, x: x if len(x) % 2 else x - 0.1 * pairs(x), {}),
 }
 SINGLE = {name: lambda given=given: Through(given[0], **copy.deepcopy(given[1])) for name, given in FUNCTIONS.items()}
@@ -283,6 +292,53 @@ def test_what_changes_in_a_class_between_batches_is_tried_again(name, value, mon
     assert called(sltt.SLTT(), model, x) == [30]
     monkeypatch.setattr(Own, name, value)
     assert called(sltt.SLTT(), model, x) == [5] * 6
+
+
+class Slots:
+    __slots__ = ("on",)
+    on: bool
+
+
+class Config:
+    on = False
+
+
+DEEP = [[[[[[False]]]]]]
+KEPT = {  # what a forward reads, how, and what changes it
+    "a dictionary with defaults": (defaultdict(bool), lambda kept: kept.get("on"), lambda kept: kept.update(on=True)),
+    "slots": (Slots(), lambda kept: getattr(kept, "on", False), lambda kept: setattr(kept, "on", True)),
+    "a class": (Config, lambda kept: kept.on, lambda kept: setattr(kept, "on", True)),
+    "a list in lists": (DEEP, lambda kept: kept[0][0][0][0][0][0], lambda kept: kept[0][0][0][0][0].__setitem__(0, True)),
+    "a layer in a list": ([nn.BatchNorm1d(6).eval()], lambda kept: kept[0].training, lambda kept: kept[0].train()),
+}
+
+
+@pytest.mark.parametrize(("kept", "reads", "change"), KEPT.values(), ids=KEPT)
+def test_what_changes_in_an_attribute_between_batches_is_tried_again(kept, reads, change):
+    class Own(Net):
+        def forward(self, x):
+            return super().forward(x - x.mean(0) if reads(self.kept) else x)
+
+    model, x = Own().double(), torch.randn(6, 5, 6, dtype=torch.float64)
+    model.kept = kept
+    assert called(sltt.SLTT(), model, x) == [30]
+    change(kept)
+    assert called(sltt.SLTT(), model, x) == [5] * 6
+
+
+@pytest.mark.parametrize("hook", [None, lambda grad: grad.clamp(-1e-4, 1e-4)])
+def test_what_numpy_reads_and_a_hook_on_an_image_are_of_each_step(hook):
+    between = nn.Identity() if hook else Through(lambda _, x: x / (0.1 + float(x.detach().numpy().mean())))
+    model, found = Net(nn.Linear(6, 16), sltt.LIF(), between, nn.Linear(16, 3)).double(), []
+    nn.init.uniform_(model[0].weight, -0.2, 0.4)
+    for fold in ("auto", 1):
+        x = torch.linspace(0, 2, 30).double().view(5, 6).requires_grad_()
+        if hook:
+            x.register_hook(hook)
+        copied = copy.deepcopy(model)
+        sltt.SLTT(fold=fold)(copied, x, torch.arange(5) % 3, LOSS, steps=6)
+        found.append([x.grad, copied[0].weight.grad])
+    torch.testing.assert_close(*found)
 
 
 def mean_taken_off(module, args):

@@ -121,7 +121,8 @@ class _CustomStep(torch.autograd.Function):
         for x_t, grad_x_t, grad_s_t, before in reversed([*parts]):
             goes_on = needs_states if before is every[0] else not ctx.cut
             of_states = [torch.empty_like(v) for v in before] if goes_on else []
-            of_parameters = [torch.empty_like(p) for p in compress(parameters, learned)]
+            # of no dimension, in float64, the compiler's code would leave it unwritten (PyTorch 2.13)
+            of_parameters = [p.new_empty(p.shape or 1) for p in compress(parameters, learned)]
             of_outputs = [grad_s_t, *after]
             backward = _backward_kernel(step, goes_on, learned, tuple(g is not None for g in of_outputs))
             seen = seen_as(x_t, step.by_channel)
@@ -131,7 +132,8 @@ class _CustomStep(torch.autograd.Function):
             after = of_states or [None] * step.states
             totals = [g if sum_ is None else sum_ + g for sum_, g in zip(totals, of_parameters, strict=True)]
         sums = iter(totals)
-        return [grad_x if needs_x else None, *after, *(next(sums) if learns else None for learns in learned)]
+        of_learned = (next(sums).view_as(p) if learns else None for p, learns in zip(parameters, learned, strict=True))
+        return [grad_x if needs_x else None, *after, *of_learned]
 
 
 class FunctionKernel(Kernel):
