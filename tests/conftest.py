@@ -27,17 +27,10 @@ if not torch.accelerator.is_available():  # it formats a stack for each absent d
 # what forks a process with threads, reads /proc or runs bash
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="it needs Linux")
 LOSS = sltt.losses.CrossEntropyMSE()
-SURROGATES = [
-    sltt.surrogates.Triangle(),
-    sltt.surrogates.Triangle(gamma=0.7),
-    sltt.surrogates.Rectangle(),
-    sltt.surrogates.Sigmoid(),
-    sltt.surrogates.ArcTan(),
-    sltt.surrogates.FastSigmoid(),
-    sltt.surrogates.Exponential(),
-    sltt.surrogates.Gaussian(),
-    sltt.surrogates.Above(sltt.surrogates.Triangle()),
-]
+SURROGATES = [sltt.surrogates.Triangle(), sltt.surrogates.Triangle(gamma=0.7), sltt.surrogates.Rectangle()]
+SURROGATES += [sltt.surrogates.Sigmoid(), sltt.surrogates.ArcTan(), sltt.surrogates.FastSigmoid()]
+SURROGATES += [sltt.surrogates.Exponential(), sltt.surrogates.Gaussian()]
+SURROGATES += [sltt.surrogates.Above(sltt.surrogates.Triangle())]
 NEURONS = {
     "LIF": sltt.LIF,
     "LIF(tau=2)": lambda **kwargs: sltt.LIF(tau=2.0, **kwargs),
@@ -115,15 +108,8 @@ def elsewhere(monkeypatch):
 
 def small_network(neuron=sltt.LIF, norm=False, dropout=0.0):
     """Two layers of neurons on inputs [B, 6], with weights large enough for both to spike; in float64."""
-    layers = [
-        nn.Linear(6, 8),
-        nn.BatchNorm1d(8) if norm else nn.Identity(),
-        neuron(),
-        sltt.Dropout(dropout),
-        nn.Linear(8, 7),
-        neuron(),
-        nn.Linear(7, 3),
-    ]
+    layers = [nn.Linear(6, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), neuron(), sltt.Dropout(dropout)]
+    layers += [nn.Linear(8, 7), neuron(), nn.Linear(7, 3)]
     for layer in layers:
         if isinstance(layer, nn.Linear):
             layer.weight.data.mul_(3)

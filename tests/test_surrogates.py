@@ -7,21 +7,18 @@ from sltt import surrogates
 from sltt.surrogates import Above, ArcTan, Exponential, FastSigmoid, Gaussian, Rectangle, Sigmoid, Surrogate, Triangle
 from tests.conftest import SURROGATES
 
-FORMULAS = [
-    (Triangle(), lambda x: max(0.0, 1 - abs(x))),
-    (Triangle(gamma=0.5), lambda x: max(0.0, 1 - abs(x) / 0.5) / 0.5),
-    (Rectangle(), lambda x: float(abs(x) < 0.5)),
-    (Rectangle(gamma=2.0), lambda x: float(abs(x) < 1) / 2),
-    (Sigmoid(), lambda x: 4 / (1 + math.exp(-4 * x)) * (1 - 1 / (1 + math.exp(-4 * x)))),
-    (ArcTan(), lambda x: 1 / (1 + (math.pi * x) ** 2)),
-    (ArcTan(alpha=3.0), lambda x: 1.5 / (1 + (math.pi * 3 * x / 2) ** 2)),
-    (FastSigmoid(), lambda x: 12.5 / (1 + 25 * abs(x)) ** 2),
-    (FastSigmoid(alpha=1.0, scale=2.0), lambda x: 1 / (1 + abs(x)) ** 2),
-    (Exponential(), lambda x: math.exp(-2 * abs(x))),
-    (Exponential(alpha=3.0, scale=2.0), lambda x: 3 * math.exp(-3 * abs(x))),
-    (Gaussian(), lambda x: 2 * math.exp(-2 * x * x) / math.sqrt(2 * math.pi)),
-    (Gaussian(sigma=2.0, scale=3.0), lambda x: 1.5 * math.exp(-x * x / 8) / math.sqrt(2 * math.pi)),
-]
+FORMULAS = [(Triangle(), lambda x: max(0.0, 1 - abs(x)))]
+FORMULAS += [(Triangle(gamma=0.5), lambda x: max(0.0, 1 - abs(x) / 0.5) / 0.5)]
+FORMULAS += [(Rectangle(), lambda x: float(abs(x) < 0.5)), (Rectangle(gamma=2.0), lambda x: float(abs(x) < 1) / 2)]
+FORMULAS += [(Sigmoid(), lambda x: 4 / (1 + math.exp(-4 * x)) * (1 - 1 / (1 + math.exp(-4 * x))))]
+FORMULAS += [(ArcTan(), lambda x: 1 / (1 + (math.pi * x) ** 2))]
+FORMULAS += [(ArcTan(alpha=3.0), lambda x: 1.5 / (1 + (math.pi * 3 * x / 2) ** 2))]
+FORMULAS += [(FastSigmoid(), lambda x: 12.5 / (1 + 25 * abs(x)) ** 2)]
+FORMULAS += [(FastSigmoid(alpha=1.0, scale=2.0), lambda x: 1 / (1 + abs(x)) ** 2)]
+FORMULAS += [(Exponential(), lambda x: math.exp(-2 * abs(x)))]
+FORMULAS += [(Exponential(alpha=3.0, scale=2.0), lambda x: 3 * math.exp(-3 * abs(x)))]
+FORMULAS += [(Gaussian(), lambda x: 2 * math.exp(-2 * x * x) / math.sqrt(2 * math.pi))]
+FORMULAS += [(Gaussian(sigma=2.0, scale=3.0), lambda x: 1.5 * math.exp(-x * x / 8) / math.sqrt(2 * math.pi))]
 
 
 @pytest.mark.parametrize(("surrogate", "formula"), FORMULAS, ids=[repr(s) for s, _ in FORMULAS])

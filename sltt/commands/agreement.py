@@ -89,18 +89,10 @@ def measure_agreement(recipe: Recipe, args: argparse.Namespace, report: Console)
             rule = choose_rule(ranked, tried)
             costs = {repr(r): memory(r) for r in rivals if repr(r) in (rule, "SLTT()", "BPTT()")}
             how = {"fold": ready.fold.trained, "epochs": epochs, "samples": own.size, "training": own.epochs}
-            rows.append(
-                {
-                    "tau": tau,
-                    "steps": T,
-                    "epochs": epochs,
-                    "agreement": [vars(rule_agreement) for rule_agreement in agreements],
-                    "trial": tried and vars(tried) | {"learned": {name: tried.shares(name) for name in tried.losses}},
-                    "memory": costs,
-                    "rule": rule,
-                    "advice": advice(ranked, tried, costs, **how),
-                }
-            )
+            learned = {"learned": {name: tried.shares(name) for name in tried.losses}} if tried else {}
+            found = {"agreement": [vars(one) for one in agreements], "trial": tried and vars(tried) | learned}
+            chosen = {"memory": costs, "rule": rule, "advice": advice(ranked, tried, costs, **how)}
+            rows.append({"tau": tau, "steps": T, "epochs": epochs, **found, **chosen})
     return rows
 
 

@@ -88,6 +88,9 @@ def options() -> CommandOptions:
 def run(words: Sequence[str]) -> None:
     folder, words = begin(words)
     args, run = options().parse_args(words), Path(folder)
+    given = [f"--{name}" for name in ("name", "ram", "flash") if getattr(args, name) is not None]
+    if args.to != "c" and (given := given + ["--weights"] * (args.weights != "float32")):
+        raise UsageError(f"{given[0]} is of C, got --to {args.to}: leave it out, or use --to c")
     if args.check and args.to != "nir":
         raise UsageError(f"--check is of a NIR graph, got --to {args.to}: use --to nir")
     built, _, content = load_run("sltt export", folder, args.code)
@@ -100,7 +103,7 @@ def run(words: Sequence[str]) -> None:
         name = _default_name(run) if args.name is None else args.name
         limits = {"weights": args.weights, "ram": args.ram, "flash": args.flash}
         return _write_c(built, splits, out, name, limits, report)
-    if args.out and out.exists():
+    if (args.out or not run.is_dir()) and out.exists():
         raise UsageError(f"{out} exists, and is not overwritten: choose another --out, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -28,7 +28,7 @@ REMEDIES = {
     r"gloo.*by peer|remote process exited": (
         "another process ended: its output says why, unless it was killed, as for want of memory"
     ),
-    r"shapes cannot be multiplied|to have \d+ channels|must match the size|size mismatch|Expected \d[^ ]*D": (
+    r"shapes cannot be multiplied|to have \d+ channels|must match the size|size mismatch,|Expected \d[^ ]*D": (
         "the network does not fit the data: compare the options --model.… and --data.…"
     ),
 }

@@ -92,17 +92,11 @@ def _training(results: Gathered, names: dict[Path, str], colours: dict[str, str]
         loss.setdefault(label, []).append((epochs, [row["train_loss"] for row in history]))
         best = next(row for row in history if row["epoch"] == results.runs[run].best)
         seconds = statistics.median(row["seconds"] for row in history)
-        rows.append(
-            {
-                "run": run.name,
-                "rule": label if label != run.name else results.runs[run].rule,
-                "epochs": numeral(len(epochs)),
-                f"best {metric}": Cell(score_text(metric, best[key]), best[key]),
-                "last loss": numeral(history[-1]["train_loss"], ".4f"),
-                "firing rate": numeral(history[-1]["firing_rate"], ".3f"),
-                "s / epoch": numeral(seconds, ".2f"),
-            }
-        )
+        rule, last = label if label != run.name else results.runs[run].rule, history[-1]
+        scored = {f"best {metric}": Cell(score_text(metric, best[key]), best[key])}
+        of_last = {"last loss": numeral(last["train_loss"], ".4f"), "firing rate": numeral(last["firing_rate"], ".3f")}
+        named = {"run": run.name, "rule": rule, "epochs": numeral(len(epochs))}
+        rows.append(named | scored | of_last | {"s / epoch": numeral(seconds, ".2f")})
     titles = {metric: metric.replace("_", " ") for metric in scores}
     over = [
         Chart(

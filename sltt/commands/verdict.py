@@ -59,21 +59,12 @@ def verdicts(results: Gathered) -> list[Verdict]:
             scores, each = finite_scores(row["scores"]), finite_scores(row["seconds_of_seeds"])
             died = len(row["scores"]) - len(scores) + len(row.get("errors", ()))
             if scores or died:
-                rules[row["rule"]] = Verdict(
-                    row["rule"],
-                    scores,
-                    comparison["metric"],
-                    1 if comparison["higher_is_better"] else -1,
-                    comparison.get("samples"),
-                    comparison.get("epochs"),
-                    (row["seconds"], min(each), max(each)) if each else None,
-                    {row.get("steps") or comparison.get("steps"): row["peak_memory"]} if row["peak_memory"] else {},
-                    row["peak_memory"] or math.inf,
-                    row.get("fold", 1),
-                    row["cosine"],
-                    died,
-                    comparison.get("chance"),
-                )
+                of_data = comparison.get("samples"), comparison.get("epochs")
+                measured = comparison["metric"], 1 if comparison["higher_is_better"] else -1, *of_data
+                seconds, peak = (row["seconds"], min(each), max(each)) if each else None, row["peak_memory"]
+                memory = {row.get("steps") or comparison.get("steps"): peak} if peak else {}, peak or math.inf
+                rest = row.get("fold", 1), row["cosine"], died, comparison.get("chance")
+                rules[row["rule"]] = Verdict(row["rule"], scores, *measured, seconds, *memory, *rest)
     for profile in _same_recipe(results, results.profiles):
         for row in profile["costs"]:
             rule = rules.setdefault(row["rule"], Verdict(row["rule"]))

@@ -186,14 +186,10 @@ class Data(ABC):
         parts = hold_out([labels[i] for i in rest], self.validation)
         kept, held = ([rest[i] for i in part] for part in parts)
         plain = Subset(samples, kept)
-        return Splits(
-            train=plain if augmented is None else Subset(augmented, kept),
-            validation=Subset(samples, held) if held else None,
-            test=test_samples,
-            plain=plain,
-            fingerprint=fingerprint(identity, kept, held, *([tested] if tested else [])),
-            **form,
-        )
+        train = plain if augmented is None else Subset(augmented, kept)
+        validation = Subset(samples, held) if held else None
+        split = fingerprint(identity, kept, held, *([tested] if tested else []))
+        return Splits(train, validation, test_samples, plain=plain, fingerprint=split, **form)
 
     @abstractmethod
     def load(self, steps: int) -> Splits:

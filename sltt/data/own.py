@@ -95,13 +95,9 @@ class _OwnData(Data):
         parts: dict[str, Any] = {"validation": None, "test": None, **samples}
         if held:
             parts |= {"train": Subset(samples["train"], kept), "validation": Subset(samples["train"], held)}
-        return Splits(
-            **parts,
-            **self.form,
-            classes=self._count(labels),
-            fingerprint=fingerprint(labels or [], kept, held, [len(dataset) for dataset in samples.values()]),
-            lengths=[len(samples["train"][i][0]) for i in kept] if self.by_length else None,
-        )
+        lengths = [len(samples["train"][i][0]) for i in kept] if self.by_length else None
+        split = fingerprint(labels or [], kept, held, [len(dataset) for dataset in samples.values()])
+        return Splits(**parts, **self.form, classes=self._count(labels), fingerprint=split, lengths=lengths)
 
     def _samples(self, name: str, dataset: Any, steps: int) -> Any:
         if self.collates:

@@ -175,17 +175,10 @@ def _flatten(node: Any) -> nn.Module:
     return nn.Flatten(*(d + 1 if d >= 0 else d for d in (start, end)))
 
 
-_MODULES: dict[type, Callable[[Any], nn.Module]] = {
-    nir.Input: lambda node: nn.Identity(),
-    nir.Output: lambda node: nn.Identity(),
-    nir.Linear: _affine,
-    nir.Affine: _affine,
-    nir.Conv1d: _conv,
-    nir.Conv2d: _conv,
-    nir.AvgPool2d: _pool(nn.AvgPool2d),
-    nir.SumPool2d: _pool(_SumPool2d),
-    nir.Flatten: _flatten,
-}
+_MODULES: dict[type, Callable[[Any], nn.Module]] = {nir.Input: lambda node: nn.Identity()}
+_MODULES |= {nir.Output: lambda node: nn.Identity(), nir.Linear: _affine, nir.Affine: _affine, nir.Conv1d: _conv}
+_MODULES |= {nir.Conv2d: _conv, nir.AvgPool2d: _pool(nn.AvgPool2d), nir.SumPool2d: _pool(_SumPool2d)}
+_MODULES |= {nir.Flatten: _flatten}
 
 
 def _neuron(node: Any, dt: float, surrogate: Surrogate) -> nn.Module:

@@ -4,6 +4,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,17 +64,12 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path, *, sequence: bool = F
     batch = torch.export.Dim("batch")
     with torch.no_grad(), using(compile="off"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
-        torch.onnx.export(
-            _Sequence(step.model) if sequence else step,
-            (x,) if sequence else (x, step.states),
-            str(path),
-            input_names=["x", *names],
-            output_names=["logits", *(f"next.{name}" for name in names)],
-            dynamic_shapes=({1: batch},) if sequence else ({0: batch}, tuple({0: batch} for _ in names)),
-            external_data=False,
-            dynamo=True,
-            verbose=False,
-        )
+        model, inputs, shapes = step, (x, step.states), ({0: batch}, tuple({0: batch} for _ in names))
+        if sequence:
+            model, inputs, shapes = _Sequence(step.model), (x,), ({1: batch},)
+        named: Any = {"input_names": ["x", *names], "output_names": ["logits", *(f"next.{name}" for name in names)]}
+        options: Any = {"dynamic_shapes": shapes, "external_data": False, "dynamo": True, "verbose": False}
+        torch.onnx.export(model, inputs, str(path), **named, **options)
     return {} if sequence else step.first
 
 

@@ -59,13 +59,15 @@ def read_calls(model: nn.Module, x: Tensor) -> list[Call]:
         remedy = "write what they do into a forward, or remove them by the handles that their registration gave"
         raise ValueError(f"the export would not run the hooks of {', '.join(hooked)}: {remedy}")
     reset(model)
-    reader = _Reader(model)
+    reader = _Reader(model, graph := trace(model))
     with torch.no_grad():
         logits = reader.run(x)
         reset(model)
         if not isinstance(logits, Tensor):
             raise ValueError(f"expected one tensor of logits, got {type(logits).__name__}: {ONE_TENSOR}")
-        if not torch.allclose(logits, model(x), rtol=1e-3, atol=1e-5):
+        in_place = (n for n in graph.nodes if n.op == "call_method" and n.target.endswith("_"))
+        lost = any(not n.users or len(n.args[0].users) > 1 for n in in_place)  # of what others read, or nobody
+        if lost or not torch.allclose(logits, model(x), rtol=1e-3, atol=1e-5):
             problem = f"{type(model).__name__} changes a tensor in place, or draws random numbers, unseen in its trace"
             raise ValueError(f"{problem}: write z = z + x for z += x, and nn.Dropout for F.dropout")
     calls = [*dict.fromkeys(reader.calls.values())]
@@ -99,8 +101,8 @@ def copy_plain(layer: Any) -> Any:
 class _Reader(fx.Interpreter):
     """Runs a network once, for the shapes, and notes its calls."""
 
-    def __init__(self, model: nn.Module):
-        super().__init__(model, graph=trace(model))
+    def __init__(self, model: nn.Module, graph: fx.Graph):
+        super().__init__(model, graph=graph)
         self.paths = dict(model.named_modules())
         self.calls: dict[Any, Call] = {}  # by node
 

@@ -27,16 +27,10 @@ class DigitsNet(nn.Module):
         width = whole_number("width", width, least=1)
         neuron = neuron_maker(neuron)
         self.features = nn.Sequential(
-            nn.Conv2d(in_channels, width, 3, padding=1),
-            nn.BatchNorm2d(width),
-            neuron(),
-            nn.Conv2d(width, 2 * width, 3, padding=1),
-            nn.BatchNorm2d(2 * width),
-            neuron(),
+            *(nn.Conv2d(in_channels, width, 3, padding=1), nn.BatchNorm2d(width), neuron()),
+            *(nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), neuron()),
             nn.AvgPool2d(2),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
-            nn.BatchNorm2d(2 * width),
-            neuron(),
+            *(nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), neuron()),
         )
         self.pool = nn.AdaptiveAvgPool2d(2)
         self.dropout = Dropout(dropout)

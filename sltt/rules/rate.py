@@ -1,10 +1,11 @@
 """Rate-based backpropagation: one pass over firing rates, recorded in T steps without a graph or made on the way."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sltt import kernels
 from sltt._torch import _BatchNorm, _DropoutNd
@@ -337,6 +338,9 @@ def _make_layer(layer: Layer, steady: bool, steps: int) -> _RateLayer | None:
         if own_forward(module, _BatchNorm):
             raise ValueError(f"RateBased knows PyTorch's plain BatchNorm, not {layer}: use that, or SLTT")
         return _NormLayer(layer, steps)
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm | nn.modules.instancenorm._InstanceNorm):
+        small = "divides by the deviation of the mean input, which is smaller: its gradients are too large"
+        warnings.warn(f"the rate pass of {layer} {small}; use BatchNorm, or SLTT", stacklevel=1)
     if isinstance(module, _DropoutNd) and module.training and module.p > 0:
         raise ValueError(f"{layer} draws a mask at every step, and the rate pass has one: use sltt.Dropout, or SLTT")
     return None

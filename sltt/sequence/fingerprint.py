@@ -26,7 +26,6 @@ _ATOMS = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.
 _LISTS = list, tuple, set, frozenset, deque
 _FUNCTIONS = {FunctionType, BuiltinFunctionType, ModuleType, CodeType, property, staticmethod, classmethod, range}
 _KNOWN = {"builtins", "functools", "torch", "numpy", "sltt"} | LIBRARIES  # whose classes stay as they are
-_DEPTH = 99  # of lists, dictionaries and objects in each other
 _LENGTH = 1024  # of a longer one, only its length counts
 _LEARNS, _is_there = attrgetter("requires_grad"), partial(is_not, None)
 
@@ -99,7 +98,7 @@ class Fingerprint:
         return changes
 
 
-def _freeze(value: Any, held: list[Any], seen: set[int], device: str | None, depth: int = 0) -> Any:
+def _freeze(value: Any, held: list[Any], seen: set[int], device: str | None) -> Any:
     """Return what an attribute holds in a form that can be compared; what cannot be read equals nothing."""
     kind = type(value)
     if kind in _ATOMS:
@@ -113,9 +112,7 @@ def _freeze(value: Any, held: list[Any], seen: set[int], device: str | None, dep
     if id(value) in seen:
         return id(value)
     seen.add(id(value))
-    inner = partial(_freeze, held=held, seen=seen, device=device, depth=depth + 1)
-    if depth > _DEPTH:
-        return object()
+    inner = partial(_freeze, held=held, seen=seen, device=device)
     if isinstance(value, _LISTS):
         return kind, len(value), *(map(inner, value) if len(value) < _LENGTH else []), *map(inner, _attributes(value))
     if isinstance(value, dict):

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,8 @@ class Learner:
         self.loss = session.set_up_loss(settings.loss)
         self.scaled = session.settings.precision == "16-mixed"
         self.initial = [(group["lr"], group.get("weight_decay", 0.0)) for group in self.optim.param_groups]
+        for group in self.optim.param_groups:  # from which a callback's changes show
+            group |= {"lr_written": group["lr"], "decay_written": group.get("weight_decay")}
 
     def round_weights(self) -> AbstractContextManager[None]:
         """Round the weights inside a block, in a training that is quantised."""
@@ -72,15 +75,17 @@ class Learner:
                 "loss": getattr(self.loss, "state_dict", dict)(),
             }
 
-    def load(self, checkpoint: dict[str, Any], path: Path) -> None:
-        """Take over the state in a checkpoint that lies at `path`."""
-        load_weights(self.model, checkpoint["model"], path)
-        frozen = {*checkpoint["frozen"]}  # a callback may have changed which
+    def freeze(self, frozen: Collection[str]) -> None:
+        """Freeze these parameters, and no others, as when they were saved; say which were otherwise."""
         if other := [k for k, p in self.model.named_parameters() if p.requires_grad == (k in frozen)]:
             more = f" and {len(other) - 3} more" * (len(other) > 3)
             log.warning("frozen or trained as when it was saved: %s%s", ", ".join(other[:3]), more)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name not in frozen)
+
+    def load(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Take over the state in a checkpoint that lies at `path`."""
+        load_weights(self.model, checkpoint["model"], path)
         if self.average:
             load_weights(self.average.module, select_weights(checkpoint), path)
             self.average.step = checkpoint["average_steps"]

@@ -38,7 +38,7 @@ class Loop:
         splits: of the present stage; those of the data may depend on T.
         state: how far the training is.
         saved: when, on the monotonic clock.
-        layers: of the network, as a checkpoint that is resumed describes them.
+        layers, frozen: of the network, as a checkpoint that is resumed has them.
     """
 
     def __init__(self, learner: Learner, splits: Splits, folder: Path, config: dict[str, Any], report: Console):
@@ -49,13 +49,16 @@ class Loop:
         self.metric = name_of(settings.metric)
         self.sampler = EpochSampler.of(splits, settings.seed, settings.size)
         self.state, self.saved, self.rose = Progress(), time.monotonic(), False
-        self.layers: dict[str, str] = {}
+        self.layers, self.frozen = dict[str, str](), None
+        self.described = [_describe_callback(callback) for callback in self.callbacks]  # before they count
 
     def run(self) -> None:
         """Train the epochs that are left."""
         first = self.processes.rank == 0
         with logs(self.folder, self.settings.loggers or (), self.config, first) as log, Interrupt() as interrupt:
             self._call("on_start")
+            if self.frozen is not None:
+                self.learner.freeze(self.frozen)
             if other := compare_layers(self.learner.model, self.layers):
                 change = "what a callback changes in layers, it changes in on_start again"
                 raise CheckpointError(f"the run {self.folder} was trained with other layers: {other}; {change}")
@@ -113,7 +116,7 @@ class Loop:
 
     def _is_over(self, stage: Stage) -> bool:
         stopped = self.state.stopped and not self.state.batch  # a callback ends a training after the epoch
-        return self.state.epoch >= stage.stop or bool(stopped)
+        return self.state.epoch >= stage.stop or bool(stopped and self.state.epoch)
 
     def _begin(self, stage: Stage) -> tuple[BatchLoop, DataLoader[Any], DataLoader[Any] | None]:
         """Return the batches of a stage, which may be in its middle, and what loads them and those to validate by.
@@ -166,7 +169,7 @@ class Loop:
         content = {
             **self.learner.state_dict(),
             "rules": [stage.rule.state_dict() for stage in self.stages],
-            "callbacks": [[_describe_callback(callback), callback.state_dict()] for callback in self.callbacks],
+            "callbacks": [[k, c.state_dict()] for k, c in zip(self.described, self.callbacks, strict=True)],
             "progress": vars(self.state.sum_over(self.processes)),
             "task": vars(self.trained(self.state.epoch)),
             "layers": describe_layers(self.learner.model),
@@ -191,7 +194,7 @@ class Loop:
             )
         if (done := checkpoint["progress"]["epoch"]) > self.settings.epochs:
             raise CheckpointError(f"the run {self.folder} has trained {done} epochs: set epochs to {done} or more")
-        before, now = [name for name, _ in saved_callbacks], [_describe_callback(c) for c in self.callbacks]
+        before, now = [name for name, _ in saved_callbacks], self.described
         if before != now:
             raise CheckpointError(
                 f"the run {self.folder} was trained with callbacks {', '.join(before) or 'none'}, and is to go on with "
@@ -205,7 +208,7 @@ class Loop:
         if self.processes.rank:  # the first takes over sums of all processes
             self.state.loss, self.state.terms, self.state.firing = 0.0, 0, {}
         self.learner.load(checkpoint, self.folder / LAST)
-        self.layers = checkpoint["layers"]
+        self.layers, self.frozen = checkpoint["layers"], {*checkpoint["frozen"]}
 
     def _show_callbacks(self) -> None:
         """Show the last epoch to callbacks that have not seen it. It is saved: a callback that fails loses no epoch."""

@@ -108,8 +108,10 @@ def set_rates(
     first, _ = initial[0]
     for group, (lr, weight_decay) in zip(optim.param_groups, initial, strict=True):
         rate = lr if stage.lr is None else stage.lr * (lr / first if first else 1.0)
-        if (written := group.get("lr_written")) and group["lr"] != written:
-            group["lr_factor"] = group.get("lr_factor", 1.0) * group["lr"] / written
+        written = group.get("lr_written", group["lr"])
+        if group["lr"] != written and (written or factor * rate):  # where it was 0, no ratio is known
+            before = written / group.get("lr_factor", 1.0) if written else factor * rate
+            group["lr_factor"] = group["lr"] / before
         group["lr"] = group["lr_written"] = factor * rate * group.get("lr_factor", 1.0)
         decay = group.get("weight_decay")
         if decay is not None and "norm" not in group and decay == group.get("decay_written", decay):

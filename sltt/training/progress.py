@@ -91,15 +91,9 @@ class Progress:
         """Return the measurements of all processes, with the score by a metric."""
         total = self.sum_over(processes)
         spikes, neurons = map(sum, zip((0, 0), *total.firing.values(), strict=True))
-        return Metrics(
-            total.loss / max(total.terms, 1),
-            score,
-            metric,
-            spikes / neurons if neurons else 0.0,
-            seconds,
-            int(processes.highest(peak or 0)[0]) or None,
-            {name: spikes / count for name, (spikes, count) in total.firing.items() if count},
-        )
+        rate, peak = spikes / neurons if neurons else 0.0, int(processes.highest(peak or 0)[0]) or None
+        layers = {name: spikes / count for name, (spikes, count) in total.firing.items() if count}
+        return Metrics(total.loss / max(total.terms, 1), score, metric, rate, seconds, peak, layers)
 
     def end_epoch(self, row: dict[str, Any], validation: Metrics | None, sign: int) -> bool:
         """Start the next epoch; true if this one is the best so far: in `sign` times the score, then in loss."""
@@ -148,14 +142,10 @@ class BatchMemory:
 
 def epoch_row(epoch: int, optim: Any, training: Metrics, validation: Metrics | None) -> dict[str, Any]:
     """Return an epoch in the table of metrics."""
-    return {
-        "epoch": epoch,
-        "learning_rate": optim.param_groups[0]["lr"],
-        "train_loss": training.loss,
-        f"train_{training.metric}": training.score,
-        "validation_loss": validation.loss if validation else None,
-        f"validation_{training.metric}": validation.score if validation else None,
-        "firing_rate": training.firing_rate,
-        "seconds": training.seconds,
-        "peak_memory": training.peak_memory,
-    }
+    metric, loss, score = training.metric, None, None
+    if validation:
+        loss, score = validation.loss, validation.score
+    train = {"train_loss": training.loss, f"train_{metric}": training.score}
+    costs = {name: getattr(training, name) for name in ("firing_rate", "seconds", "peak_memory")}
+    held_out = {"validation_loss": loss, f"validation_{metric}": score}
+    return {"epoch": epoch, "learning_rate": optim.param_groups[0]["lr"], **train, **held_out, **costs}

@@ -23,20 +23,13 @@ from sltt.interop.c import Exported, pixels_first
 from sltt.models.resnet import Block
 
 STRICT = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror", "-pedantic"]
-NEURONS = {
-    "LIF soft": sltt.LIF(tau=2.0),
-    "LIF hard": sltt.LIF(tau=2.0, v_reset=0.1, decay_input=True, v_threshold=0.5),
-    "LIF hard below 0": sltt.LIF(tau=3.0, v_reset=-0.3, v_init=0.2),
-    "LIF above": sltt.LIF(tau=2.0, surrogate=sltt.surrogates.Above(sltt.surrogates.Triangle())),
-    "IF soft": sltt.IF(v_init=0.5),
-    "IF hard": sltt.IF(v_reset=0.0),
-    "PLIF soft": sltt.PLIF(tau=3.0),
-    "PLIF hard": sltt.PLIF(tau=3.0, v_reset=0.0, decay_input=True, v_threshold=0.3),
-    "ChannelLIF": sltt.ChannelLIF(16),
-    "CubaLIF soft": sltt.CubaLIF(tau=3.0, gain=0.5),
-    "CubaLIF hard": sltt.CubaLIF(tau=None, v_reset=0.2),
-    "ALIF": sltt.ALIF(tau=3.0, tau_a=4.0, beta=0.4),
-}
+NEURONS = {"LIF soft": sltt.LIF(tau=2.0), "LIF hard": sltt.LIF(tau=2.0, v_reset=0.1, decay_input=True, v_threshold=0.5)}
+NEURONS |= {"LIF hard below 0": sltt.LIF(tau=3.0, v_reset=-0.3, v_init=0.2)}
+NEURONS |= {"LIF above": sltt.LIF(tau=2.0, surrogate=sltt.surrogates.Above(sltt.surrogates.Triangle()))}
+NEURONS |= {"IF soft": sltt.IF(v_init=0.5), "IF hard": sltt.IF(v_reset=0.0), "PLIF soft": sltt.PLIF(tau=3.0)}
+NEURONS |= {"PLIF hard": sltt.PLIF(tau=3.0, v_reset=0.0, decay_input=True, v_threshold=0.3)}
+NEURONS |= {"ChannelLIF": sltt.ChannelLIF(16), "CubaLIF soft": sltt.CubaLIF(tau=3.0, gain=0.5)}
+NEURONS |= {"CubaLIF hard": sltt.CubaLIF(tau=None, v_reset=0.2), "ALIF": sltt.ALIF(tau=3.0, tau_a=4.0, beta=0.4)}
 
 
 class Residual(nn.Module):

@@ -103,6 +103,16 @@ def test_changes_in_place_that_a_trace_does_not_show_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"changes a tensor in place.*write z = z \+ x"):
         to_c(InPlace(), torch.randn(2, 2, 6), tmp_path / "a")
 
+    class Counts(InPlace):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.head(self.lif(self.one(x))) * (1 + self.calls // 40)
+
+    with pytest.raises(ValueError, match="something else than its trace of the first time step: leave out what counts"):
+        to_c(Counts(), torch.randn(50, 2, 6), tmp_path / "a")
+
 
 CHANGED = {None: "", 0: "of the spikes of 1 (LIF)", 2: "of the spikes of 3 (IF)", 4: "of the spread of the logits"}
 

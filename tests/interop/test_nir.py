@@ -298,6 +298,7 @@ def added_in_place(a, b):
     ("function", "message"),
     [
         (lambda a, b: torch.add(a, b, alpha=2), "operation add"),
+        (lambda a, b: [a, a.add_(b)][0], r"changes a tensor in place"),
         (added_in_place, r"changes a tensor in place.*write z = z \+ x"),
     ],
 )

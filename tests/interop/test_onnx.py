@@ -135,5 +135,7 @@ def test_the_command_exports_a_run(tmp_path, monkeypatch, capsys):
     assert "features_2 (LIF): not on the chip, which has IF, " in capsys.readouterr().out
     assert main(["export", "a", "--to", "c", "--check", "speck"]) == 2
     assert "--check is of a NIR graph, got --to c: use --to nir" in capsys.readouterr().err
+    assert main(["export", "a", "--to", "onnx", "--weights", "int8"]) == 2
+    assert "--weights is of C, got --to onnx: leave it out" in capsys.readouterr().err
     assert main(["export", "a", "--to", "elsewhere"]) == 2
     assert main(["export", "nowhere", "--to", "onnx"]) == 2

@@ -83,20 +83,12 @@ def test_one_other_element_anywhere_is_seen(data):
         assert torch.equal(look(x).dense(), x)
 
 
-OTHERS = {
-    "infinity": lambda x: torch.where(x > 0, torch.inf, 0.0),
-    "not a number": lambda x: torch.where(x > 0, torch.nan, 0.0),
-    "too small": lambda x: x.flatten()[: PACK_FROM - 8],
-    "no whole byte": lambda x: x.flatten()[: PACK_FROM + 4],
-    "gaps": lambda x: x[:, ::2],
-    "expanded": lambda x: x[:1].expand(64, 128),
-    "integers": lambda x: x.int(),
-    "booleans": lambda x: x.bool(),
-    "complex": lambda x: x.to(torch.complex64),
-    "sparse": lambda x: x.to_sparse(),
-    "without values": lambda x: x.to("meta"),
-    "negated": torch._neg_view,
-}
+OTHERS = {"infinity": lambda x: torch.where(x > 0, torch.inf, 0.0)}
+OTHERS |= {"not a number": lambda x: torch.where(x > 0, torch.nan, 0.0)}
+OTHERS |= {"too small": lambda x: x.flatten()[: PACK_FROM - 8], "no whole byte": lambda x: x.flatten()[: PACK_FROM + 4]}
+OTHERS |= {"gaps": lambda x: x[:, ::2], "expanded": lambda x: x[:1].expand(64, 128), "integers": lambda x: x.int()}
+OTHERS |= {"booleans": lambda x: x.bool(), "complex": lambda x: x.to(torch.complex64)}
+OTHERS |= {"sparse": lambda x: x.to_sparse(), "without values": lambda x: x.to("meta"), "negated": torch._neg_view}
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)

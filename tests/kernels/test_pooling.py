@@ -82,18 +82,12 @@ def test_gray_images_keep_their_memory_format():
     assert [one.stride() for one in found] == [one.stride() for one in plain]
 
 
-FORMS = {
-    "integers of NumPy": {"kernel_size": np.int64(2), "padding": np.int64(0)},
-    "no stride": {"kernel_size": 2, "stride": None},
-    "one number in a list": {"kernel_size": [2]},
-    "with the stride": {"kernel_size": (2, 2), "stride": [2, 2]},
-    "of size 0": {"kernel_size": 0},
-    "of three numbers": {"kernel_size": (2, 2, 2)},
-    "of no number": {"kernel_size": []},
-    "larger than the images": {"kernel_size": 9},
-    "with indices": {"kernel_size": 2, "return_indices": True},
-    "to the last pixel": {"kernel_size": 4, "ceil_mode": True},
-}
+FORMS = {"integers of NumPy": {"kernel_size": np.int64(2), "padding": np.int64(0)}}
+FORMS |= {"no stride": {"kernel_size": 2, "stride": None}, "one number in a list": {"kernel_size": [2]}}
+FORMS |= {"with the stride": {"kernel_size": (2, 2), "stride": [2, 2]}, "of size 0": {"kernel_size": 0}}
+FORMS |= {"of three numbers": {"kernel_size": (2, 2, 2)}, "of no number": {"kernel_size": []}}
+FORMS |= {"larger than the images": {"kernel_size": 9}, "with indices": {"kernel_size": 2, "return_indices": True}}
+FORMS |= {"to the last pixel": {"kernel_size": 4, "ceil_mode": True}}
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

@@ -101,68 +101,35 @@ def kernel_calls():
     layer = sparse.conv_layer((2, 64, 9, 9), (96, 64, 3, 3), (1, 1), ((1, 1), (1, 1)))
     x, g, cells, windows = spikes(2, 9, 9, 64), normal(2, 9, 9, 96), 5 * 7 * 32, (2, 6, 8, 5, 2, 2, 3, 4)
     frames, width = spikes(2, 6, 8, 5), 48
-    arrays = {
-        "conv": np.array(layer.sizes),
-        "stride": np.array([64 * 9, 9, 3, 1]),
-        "stride_last": np.array([64 * 9, 1, 64 * 3, 64]),
-        "table": (np.arange(256)[:, None] >> np.arange(8) & 1).astype(np.float32),
-        "weight": normal(96, 64, 3, 3) / 8,
-        "packed": np.zeros(layer.packed_size, np.float32),
-        "bias": normal(96),
-        "norm_bias": normal(32),
-        "norm_weight": normal(32),
-        "mean": np.zeros(32, np.float32),
-        "var": np.ones(32, np.float32),
-        "momenta": np.full(3, 0.1),
-        "factors": np.zeros(4 * 3 * 32, np.float32),
-        "windows": np.array(windows),
-        "recurrent_weight": normal(width, width) / 4,
-        "recurrent_x": normal(4, 6, width),
-        "recurrent_s": np.zeros((4, 6, width), np.float32),
-        "recurrent_v": np.zeros((4, 6, width), np.float32),
-        "recurrent_u": np.zeros((4, 6, width), np.float32),
-        "first_s": spikes(6, width),
-        "first_v": normal(6, width),
-    }
+    arrays = {"conv": np.array(layer.sizes), "stride": np.array([64 * 9, 9, 3, 1])}
+    arrays |= {"stride_last": np.array([64 * 9, 1, 64 * 3, 64])}
+    arrays |= {"table": (np.arange(256)[:, None] >> np.arange(8) & 1).astype(np.float32)}
+    arrays |= {"weight": normal(96, 64, 3, 3) / 8, "packed": np.zeros(layer.packed_size, np.float32)}
+    arrays |= {"bias": normal(96), "norm_bias": normal(32), "norm_weight": normal(32), "mean": np.zeros(32, np.float32)}
+    arrays |= {"var": np.ones(32, np.float32), "momenta": np.full(3, 0.1), "factors": np.zeros(4 * 3 * 32, np.float32)}
+    arrays |= {"windows": np.array(windows), "recurrent_weight": normal(width, width) / 4}
+    arrays |= {"recurrent_x": normal(4, 6, width), "recurrent_s": np.zeros((4, 6, width), np.float32)}
+    arrays |= {"recurrent_v": np.zeros((4, 6, width), np.float32), "recurrent_u": np.zeros((4, 6, width), np.float32)}
+    arrays |= {"first_s": spikes(6, width), "first_v": normal(6, width)}
     calls = []
     for kind, number in (("float", np.float32), ("half", np.uint16)):
         cast = half if kind == "half" else np.copy
         size, is_half = np.dtype(number).itemsize, kind == "half"
-        new = {
-            "x": cast(x),
-            "g": cast(g),
-            "bits": np.zeros(x.size // 8, np.uint8),
-            "looked": np.zeros(x.size // 8, np.uint8),
-            "one": np.zeros(1, number),
-            "unpacked": np.zeros(x.size, number),
-            "y": np.zeros(g.shape, number),
-            "of_weight": np.zeros((96, 3, 3, 64), np.float32),
-            "of_weight_dense": np.zeros((96, 3, 3, 64), np.float32),
-            "of_x": np.zeros(x.shape, number),
-            "current": cast(2 * normal(3, cells)),
-            "v": normal(cells),
-            "s": np.zeros((3, cells), number),
-            "v_out": np.zeros(cells, np.float32),
-            "u": np.zeros((3, cells), np.float32),
-            "fired": np.zeros(3 * cells // 8, np.uint8),
-            "of_s": cast(normal(3, cells)),
-            "of_v": normal(cells),
-            "of_current": np.zeros((3, cells), number),
-            "of_first": np.zeros(cells, np.float32),
-            "rate": np.zeros(cells, number),
-            "slope": np.zeros(cells, number),
-            "by_decay": np.zeros(cells, np.float32),
-            "frames": cast(frames),
-            "most": np.zeros((2, 3, 4, 5), number),
-            "positions": np.zeros((2, 3, 4, 5), np.uint8),
-            "of_most": cast(normal(2, 3, 4, 5)),
-            "of_frames": np.zeros(frames.shape, number),
-            "total": cast(normal(2, 6, 8, 5)),
-            "largest": cast(normal(2, 3, 4, 5)),
-            "sum": np.zeros(frames.shape, np.float32),
-            "largest_sum": np.zeros((2, 3, 4, 5), np.float32),
-            "running": np.zeros((2, 3, 4, 5), number),
-        }
+        new = {"x": cast(x), "g": cast(g), "bits": np.zeros(x.size // 8, np.uint8)}
+        new |= {"looked": np.zeros(x.size // 8, np.uint8), "one": np.zeros(1, number)}
+        new |= {"unpacked": np.zeros(x.size, number), "y": np.zeros(g.shape, number)}
+        new |= {"of_weight": np.zeros((96, 3, 3, 64), np.float32)}
+        new |= {"of_weight_dense": np.zeros((96, 3, 3, 64), np.float32), "of_x": np.zeros(x.shape, number)}
+        new |= {"current": cast(2 * normal(3, cells)), "v": normal(cells), "s": np.zeros((3, cells), number)}
+        new |= {"v_out": np.zeros(cells, np.float32), "u": np.zeros((3, cells), np.float32)}
+        new |= {"fired": np.zeros(3 * cells // 8, np.uint8), "of_s": cast(normal(3, cells)), "of_v": normal(cells)}
+        new |= {"of_current": np.zeros((3, cells), number), "of_first": np.zeros(cells, np.float32)}
+        new |= {"rate": np.zeros(cells, number), "slope": np.zeros(cells, number)}
+        new |= {"by_decay": np.zeros(cells, np.float32), "frames": cast(frames), "most": np.zeros((2, 3, 4, 5), number)}
+        new |= {"positions": np.zeros((2, 3, 4, 5), np.uint8), "of_most": cast(normal(2, 3, 4, 5))}
+        new |= {"of_frames": np.zeros(frames.shape, number), "total": cast(normal(2, 6, 8, 5))}
+        new |= {"largest": cast(normal(2, 3, 4, 5)), "sum": np.zeros(frames.shape, np.float32)}
+        new |= {"largest_sum": np.zeros((2, 3, 4, 5), np.float32), "running": np.zeros((2, 3, 4, 5), number)}
         arrays |= {f"{kind}_{name}": array for name, array in new.items()}
         bytes_ = x.size // 8
 

@@ -8,17 +8,11 @@ from tests.conftest import LOSS
 
 RULE = sltt.RateBased()
 STEADY = sltt.RateBased(steady=True)
-SETTINGS = {
-    "soft": {},
-    "soft, detached": {"detach_reset": True},
-    "hard": {"v_reset": 0.1},
-    "hard, detached": {"v_reset": 0.0, "detach_reset": True},
-    "scaled input": {"decay_input": True},
-    "hard, scaled input": {"v_reset": -0.2, "decay_input": True},
-    "another start": {"v_init": 0.4},
-    "hard, another start": {"v_init": 0.4, "v_reset": -0.1},
-    "another threshold": {"v_threshold": 0.6, "surrogate": sltt.surrogates.Sigmoid()},
-}
+SETTINGS = {"soft": {}, "soft, detached": {"detach_reset": True}, "hard": {"v_reset": 0.1}}
+SETTINGS |= {"hard, detached": {"v_reset": 0.0, "detach_reset": True}, "scaled input": {"decay_input": True}}
+SETTINGS |= {"hard, scaled input": {"v_reset": -0.2, "decay_input": True}, "another start": {"v_init": 0.4}}
+SETTINGS |= {"hard, another start": {"v_init": 0.4, "v_reset": -0.1}}
+SETTINGS |= {"another threshold": {"v_threshold": 0.6, "surrogate": sltt.surrogates.Sigmoid()}}
 
 
 def network(make, norm=False):

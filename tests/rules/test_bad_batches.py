@@ -16,21 +16,18 @@ from sltt.sequence.steps import check_input
 from tests.bad_values import CHOICE, FLAG, OBJECT, assert_refused, constructions, number, whole
 
 HOW = {"recompute": FLAG, "fold": whole(0, -1), "hoist": FLAG}
-CONSTRUCTORS = [
-    (surrogates.Triangle, {}, {"gamma": number(0, -1)}),
-    (surrogates.Rectangle, {}, {"gamma": number(0, -1)}),
-    (surrogates.Sigmoid, {}, {"alpha": number(0, -1)}),
-    (surrogates.ArcTan, {}, {"alpha": number(0, -1)}),
-    (surrogates.FastSigmoid, {}, {"alpha": number(0, -1), "scale": number(0, -1)}),
-    (surrogates.Exponential, {}, {"alpha": number(0, -1), "scale": number(0, -1)}),
-    (surrogates.Gaussian, {}, {"sigma": number(0, -1), "scale": number(0, -1)}),
-    (surrogates.Above, {}, {"surrogate": OBJECT}),
-    (sltt.BPTT, {}, HOW | {"segment": whole(0, -1).but("none")}),
-    (sltt.TBPTT, {"window": 2}, HOW | {"window": whole(0, -1)}),
-    (sltt.SLTT, {}, HOW | {"k": whole(0, -1).but("none"), "rescale": FLAG, "credit": CHOICE}),
-    (sltt.OTTT, {}, {"decay": number(-0.1, 1.1).but("none"), "online": FLAG, "k": whole(0).but("none")}),
-    (sltt.RateBased, {}, {"steady": FLAG}),
-]
+CONSTRUCTORS = [(surrogates.Triangle, {}, {"gamma": number(0, -1)})]
+CONSTRUCTORS += [(surrogates.Rectangle, {}, {"gamma": number(0, -1)})]
+CONSTRUCTORS += [(surrogates.Sigmoid, {}, {"alpha": number(0, -1)}), (surrogates.ArcTan, {}, {"alpha": number(0, -1)})]
+CONSTRUCTORS += [(surrogates.FastSigmoid, {}, {"alpha": number(0, -1), "scale": number(0, -1)})]
+CONSTRUCTORS += [(surrogates.Exponential, {}, {"alpha": number(0, -1), "scale": number(0, -1)})]
+CONSTRUCTORS += [(surrogates.Gaussian, {}, {"sigma": number(0, -1), "scale": number(0, -1)})]
+CONSTRUCTORS += [(surrogates.Above, {}, {"surrogate": OBJECT})]
+CONSTRUCTORS += [(sltt.BPTT, {}, HOW | {"segment": whole(0, -1).but("none")})]
+CONSTRUCTORS += [(sltt.TBPTT, {"window": 2}, HOW | {"window": whole(0, -1)})]
+CONSTRUCTORS += [(sltt.SLTT, {}, HOW | {"k": whole(0, -1).but("none"), "rescale": FLAG, "credit": CHOICE})]
+CONSTRUCTORS += [(sltt.OTTT, {}, {"decay": number(-0.1, 1.1).but("none"), "online": FLAG, "k": whole(0).but("none")})]
+CONSTRUCTORS += [(sltt.RateBased, {}, {"steady": FLAG})]
 
 
 class Pair(nn.Module):

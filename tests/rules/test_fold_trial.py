@@ -303,12 +303,12 @@ class Config:
     on = False
 
 
-DEEP = [[[[[[False]]]]]]
+INNER = [[[[False]]]]
 KEPT = {  # what a forward reads, how, and what changes it
     "a dictionary with defaults": (defaultdict(bool), lambda kept: kept.get("on"), lambda kept: kept.update(on=True)),
     "slots": (Slots(), lambda kept: getattr(kept, "on", False), lambda kept: setattr(kept, "on", True)),
     "a class": (Config, lambda kept: kept.on, lambda kept: setattr(kept, "on", True)),
-    "a list in lists": (DEEP, lambda kept: kept[0][0][0][0][0][0], lambda kept: kept[0][0][0][0][0].__setitem__(0, True)),
+    "a list in lists": ([INNER], lambda kept: kept[0][0][0][0][0], lambda kept: INNER[0][0][0].__setitem__(0, True)),
     "a layer in a list": ([nn.BatchNorm1d(6).eval()], lambda kept: kept[0].training, lambda kept: kept[0].train()),
 }
 

@@ -100,24 +100,19 @@ def normalised():
     return nn.Sequential(nn.Linear(6, 8), *first, nn.Linear(8, 8), *second, nn.Linear(8, 3)).double().eval()
 
 
-NETWORKS = {
-    "two decays": lambda: linear(sltt.LIF(tau=2.0), sltt.LIF(tau=10.0)),
-    "no leak": lambda: linear(sltt.IF(), sltt.LIF(detach_reset=True)),
-    "decay_input": lambda: linear(sltt.LIF(tau=2.0, decay_input=True), sltt.LIF(tau=3.0, decay_input=True)),
-    "PLIF": lambda: linear(sltt.PLIF(tau=2.0), sltt.PLIF(tau=4.0, decay_input=True)),
-    "three layers": lambda: linear(sltt.LIF(2.0), sltt.LIF(3.0), sltt.LIF(4.0), sizes=(6, 8, 8, 8, 3)),
-    "convolutions": convolutional,
-    "strided": lambda: convolutional(stride=2),
-    "grouped": lambda: convolutional(groups=2),
-    "dilated": lambda: convolutional(dilation=2, padding=2),
-    "circular": lambda: convolutional(padding_mode="circular"),
-    "reflected": lambda: convolutional(padding_mode="reflect"),
-    "same": lambda: convolutional(size=(3, 5), padding="same"),
-    "same, of an even kernel": lambda: convolutional(size=4, padding="same"),
-    "valid": lambda: convolutional(padding="valid"),
-    "normalised": normalised,
-    "without bias": lambda: convolutional(bias=False),
-}
+NETWORKS = {"two decays": lambda: linear(sltt.LIF(tau=2.0), sltt.LIF(tau=10.0))}
+NETWORKS |= {"no leak": lambda: linear(sltt.IF(), sltt.LIF(detach_reset=True))}
+NETWORKS |= {"decay_input": lambda: linear(sltt.LIF(tau=2.0, decay_input=True), sltt.LIF(tau=3.0, decay_input=True))}
+NETWORKS |= {"PLIF": lambda: linear(sltt.PLIF(tau=2.0), sltt.PLIF(tau=4.0, decay_input=True))}
+NETWORKS |= {"three layers": lambda: linear(sltt.LIF(2.0), sltt.LIF(3.0), sltt.LIF(4.0), sizes=(6, 8, 8, 8, 3))}
+NETWORKS |= {"convolutions": convolutional, "strided": lambda: convolutional(stride=2)}
+NETWORKS |= {"grouped": lambda: convolutional(groups=2), "dilated": lambda: convolutional(dilation=2, padding=2)}
+NETWORKS |= {"circular": lambda: convolutional(padding_mode="circular")}
+NETWORKS |= {"reflected": lambda: convolutional(padding_mode="reflect")}
+NETWORKS |= {"same": lambda: convolutional(size=(3, 5), padding="same")}
+NETWORKS |= {"same, of an even kernel": lambda: convolutional(size=4, padding="same")}
+NETWORKS |= {"valid": lambda: convolutional(padding="valid"), "normalised": normalised}
+NETWORKS |= {"without bias": lambda: convolutional(bias=False)}
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

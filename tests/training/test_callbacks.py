@@ -76,17 +76,24 @@ def test_a_callback_changes_learning_rate_and_weight_decay_for_good(tmp_path):
 @pytest.mark.parametrize("batch", [2, 6, 9])
 def test_what_a_callback_changes_in_the_network_is_resumed(batch, tmp_path, monkeypatch, caplog):
     class Frees(Callback):
+        _seen = 0
+
         def on_start(self, now):
             now.model[2].tau = 2.0 + now.epoch
+            now.model[0].requires_grad_(False)
+            now.optimizer.param_groups[0]["lr"] = [0.01, 0.0, 0.03][now.epoch]
 
         def on_epoch(self, now):
+            self._seen += 1
             now.model[2].tau = 2.0 + now.epoch
             now.model[0].requires_grad_(True)
+            now.optimizer.param_groups[0]["lr"] = [0.01, 0.0, 0.03, 0.03][now.epoch]
 
     def run(name, rule, **settings):
-        model = network()
-        model[0].requires_grad_(False)
-        return train(tmp_path / name, model, rule=rule, callbacks=[Frees()], epochs=3, **settings)[0]
+        settings |= {"schedule": sltt.schedules.Constant(), "callbacks": [Frees()], "epochs": 3}
+        model, result = train(tmp_path / name, rule=rule, **settings)
+        assert [row["learning_rate"] for row in result.history] == pytest.approx([0.01, 0.0, 0.03])
+        return model
 
     whole = run("whole", sltt.SLTT(k=2))
     with pytest.raises(KeyboardInterrupt):

@@ -131,7 +131,7 @@ class _CustomStep(torch.autograd.Function):
             backward(*outputs, *inputs, *(seen(g) for g in of_outputs if g is not None))
             after = of_states or [None] * step.states
             totals = [g if sum_ is None else sum_ + g for sum_, g in zip(totals, of_parameters, strict=True)]
-        sums = iter(totals)
+        sums: Any = iter(totals)
         of_learned = (next(sums).view_as(p) if learns else None for p, learns in zip(parameters, learned, strict=True))
         return [grad_x if needs_x else None, *after, *of_learned]
 

@@ -21,15 +21,11 @@ from sltt.surrogates import Above, ArcTan, Exponential, FastSigmoid, Gaussian, R
 
 Known = dict[type[Surrogate], Callable[[Any], tuple[int, float, float]]]
 # the number of a surrogate in spikes_neuron.cpp and triton_kernels.py, and its constants
-SURROGATES: Known = {
-    Triangle: lambda s: (0, s.gamma, s.gamma),
-    Rectangle: lambda s: (1, s.gamma / 2, s.gamma),
-    ArcTan: lambda s: (2, math.pi * s.alpha / 2, s.alpha / 2),
-    FastSigmoid: lambda s: (3, s.alpha, s.scale * s.alpha / 2),
-    Sigmoid: lambda s: (4, s.alpha, 0.0),
-    Exponential: lambda s: (5, s.alpha, s.scale * s.alpha / 2),
-    Gaussian: lambda s: (6, s.sigma, s.scale / (s.sigma * math.sqrt(2 * math.pi))),
-}
+SURROGATES: Known = {Triangle: lambda s: (0, s.gamma, s.gamma), Rectangle: lambda s: (1, s.gamma / 2, s.gamma)}
+SURROGATES |= {ArcTan: lambda s: (2, math.pi * s.alpha / 2, s.alpha / 2)}
+SURROGATES |= {FastSigmoid: lambda s: (3, s.alpha, s.scale * s.alpha / 2), Sigmoid: lambda s: (4, s.alpha, 0.0)}
+SURROGATES |= {Exponential: lambda s: (5, s.alpha, s.scale * s.alpha / 2)}
+SURROGATES |= {Gaussian: lambda s: (6, s.sigma, s.scale / (s.sigma * math.sqrt(2 * math.pi)))}
 
 
 class _Constants(ctypes.Structure):
