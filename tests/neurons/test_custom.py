@@ -146,7 +146,7 @@ def test_a_step_reads_what_classes_have_now(make):
         def derivative(self, x):
             return self.alpha / (1 + (self.alpha * x) ** 2)
 
-    found, neuron = [], make(surrogate=Annealed())
+    found, neuron, Config.alpha = [], make(surrogate=Annealed()), 1.0
     for mode in ("on", "on", "off"):
         x = torch.linspace(-1, 3, 64, dtype=torch.float64).requires_grad_()
         with kernels.using(compile=mode):
