@@ -26,6 +26,7 @@ _ATOMS = {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.
 _LISTS = list, tuple, set, frozenset, deque
 _FUNCTIONS = {FunctionType, BuiltinFunctionType, ModuleType, CodeType, property, staticmethod, classmethod, range}
 _KNOWN = {"builtins", "functools", "torch", "numpy", "sltt"} | LIBRARIES  # whose classes stay as they are
+_STAY = _KNOWN | sys.stdlib_module_names  # also where an attribute has one of their objects
 _LENGTH = 1024  # of a longer one, only its length counts
 _LEARNS, _is_there = attrgetter("requires_grad"), partial(is_not, None)
 
@@ -123,7 +124,7 @@ def _freeze(value: Any, held: list[Any], seen: set[int], device: str | None) -> 
     if isinstance(value, MethodType):
         return id(value.__func__), inner(value.__self__)
     if isinstance(value, type):
-        own = (k for k in value.__mro__ if _package(k) not in _KNOWN | sys.stdlib_module_names)
+        own = (k for k in value.__mro__ if _package(k) not in _STAY)
         return id(value), *[(name, inner(part)) for one in own for name, part in _contents(one)]
     if not isinstance(value, nn.Module) and (kind in _FUNCTIONS or _package(kind) in ("torch", "sltt")):
         return id(value)
