@@ -88,8 +88,8 @@ class Rule(Frozen, ABC):
                 several lengths.
             loss: `loss(logits [B, C], target) -> scalar`, of one time step; or a `SequenceLoss`, where the rule can.
             steps: T for a static input.
-            backward: called instead of `Tensor.backward` with each scalar to backpropagate, of one time step or of several
-                that share a call, e.g. `fabric.backward`. On a GPU, `.grad` then has this scalar's gradient alone.
+            backward: called instead of `Tensor.backward` with each scalar to backpropagate, of one time step or several
+                in a call, e.g. `fabric.backward`. On a GPU, `.grad` then has this scalar's gradient alone.
             update: step and zero the optimizer; called by a rule that is `online`, after every time step.
             seed: random seed for this batch, such as for the steps that SLTT-K trains. None draws from PyTorch's
                 global generator. Give the same seed in all processes of a data-parallel training.
