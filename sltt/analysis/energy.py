@@ -103,14 +103,19 @@ class Energy:
         dense, ann, effective_macs, effective_acs, macs, acs = map(self.total, counts)
         small, zeros, joules = self.footprint - 3 * self.weights, self.zeros / max(self.weights, 1), self.picojoules()
         parts = "E_ops, nJ", "E_neurons, nJ", "E_memory on chip, nJ", "E_memory from DRAM, nJ"
-        rows = [("footprint, bytes", self.footprint, self.footprint, small, small)]
-        rows += [("connection sparsity", *[zeros] * 4)]
-        rows += [("activation sparsity", *[1 - self.active / max(self.updates, 1), None] * 2)]
-        rows += [("firing rate", *[self.rate, None] * 2), ("Dense", *[dense, ann] * 2)]
-        rows += [("Eff_MACs", *[effective_macs, None] * 2), ("Eff_ACs", *[effective_acs, 0] * 2)]
-        rows += [("MACs in E_ops", *[macs, ann] * 2), ("ACs in E_ops", *[acs, 0] * 2)]
-        rows += [("neuron updates", *[self.updates, 0] * 2)]
-        rows += [*((part, *(pj / 1e3 for pj in row)) for part, *row in zip(parts, *joules.values(), strict=True))]
+        rows = [
+            ("footprint, bytes", self.footprint, self.footprint, small, small),
+            ("connection sparsity", *[zeros] * 4),
+            ("activation sparsity", *[1 - self.active / max(self.updates, 1), None] * 2),
+            ("firing rate", *[self.rate, None] * 2),
+            ("Dense", *[dense, ann] * 2),
+            ("Eff_MACs", *[effective_macs, None] * 2),
+            ("Eff_ACs", *[effective_acs, 0] * 2),
+            ("MACs in E_ops", *[macs, ann] * 2),
+            ("ACs in E_ops", *[acs, 0] * 2),
+            ("neuron updates", *[self.updates, 0] * 2),
+            *((part, *(pj / 1e3 for pj in row)) for part, *row in zip(parts, *joules.values(), strict=True)),
+        ]
         energy = [dict(zip(("of one sample", *joules), row, strict=True)) for row in rows]
         silent = replace(self, spikes=0, layers=[replace(o, acs=0) if o.spiking else o for o in self.layers])
         parts = *joules.values(), silent.picojoules()["SNN 8 bits"]

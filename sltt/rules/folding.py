@@ -26,7 +26,7 @@ from sltt.memory import call_memory
 from sltt.rules.batch import Fold
 from sltt.rules.fold_trial import PlainError, apart_from_user, copy_apart, find_difference, run_cut
 from sltt.rules.operations import Sizes, takes_channels_last, watch_samples
-from sltt.sequence.hooks import put_forward, without_marked_hooks
+from sltt.sequence.hooks import gradient_hooks, put_forward, without_marked_hooks
 from sltt.sequence.layout import KnownBatch, Layout
 from sltt.sequence.once import is_sharded
 from sltt.sequence.proof import find_modes
@@ -71,7 +71,7 @@ def choose_fold(run: Run, fold: int | Literal["auto"] = "auto", rule: Any = None
     key = fold, run.sequence.steps, kernels.current_options().fold_memory
     if not problem and loss is not None and refers_to(loss, layout.layers):
         problem = "has a loss that refers to it, which may read the states of one time step"
-    if getattr(run.sequence.x, "_backward_hooks", None) or run.sequence.x._post_accumulate_grad_hooks:
+    if gradient_hooks(run.sequence.x):
         problem = "has an input with hooks"
     if not problem:
         if key not in known.folds:

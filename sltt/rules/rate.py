@@ -338,7 +338,8 @@ def _make_layer(layer: Layer, steady: bool, steps: int) -> _RateLayer | None:
         if own_forward(module, _BatchNorm):
             raise ValueError(f"RateBased knows PyTorch's plain BatchNorm, not {layer}: use that, or SLTT")
         return _NormLayer(layer, steps)
-    if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm | nn.modules.instancenorm._InstanceNorm):
+    own = isinstance(module, nn.modules.instancenorm._InstanceNorm) and (module.training or module.running_mean is None)
+    if own or isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
         small = "divides by the deviation of the mean input, which is smaller: its gradients are too large"
         warnings.warn(f"the rate pass of {layer} {small}; use BatchNorm, or SLTT", stacklevel=1)
     if isinstance(module, _DropoutNd) and module.training and module.p > 0:

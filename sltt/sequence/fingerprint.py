@@ -1,9 +1,9 @@
 """Compare what a network's forward depends on, as far as it shows, with what it was: before each batch.
 
-Of each module: its class, that one's forward, the modules, parameters and hooks in it, its attributes, also in lists,
-dictionaries and plain objects; and the buffers of a module whose forward is not known. Of each class of the user: what
-is in it, and the code of its functions. Out of reach are global variables, what lies in closures and in other
-libraries' objects, and the values of parameters.
+Of each module: its class, that one's forward, the modules, parameters and hooks in it, its attributes, also in
+containers and objects; and the buffers of a module whose forward is not known. Of each class of the user: what is in
+it, and the code of its functions. Out of reach are global variables, what lies in closures and in long containers,
+and the values of parameters.
 """
 
 import sys

@@ -32,14 +32,18 @@ class Handler(partial):
         return getattr, (self.args[0].module, "forward")
 
 
+def gradient_hooks(tensor: Any) -> list[Any]:
+    """Return the hooks on a tensor, which see the gradient of one time step."""
+    kinds = getattr(tensor, "_backward_hooks", None), getattr(tensor, "_post_accumulate_grad_hooks", None)
+    return [hook for hooks in kinds for hook in (hooks or {}).values()]
+
+
 def count_hooks(module: nn.Module) -> int:
     """Count the hooks on a module and its weights, without those that compute its weights, and those of ours."""
     hooks, values = [], vars(module)
     for name in _HOOKS:
         hooks += values[name].values()
-    for p in module._parameters.values():  # which see the gradient of one time step
-        for some in (getattr(p, "_backward_hooks", None), getattr(p, "_post_accumulate_grad_hooks", None)):
-            hooks += (some or {}).values()
+    hooks += [hook for p in module._parameters.values() for hook in gradient_hooks(p)]
     count = len(hooks)
     for hook in hooks:
         count -= type(hook).__module__.startswith("torch.nn.utils") or hasattr(hook, "sees_folds")

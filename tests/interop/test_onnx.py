@@ -137,5 +137,6 @@ def test_the_command_exports_a_run(tmp_path, monkeypatch, capsys):
     assert "--check is of a NIR graph, got --to c: use --to nir" in capsys.readouterr().err
     assert main(["export", "a", "--to", "onnx", "--weights", "int8"]) == 2
     assert "--weights is of C, got --to onnx: leave it out" in capsys.readouterr().err
+    assert [main(["export", "digits", "--to", "nir"]) for _ in range(2)] == [0, 2]  # not overwritten
     assert main(["export", "a", "--to", "elsewhere"]) == 2
     assert main(["export", "nowhere", "--to", "onnx"]) == 2

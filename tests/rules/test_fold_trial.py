@@ -317,10 +317,10 @@ KEPT = {  # what a forward reads, how, and what changes it
 def test_what_changes_in_an_attribute_between_batches_is_tried_again(kept, reads, change):
     class Own(Net):
         def forward(self, x):
-            return super().forward(x - x.mean(0) if reads(self.kept) else x)
+            return super().forward(x - x.mean(0) if reads(self.watched) else x)
 
     model, x = Own().double(), torch.randn(6, 5, 6, dtype=torch.float64)
-    model.kept = kept
+    model.watched = kept
     assert called(sltt.SLTT(), model, x) == [30]
     change(kept)
     assert called(sltt.SLTT(), model, x) == [5] * 6
