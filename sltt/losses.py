@@ -94,8 +94,7 @@ class PerStep(Loss):
 class SequenceLoss(Loss):
     """A loss of the logits of all time steps [T, B, C] that is no sum of losses of single steps.
 
-    BPTT (without `segment`) takes it over the sequence, TBPTT over each window. RateBased takes `OfMean`. Other rules
-    refuse it.
+    BPTT (without `segment`) takes it over the sequence, TBPTT over each window, RateBased takes `OfMean`, others none.
     """
 
 

@@ -18,8 +18,7 @@ from sltt.checks import function, instance
 class Metric(ABC):
     """Base class of metrics: how good predictions are, as a mean over samples. In Python any such callable works too.
 
-    So does an `nn.Module` with `update(prediction, target)`, `compute()` and `reset()`: its score is of all samples at
-    once.
+    So does an `nn.Module` with `update(prediction, target)`, `compute()` and `reset()`: it scores all samples at once.
 
     Attributes:
         higher_is_better: False for an error.

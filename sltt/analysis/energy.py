@@ -145,9 +145,8 @@ def measure_energy(model: nn.Module, x: Tensor, *, steps: int | None = None, len
     their size through pooling, sums and reshapes: an average over 4 spikes counts as 4, and weights take factors. Other
     whole numbers that are mostly zero are events, and so are values of one size, unless that costs more than data. Each
     costs an accumulate for each unit and connection. All else is data, and costs a multiply-accumulate for each
-    connection.
-    Weights that are zero cost as others do. Products of two tensors, as in attention, cost an accumulate where both
-    factors are not zero and one is spikes.
+    connection. Weights that are zero cost as others do. Products of two tensors, as in attention, cost an accumulate
+    where both factors are not zero and one is spikes.
 
     Args:
         model: maps one time step to logits; in the mode that it is in, so call `model.eval()` before.

@@ -34,8 +34,7 @@ def count_operations(
     See `agreement` for the other arguments.
 
     Args:
-        rule: whose passes are counted. What `recompute=True` repeats counts as backward, what `BPTT(segment=n)` repeats
-            as forward.
+        rule: whose passes count. What `recompute=True` repeats is backward, what `BPTT(segment=n)` repeats forward.
     """
     instance("rule", rule, Rule)
     of_backward = 0

@@ -2,8 +2,7 @@
 
 A session adds --way classes, from --shot samples of each. A class is the mean embedding of its samples, and a test
 sample belongs to the nearest by cosine. Print the accuracy of all classes seen after each session, of several rules, of
-a guess (chance) and of the mean pixels of a class (pixels). Run the command again to continue. Other options are those
-of sltt train.
+a guess (chance) and of the mean pixels of a class (pixels). Run it again to continue. Other options are of sltt train.
 """
 
 import itertools

@@ -24,7 +24,8 @@ def run(words: Sequence[str]) -> None:
     out = args.out or Path(f"{folder.rstrip('/')}.sltt")
     if out.exists():
         raise FileExistsError(f"{out} exists, and may be of another run: remove it, or name another file by --out")
-    kept = {name: content.get(name) for name in ("task", "config", "progress", "names", "statistics", "sample")}
+    names = "task", "config", "layers", "code", "progress", "names", "statistics", "sample"
+    kept = {name: content.get(name) for name in names}
     out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(out, {**kept, "model": select_weights(content)})
     Console().line(f"{out}, {out.stat().st_size / 1e6:.3g} MB")

@@ -23,8 +23,7 @@ class Classes(Data):
         classes: which classes, each once.
 
     Raises:
-        ValueError: a class that stands twice; when loaded, one that the data does not have, or without training
-            samples.
+        ValueError: a class that stands twice; when loaded, one that the data lacks, or without training samples.
     """
 
     def __init__(self, data: Data, classes: list[int]):

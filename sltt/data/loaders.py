@@ -42,8 +42,7 @@ def from_loaders(loaders: Loaders, batch_size: int) -> Data:
     itself, so that a run resumes exactly.
 
     Raises:
-        ValueError: a batch size other than that of the training, an order of their own, or batches whose time does not
-            come first.
+        ValueError: a batch size other than the training's, an order of their own, or time that does not come first.
     """
     named = zip(("train", "validation", "test"), loaders, strict=False)
     parts = {name: loader for name, loader in named if loader is not None}

@@ -35,8 +35,7 @@ def from_datasets(
     Args:
         train: samples to train on.
         validation: samples to select the best epoch by; or the share of `train` that is held out for that, in [0, 1),
-            of each class alike, as `train` gives them: with its augmentation. None trains on everything, and the last
-            epoch counts.
+            of each class alike, as `train` gives them, augmented. None trains on all, and the last epoch counts.
         test: samples for the end; None if there are none.
         static: True for images [C, H, W] or features [F], shown at every time step; False for sequences [T, ...].
         columns: keys of x and of the target, where samples are dictionaries: ("image", "label").

@@ -111,8 +111,7 @@ class Fire(Operation):
 
     Graded spikes are the sum of [u ≥ θ + k r] for k below `output.levels`; with `negative` less [−u ≥ θ].
 
-    All parameters are [C], or [1] where the channels share one. In integers, x counts 2^-shift, and states have
-    16 bits.
+    All parameters are [C], or [1] where channels share one. In integers, x counts 2^-shift; states have 16 bits.
     """
 
     decay: Tensor

@@ -50,8 +50,7 @@ class Call:
 def read_calls(model: nn.Module, x: Tensor) -> list[Call]:
     """Return the calls of a network on one time step x [B, ...], from "input" to "output", in evaluation mode.
 
-    What does nothing in this mode is left out. A BatchNorm is folded into the weights before it, if it alone reads
-    their output.
+    What does nothing then is left out. A BatchNorm goes into the weights before it, if it alone reads their output.
 
     Raises ValueError where torch.fx cannot trace it, or computes something else; for several results; for hooks.
     """

@@ -101,9 +101,7 @@ for _kind in vars(layer).values():  # whose step mode "s" is the forward of PyTo
     if isinstance(_kind, type) and _kind.__bases__[1:] == (base.StepModule,):
         _role = role_of(_kind.__bases__[0])
         set_role(_kind, replace(_role, check=_check, translate=_as_pytorch, of=_kind))
-register(
-    base.MemoryModule, _states, reset=lambda module: module.reset(), spikes=_spikes, check=_check, translate=_translate
-)
+register(base.MemoryModule, _states, reset=lambda m: m.reset(), spikes=_spikes, check=_check, translate=_translate)
 _role = replace(
     role_of(base.MemoryModule), advance=lambda module: make_adapter(AfterReset, module, "v", _translate, _constants)
 )

@@ -33,8 +33,7 @@ class Rule(Frozen, ABC):
 
     Calling a rule resets the model, runs T steps and backpropagates L = 1/T Σ_t loss(model(x[t]), target). It adds to
     `.grad`, so call `optimizer.zero_grad()` before. The model is reset afterwards too, also after an exception: no
-    state and no graph outlive the call. A rule is a value, which never changes: two trainings, or two threads, may
-    share one.
+    state and no graph outlive the call. A rule is a value, which never changes: trainings and threads may share one.
 
     What a network marks by `sltt.once` is computed once a sequence, if it depends on weights alone.
 
@@ -84,8 +83,7 @@ class Rule(Frozen, ABC):
             model: maps the input of one time step [B, ...] to logits [B, C], and keeps its own state.
             x: a sequence, time first [T, B, ...]; or, with `steps`, a static input [B, ...] shown at every step. What
                 made it gets its gradient in one backward, at the end.
-            target: what `loss` compares the logits with, usually class indices [B]; `sltt.Padded` for sequences of
-                several lengths.
+            target: what `loss` compares the logits with, usually classes [B]; `sltt.Padded` for several lengths.
             loss: `loss(logits [B, C], target) -> scalar`, of one time step; or a `SequenceLoss`, where the rule can.
             steps: T for a static input.
             backward: called instead of `Tensor.backward` with each scalar to backpropagate, of one time step or several

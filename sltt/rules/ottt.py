@@ -38,8 +38,7 @@ class OTTT(RandomSteps):
 
     Args:
         decay: λ of all traces; None is that of the neurons.
-        online: update the weights after every time step, by the `update` that the rule is called with, instead of once
-            a sequence.
+        online: update the weights after every time step, by the `update` of the call, instead of once a sequence.
         inputs: trace what reads the network's input, and biases. False is OTTT as published: only layers that read
             spikes have a trace, readouts too, with the λ of the neurons that fired.
         fold: time steps in one call of the network, see `Truncated`. "auto" takes one with a learnable λ, the
@@ -49,9 +48,8 @@ class OTTT(RandomSteps):
 
     Raises:
         ValueError: decay outside [0, 1], fold < 1 or together with online; when called, `online` without `update` or
-            where errors wait for delays, k > T,
-            weights other than those of linear layers and convolutions, or, without `decay`, neurons with a hard reset,
-            or a layer with a state of an unknown λ.
+            where errors wait for delays, k > T, weights other than those of linear layers and convolutions, or, without
+            `decay`, neurons with a hard reset, or a layer with a state of an unknown λ.
 
     Source: Xiao et al., NeurIPS 2022 (arXiv 2210.04195); Bellec et al., Nature Communications 2020.
     """

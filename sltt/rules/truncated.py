@@ -178,8 +178,7 @@ class SLTT(RandomSteps, Truncated):
 
     Args:
         k: number of steps with a backward, at least 1; None trains all.
-        rescale: multiply the gradient by T/k, which makes SLTT-K an unbiased estimate of SLTT's gradient. The paper
-            does not.
+        rescale: multiply the gradient by T/k, an unbiased estimate of SLTT's gradient. The paper does not.
         credit: "exact", or "none": delayed taps are constants, and nothing waits.
         how: how the rule runs, see `Truncated`.
 

@@ -30,8 +30,7 @@ def once(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     `function` then sees one batch per sequence: its running statistics are updated once, not T times.
 
     Args:
-        function: a module, or a bound method of one, that depends on its inputs and the module's weights alone, and
-            draws no random numbers.
+        function: a module, or its method, that depends on its inputs and weights alone, on no random numbers.
         inputs: tensors; none for work on weights.
 
     Raises:

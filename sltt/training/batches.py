@@ -268,8 +268,7 @@ def seed_everything(seed: int) -> None:
 def seed_batch(*numbers: int) -> int:
     """Seed every global random generator by the numbers, such as seed, epoch and batch; returns that seed.
 
-    So the random numbers of a batch, as of dropout, do not depend on what was drawn before, and there is nothing to
-    save or restore of them.
+    So the random numbers of a batch, as of dropout, do not depend on what was drawn before, and need no saving.
     """
     seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8]) >> 1
     seed_everything(seed)

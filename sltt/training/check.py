@@ -34,8 +34,7 @@ def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None
 
     It finds neurons that run twice in a time step of compiled code, modules that mix the samples of a batch, time steps
     that cannot share a call as the rule's `fold` asks, and states that no rule knows of.
-    A forward that moves something outside of the network, such as a log, does so in copies too: with `fold=1` a rule
-    runs none.
+    A forward that moves something outside, such as a log, does so in copies too: with `fold=1` a rule runs none.
 
     Args:
         model: maps the input of one time step to logits. It is left as it was.

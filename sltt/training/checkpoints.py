@@ -122,7 +122,7 @@ def load_selected(model: nn.Module, run: Path, processes: Processes, which: str 
 
     def read() -> tuple[Path, dict[str, Any], dict[str, str]]:
         path, content = load_best(run, which)
-        return path, select_weights(content), content.get("layers", {})
+        return path, select_weights(content), content.get("layers", {}) | content.get("code", {})
 
     path, weights, layers = processes.first(read)
     load_weights(model, weights, path)

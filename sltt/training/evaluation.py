@@ -58,8 +58,7 @@ class Evaluation(Execution):
     steps: int | None = None
     """T; None is that of the training for a network of `sltt.load`, and 4 for another."""
     mirror: bool = False
-    """take the mean logits of each image and of its mirror image, left to right (as in Krizhevsky et al. 2012), in
-    twice the time."""
+    """take the mean logits of each image and its mirror image (as in Krizhevsky et al. 2012), in twice the time."""
     shift: int = setting(default=0, least=0)
     """take the mean logits of each image, which counts half, and of two views that are moved by so many pixels, up left
     and down right, over its reflected border (as in Jordan 2024, arXiv 2404.00498), in three times the time."""

@@ -183,8 +183,7 @@ def graphed(
 
     The function writes gradients anew, so `zero_grad` is not needed. Call it in the mode of the model that it was
     captured in. Weights, running statistics and random generators are as before: x and y train nothing. Inside
-    `torch.autocast` the graph is one in mixed precision, and later calls need no context. The graph keeps the memory of
-    a batch for itself.
+    `torch.autocast` the graph is one in mixed precision, and later calls need no context. It keeps its memory.
 
     Args:
         rule: the learning rule.

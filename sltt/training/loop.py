@@ -26,7 +26,7 @@ from sltt.training.learner import Learner
 from sltt.training.logs import logs
 from sltt.training.phases import Stage, stage_at
 from sltt.training.progress import Metrics, Progress, epoch_row
-from sltt.training.runs import compare_layers, describe_layers, write_table
+from sltt.training.runs import compare_layers, describe_code, describe_layers, write_table
 from sltt.training.safeguards import check_weights, extreme_layers, rising_loss
 from sltt.training.trained import Trained
 
@@ -173,6 +173,7 @@ class Loop:
             "progress": vars(self.state.sum_over(self.processes)),
             "task": vars(self.trained(self.state.epoch)),
             "layers": describe_layers(self.learner.model),
+            "code": describe_code(self.learner.model),
             "names": [*classes] if isinstance(classes, list | tuple) else [],
             "statistics": self.splits.statistics,
             "config": self.config,
@@ -209,6 +210,8 @@ class Loop:
             self.state.loss, self.state.terms, self.state.firing = 0.0, 0, {}
         self.learner.load(checkpoint, self.folder / LAST)
         self.layers, self.frozen = checkpoint["layers"], {*checkpoint["frozen"]}
+        if other := compare_layers(self.learner.model, checkpoint["code"]):
+            self.report.warn(f"the run {self.folder} goes on with other code: {other}")
 
     def _show_callbacks(self) -> None:
         """Show the last epoch to callbacks that have not seen it. It is saved: a callback that fails loses no epoch."""

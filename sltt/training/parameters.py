@@ -13,8 +13,7 @@ _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 def parameter_groups(model: nn.Module, norm_weight_decay: float | None, norm_bias_lr: float = 1.0) -> ParamsT:
     """Return the parameters: all others, then those of normalisation layers as far as they have rates of their own.
 
-    A group with the key `norm` keeps its weight decay in all phases. The learning rate of one with the key `lr_factor`
-    is multiplied by it.
+    A group with the key `norm` keeps its weight decay in all phases. Its `lr_factor` multiplies its learning rate.
 
     Source of `norm_bias_lr`: Jordan 2024 (arXiv 2404.00498), where it is 64.
 

@@ -25,8 +25,7 @@ class Metrics:
         metric: its name: accuracy, say, of mean logits over time.
         firing_rate: mean over all neurons and time steps.
         seconds: wall-clock time.
-        peak_memory: bytes of one batch at its peak, above those before it; the most of any process, None if no batch
-            was measured.
+        peak_memory: bytes of one batch at its peak, above those before it; the most of any process, None without one.
         layers: firing rate of each layer of neurons.
         scores: each metric of an evaluation by its name.
     """

@@ -1,16 +1,22 @@
 """Run folders: one for each training run, never overwritten, trained by one process at a time."""
 
+import ast
 import csv
+import hashlib
+import inspect
 import io
 import os
 import re
 import shutil
 import socket
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from shlex import quote
+from sys import stdlib_module_names
 from typing import Any
 
 import yaml
@@ -186,10 +192,28 @@ def describe_layers(model: nn.Module) -> dict[str, str]:
     return texts
 
 
+def describe_code(model: nn.Module) -> dict[str, str]:
+    """Return a digest of each class that the user wrote, without comments and layout."""
+    classes, others = {cls for m in model.modules() for cls in type(m).__mro__}, {"sltt", "torch"} | stdlib_module_names
+    own = [cls for cls in classes if cls.__module__.partition(".")[0] not in others]
+    return {f"the code of {cls.__qualname__}": _digest(cls) for cls in own}
+
+
+@cache
+def _digest(cls: type) -> str:
+    """Return a digest of the source of a class; nothing where it is unknown, as in a notebook."""
+    try:
+        text = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(cls))))
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
 def compare_layers(model: nn.Module, before: dict[str, str]) -> str:
-    """Return which layers of a network are others than `before`, by `describe_layers`."""
-    layers = describe_layers(model)
-    return "; ".join(f"{k} was {was}, and is {layers.get(k)}" for k, was in before.items() if was != layers.get(k))
+    """Return which layers and classes of a network are others than `before`."""
+    layers = describe_layers(model) | describe_code(model)
+    changed = {k: was for k, was in before.items() if was and layers.get(k) not in (was, "")}
+    return "; ".join(f"{k} was {was}, and is {layers.get(k)}" for k, was in changed.items())
 
 
 def _differences(saved: Mapping[Any, Any], settings: Mapping[Any, Any], path: str = "") -> Iterator[str]:

@@ -184,8 +184,7 @@ class Settings(Execution):
     loggers: list[Logger] | None = setting(
         default=None, group="watchers", resume=True, remedy="such as lightning_fabric.loggers.CSVLogger('logs')"
     )
-    """of Lightning or Fabric. They log a resumed run from its first epoch on. `metrics.csv` and TensorBoard's files are
-    there without any."""
+    """of Lightning or Fabric. They log a resumed run whole. `metrics.csv` and TensorBoard's files need none."""
     run: str | Path | None = setting(default=None, group="run", check=partial(folder, "run"))
     """folder for checkpoints and metrics; must not exist, unless `resume`. None makes one under `runs`."""
     resume: bool = setting(default=False, group="run")

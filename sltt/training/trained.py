@@ -60,8 +60,7 @@ def load(
 
     Raises:
         FileNotFoundError: no run, or no finished epoch.
-        ValueError: the run does not keep its network, names code that is not installed, or is damaged; or its weights
-            do not fit `model`.
+        ValueError: the run keeps no network, names code that is not installed, is damaged, or does not fit `model`.
     """
     if checkpoint is not None:
         choice("checkpoint", checkpoint, ("best", "last"))
@@ -69,7 +68,7 @@ def load(
     path, content = load_best(run, checkpoint)
     config = read_config(run, content)
     network = _network(run, config) if model is None else instance("model", model, nn.Module)
-    if other := compare_layers(network, content.get("layers", {})):
+    if other := compare_layers(network, content.get("layers", {}) | content.get("code", {})):
         log.warning("%s was trained with other layers: %s", run, other)
     load_weights(network, select_weights(content), path, strict)
     network.trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]

@@ -68,11 +68,8 @@ class Written(nn.Module):
         super().__init__()
         self.image, conv = image, nn.Conv2d if image else nn.Conv1d
         self.conv, self.pool = conv(3, 8, 3), (nn.MaxPool2d if image else nn.MaxPool1d)(2, ceil_mode=True)
-        self.next, self.neuron, self.last = (
-            conv(8, 6, 3, bias=False),
-            sltt.LIF(v_threshold=0.3),
-            sltt.LIF(v_threshold=0.1),
-        )
+        self.next = conv(8, 6, 3, bias=False)
+        self.neuron, self.last = sltt.LIF(v_threshold=0.3), sltt.LIF(v_threshold=0.1)
         self.one, self.two = nn.Linear(6, 1), nn.Linear(6 * (9 if image else 3), 1, bias=False)
 
     def forward(self, x):
@@ -182,11 +179,8 @@ def more_networks() -> dict[str, Any]:
     found["one output of a signal"] = Written(False), (6, 4, 3, 11), None
     found["kept sums"] = Sums(), (4, 2, 5, 5), 5
     found["kept where there is room"] = sltt.models.MLP([16, 64, 10]), (4, 16), 5
-    found["kept for a delay"] = (
-        nn.Sequential(sltt.Delay([1, 0]), *dilated[2:], nn.Linear(8 * 12 * 9, 5)),
-        (4, 4, 12, 9),
-        5,
-    )
+    delayed = nn.Sequential(sltt.Delay([1, 0]), *dilated[2:], nn.Linear(8 * 12 * 9, 5))
+    found["kept for a delay"] = delayed, (4, 4, 12, 9), 5
     late = [sltt.Delay([0, 3]), nn.Conv2d(4, 12, 3, padding=1), sltt.LIF(v_threshold=0.3), sltt.Delay([2, 0, 5])]
     late += [nn.Conv2d(36, 40, 3, groups=4), sltt.LIF(v_threshold=0.2), sltt.Delay([0]), sltt.Delay([1, 4])]
     late += [nn.AvgPool2d(2), sltt.Delay([0, 1]), nn.Flatten(), sltt.Delay([0, 2]), nn.Linear(1280, 33)]

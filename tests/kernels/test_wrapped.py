@@ -87,12 +87,8 @@ class Normed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.neuron, self.head = (
-            nn.Conv2d(2, 8, 3),
-            nn.BatchNorm2d(8),
-            sltt.LIF(),
-            nn.Linear(128, 5),
-        )
+        self.conv, self.norm = nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8)
+        self.neuron, self.head = sltt.LIF(), nn.Linear(128, 5)
 
     def forward(self, x):
         return self.head(self.neuron(self.norm(self.conv(x))).flatten(1))

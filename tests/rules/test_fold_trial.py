@@ -358,11 +358,8 @@ def test_a_loss_of_pytorch_that_was_changed_sees_one_step(change):
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
 def test_a_target_that_pytorch_broadcasts_is_that_of_each_step():
-    model, x, y = (
-        Net(nn.Linear(6, 5), sltt.LIF(), nn.Linear(5, 5)).double(),
-        torch.randn(6, 5, 6).double(),
-        torch.randn(5),
-    )
+    model = Net(nn.Linear(6, 5), sltt.LIF(), nn.Linear(5, 5)).double()
+    x, y = torch.randn(6, 5, 6).double(), torch.randn(5)
     found, expected = (gradients(model, sltt.SLTT(fold=n), x, y, nn.MSELoss())[0] for n in ("auto", 1))
     torch.testing.assert_close(found, expected)
 
@@ -425,10 +422,8 @@ def test_a_layer_with_steps_that_runs_twice_takes_one(kind, make):
 
 
 def test_trying_a_network_leaves_no_trace():
-    model, x = (
-        Net(nn.Linear(6, 16), nn.BatchNorm1d(16), sltt.LIF(), nn.Dropout(), nn.Linear(16, 3)),
-        torch.randn(6, 5, 6),
-    )
+    model = Net(nn.Linear(6, 16), nn.BatchNorm1d(16), sltt.LIF(), nn.Dropout(), nn.Linear(16, 3))
+    x = torch.randn(6, 5, 6)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     generator = torch.get_rng_state()
     model.eval()

@@ -245,11 +245,8 @@ def test_layers_that_cannot_be_folded_are_named(layer, message):
 
 def test_a_class_whose_forward_changes_between_batches_is_named(monkeypatch):
     """No attribute of the network changes with it."""
-    model, x, y = (
-        nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3), sltt.LIF()),
-        torch.randn(4, 2, 6),
-        torch.tensor([0, 1]),
-    )
+    model = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3), sltt.LIF())
+    x, y = torch.randn(4, 2, 6), torch.tensor([0, 1])
     sltt.SLTT(fold=2)(model, x, y, LOSS)
     plain = nn.BatchNorm1d.forward
     monkeypatch.setattr(nn.BatchNorm1d, "forward", lambda norm, x: 3 * plain(norm, x))
@@ -358,10 +355,8 @@ def test_a_static_image_passes_its_first_layers_once_where_a_pooling_ends_them(r
 class Checkpointed(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem, self.rest = (
-            nn.Sequential(nn.Conv2d(2, 8, 3), nn.MaxPool2d(2)),
-            nn.Sequential(sltt.LIF(), nn.Flatten()),
-        )
+        self.stem = nn.Sequential(nn.Conv2d(2, 8, 3), nn.MaxPool2d(2))
+        self.rest = nn.Sequential(sltt.LIF(), nn.Flatten())
 
     def forward(self, x):
         return self.rest(checkpoint(self.stem, x, use_reentrant=False).mul_(2))

@@ -184,10 +184,8 @@ def test_the_score_of_padded_targets_of_each_step_is_of_the_real_steps(tmp_path)
     generator = torch.Generator().manual_seed(0)
     samples = [(x, (x[:, 0] > 0.5).long()) for x in (torch.rand(2 + i % 5, 4, generator=generator) for i in range(24))]
     data = sltt.data.from_datasets(samples[12:], samples[:12], static=False, pad=True, per_step=True, classes=2)
-    loss, model = (
-        sltt.losses.PerStep(nn.CrossEntropyLoss()),
-        nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 2)),
-    )
+    loss = sltt.losses.PerStep(nn.CrossEntropyLoss())
+    model = nn.Sequential(nn.Linear(4, 8), sltt.LIF(), nn.Linear(8, 2))
     settings = {"steps": 6, "batch_size": 5, "device": "cpu", "loss": loss}
     result = sltt.fit(model, data, sltt.SLTT(), epochs=2, run=tmp_path / "run", **settings)
     metrics = sltt.evaluate(model, data, "validation", **settings)

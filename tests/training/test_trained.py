@@ -1,5 +1,7 @@
 """After a training: the run loads, predicts, is reported, and has a card."""
 
+import importlib
+import sys
 from functools import partial
 
 import pytest
@@ -124,6 +126,22 @@ def test_a_run_without_its_settings_is_loaded_with_a_network_only(tmp_path):
     with pytest.raises(ValueError, match="does not keep its network: make it"):
         sltt.load(result.run)
     assert equal(sltt.load(result.run, network()).state_dict(), model.state_dict())
+
+
+def test_a_run_of_other_code_is_noticed(tmp_path, caplog, monkeypatch):
+    def own(text):
+        (tmp_path / "net.py").write_text(f"from torch import nn\nclass Net(nn.Sequential):\n    {text}\n")
+        sys.modules.pop("net", None)
+        importlib.invalidate_caches()
+        return importlib.import_module("net").Net(*network())
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    _, result = train(tmp_path / "run", model=own("def forward(self, x): return super().forward(x)"), epochs=1)
+    sltt.load(result.run, own("def forward(self, x): return (super().forward(x))  # the same"))
+    assert not caplog.messages
+    sltt.load(result.run, own("def forward(self, x): return super().forward(x * 2)"))
+    assert "was trained with other layers: the code of Net was" in caplog.text
 
 
 def test_a_run_of_other_neurons_is_noticed(tmp_path, caplog):

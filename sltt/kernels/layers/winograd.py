@@ -2,8 +2,7 @@
 
 Winograd's F(4×4, 3×3), in float32 sums. Inputs and gradients are float32 or bfloat16, with the channels last in memory;
 weights are of any type. Rounding errors are a few times those of PyTorch. A forward would have them too, and spikes
-would differ from those of an evaluation: there is none. Results do not depend on the number of threads, to the last
-bit.
+would differ from those of an evaluation: there is none. Any number of threads gives the same bits.
 """
 
 import torch
