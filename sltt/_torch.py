@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 
 try:
     from torch._C import (  # pyright: ignore
@@ -149,6 +150,16 @@ def compile_errors() -> tuple[type[Exception], ...]:
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     return TorchDynamoException, FailOnRecompileLimitHit, CppCompileError, InvalidCxxCompiler
+
+
+@contextmanager
+def uncached_weights() -> Iterator[None]:
+    """Have parametrised weights made at each use: in `parametrize.cached`, one made without a graph would stay."""
+    depth, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled += depth
 
 
 def is_compiled(module: torch.nn.Module) -> bool:

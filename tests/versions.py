@@ -103,12 +103,8 @@ def run(seed: int, penalty: bool) -> tuple[str, list[Tensor]]:
         for _ in range(2):  # the second batch finds what the first one left
             T = steps if static else None
             batches.append(eval(f"sltt.{rule}", make)(model, x, y, eval(f"losses.{loss}", make), steps=T, seed=seed))
-    found = [
-        batches[1].logits,
-        batches[1].loss,
-        *(p.grad for p in model.parameters() if p.grad is not None),
-        *model.buffers(),
-    ]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    found = [batches[1].logits, batches[1].loss, *gradients, *model.buffers()]
     return what, [t.detach().double() for t in found]
 
 

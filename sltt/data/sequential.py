@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sltt.checks import flag
 from sltt.data.base import Mapped, Splits, fingerprint
@@ -44,12 +43,7 @@ class SequentialDigits(Digits):
             pixels.sort(key=lambda i: hashlib.sha256(f"pixel {i}".encode()).digest())
         order = torch.tensor(pixels).view(steps, -1)
         return splits.with_each(
-            lambda _, images: Mapped(images, partial(_in_order, order=order)),
+            lambda _, images: Mapped(images, partial(torch.take, index=order)),
             static=False,
             fingerprint=fingerprint([splits.fingerprint, *order.flatten().tolist()]),
         )
-
-
-def _in_order(image: Tensor, order: Tensor) -> Tensor:
-    """Return an image as a sequence [T, P/T]: pixel `order[t, i]` is value i of step t."""
-    return image.flatten()[order]

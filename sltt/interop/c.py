@@ -252,9 +252,11 @@ def _readme(program: Program) -> str:
         )
     once = f", the first {network.once} in `{name}_reset`, the others in each step" if network.once else " in each step"
     of_ram, of_flash = program.by_layer().values()
+    shapes = {op.name: op.output.shape for op in network.operations}
+    shapes |= {"events": network.input.shape} if program.events else {}
     layers = "\n".join(
-        f"| `{op.name}` | {' × '.join(map(str, op.output.shape))} | {of_ram[op.name]:,} | {of_flash[op.name]:,} |"
-        for op in network.operations
+        f"| `{layer}` | {' × '.join(map(str, shape))} | {of_ram[layer]:,} | {of_flash[layer]:,} |"
+        for layer, shape in shapes.items()
     )
     unit, most, logit = (f"{n:.6g}" for n in (network.input_scale, 127 * network.input_scale, network.logit_scale))
     quantised = f"""An input is an integer in ±127, of which 1 stands for {unit} (`{N}_INPUT_SCALE`).

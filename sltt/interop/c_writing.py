@@ -226,7 +226,7 @@ void {name}_tick({name}_net *net, {name}_logit *logits)
             ring = kinds[memory_kind(self.network, op.output)], f"{self.names[op]}_ring", op.depth * size, op.name
             fields += [ring, ("int32_t", f"{self.names[op]}_now", 1, op.name)]
         if self.events:
-            fields.append((self.types["input"], "events", self.network.input.size, "the events of a step"))
+            fields.append((self.types["input"], "events", self.network.input.size, "events"))
         return sorted(fields, key=lambda field: -_BYTES[field[0]])
 
     def _start(self, op: Fire) -> list[str]:

@@ -17,6 +17,7 @@ from sltt.neurons import Delay, Neuron, Recurrent
 from sltt.neurons.pooling import RunningMax
 from sltt.rules import unroll
 from sltt.sequence.copies import copy_model
+from sltt.sequence.hooks import keep_hooks
 from sltt.sequence.state import reset, state_names
 
 
@@ -51,12 +52,14 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path, *, sequence: bool = F
     path = folder("path", path, "a file")
     frame = x[0] if sequence else x
     twin = copy_model(model).eval()
-    if sequence:
-        try:
-            unroll(twin, x)
-        except Exception as error:
+    pools = [m.register_forward_hook(_take_floor) for m in twin.modules() if getattr(m, "ceil_mode", False)]
+    try:
+        with keep_hooks(*pools):
+            unroll(twin, x if sequence else x[None])  # which warns of a state that no export knows of
+    except Exception as error:
+        if sequence:
             error.add_note("for all steps of a static input [B, ...], give x.expand(T, *x.shape)")
-            raise
+        raise
     step = _OneStep(twin, frame)
     names = [] if sequence else list(step.first)
     if taken := {"x", "logits"} & {*names}:
@@ -71,6 +74,12 @@ def to_onnx(model: nn.Module, x: Tensor, path: str | Path, *, sequence: bool = F
         options: Any = {"dynamic_shapes": shapes, "external_data": False, "dynamo": True, "verbose": False}
         torch.onnx.export(model, inputs, str(path), **named, **options)
     return {} if sequence else step.first
+
+
+def _take_floor(pool: Any, inputs: Any, output: Tensor) -> None:
+    """Have a pool leave out the last window where it does: ONNX Runtime has one that begins behind the image too."""
+    pool.ceil_mode = False
+    pool.ceil_mode = type(pool).forward(pool, *inputs).shape != output.shape
 
 
 _KEEPERS = Neuron | Recurrent | RunningMax | Delay  # modules whose states go from step to step

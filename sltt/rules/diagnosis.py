@@ -1,15 +1,15 @@
 """Explain an error of PyTorch in terms of the user's network."""
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sltt.sequence.leftovers import plain_tensors, to_state
 from sltt.sequence.reach import graph_nodes, operations
 from sltt.sequence.run import Run
-from sltt.sequence.state import Stateful, map_tensors, role_of, state_names
 
 
 def note(error: Exception, run: Run) -> None:
@@ -66,7 +66,9 @@ def explain_errors(own: Callable[[Tensor], Any] | None, run: Run) -> Callable[[T
                 return value.backward()
             anchor = torch.zeros_like(value, requires_grad=True)
             result = own(value + anchor)
-            if anchor.grad is None and _leaves(value, run):
+            nodes = set() if anchor.grad is not None else graph_nodes([value.grad_fn])
+            known = {*run.model.parameters(), run.sequence.x}
+            if {leaf.variable for leaf in nodes - operations(nodes)} - known:
                 raise ValueError("backward=… asked for some gradients alone: call value.backward() without inputs")
             return result
         except torch.OutOfMemoryError:
@@ -77,12 +79,6 @@ def explain_errors(own: Callable[[Tensor], Any] | None, run: Run) -> Callable[[T
             raise
 
     return run_backward
-
-
-def _leaves(value: Tensor, run: Run) -> set[Tensor]:
-    """Return the leaves of a graph but the input and the network's weights."""
-    nodes = graph_nodes([value.grad_fn])
-    return {node.variable for node in nodes - operations(nodes)} - {*run.model.parameters(), run.sequence.x}
 
 
 def check_reached(model: nn.Module) -> None:
@@ -100,28 +96,3 @@ def _cause(run: Run) -> str | None:
         said = f"{name or 'the model'} ({kind}) keeps a tensor in `.{attribute}` from step to step"
         return f"{said}, which no rule knows of: {to_state(module, attribute)}"
     return run.layout.find_unseen()
-
-
-def to_state(module: nn.Module, attribute: str) -> str:
-    """Return how a tensor that a module keeps becomes one of its states."""
-    kind = type(module).__name__
-    known = isinstance(module, Stateful)
-    return f"add it to {kind}.states" if known else f"say so, sltt.register({kind}, states=['{attribute}'])"
-
-
-def plain_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Tensors in attributes and buffers of modules that no rule knows: module's name, module, attribute's name, tensor.
-
-    Tensors in lists there too. Of what keeps a state, those that are none of its states and have no private name.
-    """
-    for name, module in model.named_modules():
-        library = type(module).__module__.partition(".")[0]
-        is_registered = role_of(type(module)).kind == "keeper" and not isinstance(module, Stateful)
-        if library in ("torch", "sltt") or is_registered:
-            continue
-        states, private = {"_parameters", "_buffers", *state_names(module)}, isinstance(module, Stateful)
-        for key, value in (*vars(module).items(), *module._buffers.items()):
-            tensors: list[Tensor] = []
-            if key not in states and not (private and key.startswith("_")):
-                map_tensors(tensors.append, value)
-            yield from ((name, module, key, tensor) for tensor in tensors)

@@ -85,6 +85,7 @@ class Layout:
         self.chosen: Any = None  # time steps in a call of the last batch
         self.refused: str | None = None  # why no steps share a call, as a trial found
         self.in_use = False  # a run has it
+        self.ran = False  # a run has ended, and warned of what modules keep
         self.reused = False  # a second batch had it, since nothing had changed
         self._fingerprint = Fingerprint(self.layers.values())
         self._changes = 0

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from sltt import kernels
+from sltt._torch import uncached_weights
 from sltt.sequence.biases import Biases
 from sltt.sequence.claims import claim, release
 from sltt.sequence.hooks import Handler, count_hooks, runs_hooks
 from sltt.sequence.layout import Layer, Layout, layout_of
+from sltt.sequence.leftovers import plain_tensors, warn_of_leftovers
 from sltt.sequence.once import Results, is_sharded
 from sltt.sequence.proof import find_modes
 from sltt.sequence.state import detach_module, map_tensors, reset_module, state_names, state_tensors
@@ -80,6 +82,7 @@ class Run:
         self._handled: list[Layer] = []
         self._exit_stack = ExitStack()
         self.folds = False  # a call has taken several time steps
+        self._unknown: list[Any] | None = None  # in the first run, tensors that no rule knows of, from before
         self.goes_on = False  # somebody reads the states behind the last step
 
     def __enter__(self) -> Self:
@@ -96,11 +99,13 @@ class Run:
         try:
             self.reset()
             self.handle()
+            self.enter(uncached_weights())
             self.counted = self._exit_stack.enter_context(kernels.counting_batches())
             self._exit_stack.callback(self.biases.finish)
         except BaseException:
             self.__exit__(None, None, None)
             raise
+        self._unknown = None if self.layout.ran else [*plain_tensors(self.model)]
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -112,6 +117,9 @@ class Run:
                 layer.plain, layer.last_call = None, 0
             self._handled.clear()
             self.layout.in_use = False
+        if error is None and self._unknown is not None:
+            self.layout.ran = True
+            warn_of_leftovers(self.model, self._unknown, self.batch)
 
     def take_channels_last(self) -> None:
         """Give images with their channels last in memory, before the run: convolutions on spikes are faster then."""

@@ -11,16 +11,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sltt import kernels
-from sltt._torch import FABRIC, _BatchNorm, keep_generators
+from sltt._torch import _BatchNorm, keep_generators
 from sltt.checks import instance
 from sltt.rules import SLTT, Rule
-from sltt.rules.diagnosis import plain_tensors, to_state
 from sltt.sequence.copies import copy_model
 from sltt.sequence.hooks import keep_hooks
 from sltt.sequence.layout import Layout
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.run import Run
-from sltt.sequence.state import Stateful, state_tensors
+from sltt.sequence.state import state_tensors
 from sltt.sequence.step import Step
 from sltt.sequence.steps import Sequence, time_steps
 
@@ -51,52 +50,21 @@ def check(model: nn.Module, x: Tensor, *, rule: Rule = SLTT(), steps: int | None
     _warn_of_unseen(model)
     if any(is_lazy(p) for p in model.parameters()):  # it has no weights before its first batch
         return
-    _check_call(model, sequence)
+    try:
+        mixing = _find_mixing(model, sequence)
+    finally:
+        torch.clear_autocast_cache()  # casts of weights without a graph would cut them off in the steps that follow
     if rule.fold != "auto":
         rule.choose_fold(Run(model, sequence, rule.step()))
-    if sequence.batch < 2 or any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules()):
+    if any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules()):
         return  # what normalises by the statistics of the batch, in evaluation too, is not judged
-    if mixing := _find_mixing(model, sequence):
+    if mixing:
         warnings.warn(
             f"{mixing} mixes the samples of a batch, in evaluation mode too: what a sample gives depends on the others."
             " Attention is among tokens: of [B, heads, N, E], or nn.MultiheadAttention(batch_first=True) of [B, N, E]."
             " A sum over dimension 0 is one over samples",
             stacklevel=4,
         )
-
-
-class _Eager(Step):
-    eager = True
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """Return the network without hooks, which would see more than the batches."""
-    twin = copy_model(model)
-    for module in twin.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return twin
-
-
-def _check_call(model: nn.Module, sequence: Sequence) -> None:
-    """Run a call of the network without the compiler: neurons run once in it, and nothing stays."""
-    samples = sequence.batch
-    try:
-        twin = _copy(model)
-        before = [*plain_tensors(twin)]  # held, so that no other tensor gets their ids
-        with (
-            evaluation_mode(twin), torch.no_grad(), keep_generators(sequence.x.device),
-            torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
-            Run(twin, sequence, _Eager(), grad=False) as run,
-        ):  # fmt: skip
-            run.result(run(sequence.input(range(1))))
-    except ValueError:
-        raise
-    except Exception:  # of any kind: it is the user's code
-        return
-    finally:
-        torch.clear_autocast_cache()  # casts of weights without a graph would cut them off in the steps that follow
-    warn_of_leftovers(twin, before, samples)
 
 
 def _warn_of_unseen(model: nn.Module) -> None:
@@ -110,35 +78,24 @@ def _warn_of_unseen(model: nn.Module) -> None:
             )
 
 
-def warn_of_leftovers(model: nn.Module, before: list[Any], samples: int) -> None:
-    """Warn of a tensor of the batch that a module keeps after a time step: a state that nobody resets."""
-    there = {id(value) for *_, value in before}
-    shapes = {(name, attribute, value.shape) for name, _, attribute, value in before}
-    for name, module, attribute, value in plain_tensors(model):
-        new = id(value) not in there and (name, attribute, value.shape) not in shapes  # or it is of that size anyway
-        if value.ndim > 1 and len(value) == samples and new:
-            kind = type(module).__name__
-            other = f"sltt.register({kind}, states=[])"
-            if isinstance(module, Stateful):
-                other = "give it a name that begins with _"
-            warnings.warn(
-                f"{name.removeprefix(FABRIC) or 'the model'} ({kind}) keeps a tensor of the batch in `.{attribute}` "
-                f"after the sequence. If it is a state, {to_state(module, attribute)}; if it is not, {other}",
-                stacklevel=5,
-            )
-
-
 def _find_mixing(model: nn.Module, sequence: Sequence) -> str | None:
-    """Return the first module whose output for sample 0 depends on the others."""
+    """Return the first module whose output for sample 0 depends on the others; neurons run once in a call."""
     x = sequence.input(range(1))
     others = 1 - x[1:] if x.is_floating_point() else x[1:].flip(0)
-    changed = torch.cat([x[:1], others])
     try:
-        twin = _copy(model)
-        # the same once more with other random numbers: what they change is not judged
-        calls = (x, 0), (x, 1), (changed, 0)
-        before, again, after = (_run(twin, inputs, seed) for inputs, seed in calls)
+        twin = copy_model(model)
+        for module in twin.modules():  # hooks see the batches alone
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        before = _run(twin, x, 0)
+    except ValueError:
+        raise
     except Exception:  # of any kind: it is the user's code
+        return None
+    try:
+        again = _run(twin, x, 1)  # with other random numbers: what they change is not judged
+        after = _run(twin, torch.cat([x[:1], others]), 0)
+    except Exception:
         return None
     if len({tuple(name for name, *_ in seen) for seen in (before, again, after)}) > 1:
         return None  # it decides by values which modules run
@@ -159,13 +116,16 @@ def _run(model: nn.Module, x: Tensor, seed: int) -> list[ModuleCall]:
         read = _first_row(inputs[0] if inputs else None, len(x))
         seen.append((f"{name or 'the model'} ({type(module).__name__})", read, torch.cat(rows) if rows else None))
 
+    step = Step()
+    step.eager = True
     hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules()]
     with (
         keep_hooks(*hooks), evaluation_mode(model), torch.no_grad(), keep_generators(x.device),
-        kernels.using(sparse="off", compile="off"), Run(model, Sequence(x, 1, True), Step(), grad=False) as run,
+        torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
+        kernels.using(sparse="off", compile="off"), Run(model, Sequence(x, 1, True), step, grad=False) as run,
     ):  # fmt: skip
         torch.manual_seed(seed)
-        run(x)
+        run.result(run(x))
     return seen
 
 

@@ -19,10 +19,8 @@ from sltt.losses import CrossEntropyMSE, check_loss, prediction_of, to_score
 from sltt.metrics import Accuracy, Metric, check_metric, name_of
 from sltt.rules import unroll
 from sltt.rules.batch import sequence_loss
-from sltt.rules.diagnosis import plain_tensors
 from sltt.sequence.modes import evaluation_mode
 from sltt.training.batches import finish_loaders, share, whole_epoch
-from sltt.training.check import warn_of_leftovers
 from sltt.training.progress import BatchMemory, Metrics, Progress
 from sltt.training.safeguards import check_length
 from sltt.training.score import Score, count_scored
@@ -105,12 +103,9 @@ def measure_split(
     loader = here.eval_loader(dataset, splits, size)
     net, loss, metrics = here.set_up(model), here.set_up_loss(settings.loss), check_metrics(settings.metric)
     peak = BatchMemory(here.fabric.device) if memory else None
-    before = [*plain_tensors(model)]
     look = partial(views, static=splits.static, mirror=mirror, shift=shift)
     with finish_loaders(loader):
-        metrics_of_split = measure(here, net, loader, splits, loss, metrics, steps, look, selects=False, memory=peak)
-    warn_of_leftovers(model, before, (splits.sizes[split] - 1) % size + 1)
-    return metrics_of_split
+        return measure(here, net, loader, splits, loss, metrics, steps, look, selects=False, memory=peak)
 
 
 def measure(

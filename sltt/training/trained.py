@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from sltt.checks import choice, folder, instance
 from sltt.losses import Prediction, predict_from
 from sltt.rules import unroll
-from sltt.rules.diagnosis import plain_tensors
 from sltt.sequence.modes import evaluation_mode
 from sltt.sequence.padding import check_lengths
 from sltt.sequence.steps import time_steps
 from sltt.training.average import select_weights
-from sltt.training.check import warn_of_leftovers
 from sltt.training.checkpoints import load_best, load_weights
 from sltt.training.runs import MADE_IN, compare_layers, read_config
 
@@ -68,9 +66,9 @@ def load(
     path, content = load_best(run, checkpoint)
     config = read_config(run, content)
     network = _network(run, config) if model is None else instance("model", model, nn.Module)
+    load_weights(network, select_weights(content), path, strict)
     if other := compare_layers(network, content.get("layers", {}) | content.get("code", {})):
         log.warning("%s was trained with other layers: %s", run, other)
-    load_weights(network, select_weights(content), path, strict)
     network.trained = Trained(**content["task"])  # pyright: ignore[reportArgumentType]
     return network.eval()
 
@@ -124,8 +122,6 @@ def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: S
         sequence = time_steps(x, steps)
         check_lengths(lengths, sequence.steps, sequence.batch)
     weights = next(model.parameters(), x)
-    before = [*plain_tensors(model)]
     with evaluation_mode(model):
         logits = unroll(model, x.to(weights.device), steps=steps)
-    warn_of_leftovers(model, before, logits.shape[1])
     return predict_from(by, logits, lengths)

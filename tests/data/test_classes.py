@@ -2,19 +2,8 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from sltt.data import (
-    Classes,
-    Data,
-    Digits,
-    DigitsEvents,
-    Latency,
-    Mixup,
-    Recall,
-    SequentialDigits,
-    Splits,
-    from_datasets,
-)
-from sltt.data.base import Mapped
+from sltt.data import Classes, Digits, DigitsEvents, Latency, Mixup, Recall, SequentialDigits, from_datasets
+from sltt.data.base import Data, Mapped, Splits
 from sltt.data.classes import class_labels
 from sltt.data.encodings import Encoded
 

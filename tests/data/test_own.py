@@ -6,15 +6,7 @@ import torch
 import yaml
 from PIL import Image
 from torch import nn
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    Subset,
-    TensorDataset,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
 
 import sltt
 from sltt.data import from_datasets
@@ -222,7 +214,7 @@ MISTAKES = {
         "class indices begin at 0: subtract 1, or say classes=3",
     ),
     "weights": (
-        lambda: as_data([DataLoader(images(), 8, sampler=WeightedRandomSampler([1.0] * 30, 30))], 8),
+        lambda: as_data([DataLoader(images(), 8, sampler=torch.utils.data.WeightedRandomSampler([1.0] * 30, 30))], 8),
         "the loader of train has an order of its own",
     ),
     "with replacement": (

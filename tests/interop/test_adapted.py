@@ -15,13 +15,8 @@ from tests.interop.libraries import CASES, gradients_of, network_of, norse
 
 RULES = [sltt.SLTT(), sltt.SLTT(fold=1), sltt.BPTT(fold=3), sltt.TBPTT(window=2), sltt.BPTT(segment=2)]
 KINDS = "LIF", "IF", "PLIF", "Leaky", "Lapicque", "Synaptic", "LIFBox", "IAF"
-OWN = (
-    "jelly LIF, soft",
-    "sinabs LIF with current",
-    "snn Leaky, learned threshold",
-    "snn Lapicque, zero",
-    "snn Synaptic, zero",
-)
+OWN = "jelly LIF, soft", "sinabs LIF with current"
+OWN += "snn Leaky, learned threshold", "snn Lapicque, zero", "snn Synaptic, zero"
 ADAPTED = [name for name in CASES if name.split()[1].rstrip(",") in KINDS and name not in OWN]
 
 

@@ -267,6 +267,9 @@ def run(case: Case, library: Any) -> torch.Tensor:
     """The logits [T, B, classes] of C on the samples of a case, in numbers of the network."""
     network, name = case.exported.network, case.name
     assert case.exported.ram == ctypes.c_int.in_dll(library, f"{name}_size").value
+    rows = re.findall(r"^\| `.* \| ([\d,]+) \| ([\d,]+) \|$", (case.exported.folder / "README.md").read_text(), re.M)
+    ram, flash = (sum(int(row[i].replace(",", "")) for row in rows) for i in range(2))
+    assert (-(-ram // 4) * 4, flash) == (case.exported.ram, case.exported.flash)  # whole words
     given, kind = (network.to_integers(case.x), np.int8) if network.integers else (case.x, np.float32)
     inputs = np.ascontiguousarray(pixels_first(network, given).numpy().astype(kind))
     net = np.full(case.exported.ram // 4, 1 << 30, dtype=np.int32)

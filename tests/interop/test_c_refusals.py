@@ -76,13 +76,8 @@ def test_bad_input_is_refused_with_the_remedy(tmp_path):
     refused("ram must be at least 1, got 0", model, x, ram=0)
     taken = r"network takes 92 bytes of RAM in float32, more than 91; {} takes 36 of them: make it smaller, or use we"
     refused(taken.format(r"1 \(LIF\)"), model, x, ram=91)
-    refused(
-        r"takes 152 bytes of flash in int8, more than 64; 0 \(Linear\) takes 84.*smaller$",
-        model,
-        x,
-        flash=64,
-        weights="int8",
-    )
+    taken = r"takes 152 bytes of flash in int8, more than 64; 0 \(Linear\) takes 84.*smaller$"
+    refused(taken, model, x, flash=64, weights="int8")
     with torch.no_grad():
         model[0].weight[0, 0] = torch.nan
     refused(r"0\.weight has values that are NaN or infinite: export a checkpoint", model, x)

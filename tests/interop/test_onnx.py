@@ -33,6 +33,7 @@ def chain(*neurons):
     return nn.Sequential(*layers)
 
 
+PAST_BORDER = nn.Sequential(nn.MaxPool2d(2, 2, 1, ceil_mode=True), nn.AvgPool2d(3, 2, 0, True))
 NETWORKS = {  # and the shape of an input
     "neurons in a chain": (
         lambda: chain(
@@ -49,6 +50,10 @@ NETWORKS = {  # and the shape of an input
             nn.Conv2d(1, 4, 3), sltt.IF(), sltt.RunningMax(nn.MaxPool2d(2)), nn.Flatten(), nn.Linear(36, 3)
         ),
         (5, 2, 1, 8, 8),
+    ),
+    "pools": (
+        lambda: nn.Sequential(nn.AvgPool2d(2, 3, 0, True), nn.Conv2d(1, 4, 1), sltt.IF(), PAST_BORDER, nn.Linear(2, 3)),
+        (5, 2, 1, 21, 21),
     ),
     "delays": (
         lambda: nn.Sequential(

@@ -356,13 +356,7 @@ def test_what_is_made_again_is_not_what_was_changed_without_a_version(layer, rul
 
     torch.manual_seed(0)
     side = 16 if isinstance(layer, nn.BatchNorm2d) else 8
-    layers = (
-        nn.Conv2d(2, 16, 3, padding=1),
-        sltt.LIF(),
-        copy.deepcopy(layer),
-        nn.Conv2d(16, 16, 3, padding=1),
-        sltt.LIF(),
-    )
+    layers = nn.Conv2d(2, 16, 3, 1, 1), sltt.LIF(), copy.deepcopy(layer), nn.Conv2d(16, 16, 3, 1, 1), sltt.LIF()
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * side * side, 3))
     model[2].register_forward_hook(marked(halve))
     x, y = 2 * torch.randn(3, 4, 2, 16, 16), torch.randint(3, (4,))

@@ -189,7 +189,7 @@ SINGLE |= {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*keeps a tensor of the batch")
 @pytest.mark.parametrize("make", SINGLE.values(), ids=SINGLE)
 @pytest.mark.parametrize("silent", [False, True])
 def test_a_network_that_would_give_other_results_takes_one(make, silent):

@@ -1,5 +1,6 @@
 """A tensor that a module keeps from step to step, and that no rule knows of, is named."""
 
+import os
 import warnings
 
 import pytest
@@ -84,8 +85,20 @@ def test_the_check_of_a_model_names_it_too(kind, name):
         sltt.check(network(kind()), batch()[0])
 
 
-@pytest.mark.parametrize("measure", [sltt.predict, lambda model, x: sltt.evaluate(model, both(x), steps=4)])
-def test_a_prediction_names_a_state_that_no_rule_knows(measure):
+@pytest.mark.parametrize(
+    "measure",
+    [
+        sltt.predict,
+        lambda model, x: sltt.evaluate(model, both(x), steps=4),
+        sltt.unroll,
+        lambda model, x: sltt.Stream(model)(x),
+        lambda model, x: sltt.interop.to_onnx(model, x[0], os.devnull),
+        lambda model, x: sltt.RateBased()(model, x, torch.arange(5) % 3, LOSS),
+        lambda model, x: sltt.SLTT(k=1)(model, x, torch.arange(5) % 3, LOSS),
+        lambda model, x: [sltt.BPTT()(model, part, torch.arange(5) % 3, LOSS) for part in x[:1, None]],
+    ],
+)
+def test_a_first_run_names_a_state_that_no_rule_knows(measure):
     model = nn.Sequential(nn.Linear(6, 6), sltt.LIF(), Plain(), nn.Linear(6, 3))
     with pytest.warns(UserWarning, match=r"2 \(Plain\) keeps a tensor of the batch in `.v` after the sequence"):
         measure(model, torch.randn(4, 5, 6))

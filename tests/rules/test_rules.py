@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 import sltt
 from sltt.rules.gradients import add_together
@@ -34,6 +35,19 @@ def test_static_input_equals_its_repetition(rule):
     torch.testing.assert_close(static[0], repeated[0], rtol=1e-12, atol=1e-14)
     assert torch.equal(static[1].logits, repeated[1].logits)
     assert torch.equal(sltt.unroll(model, x[0], steps=4), sltt.unroll(model, x.repeat(4, 1, 1)))
+
+
+def test_parametrised_weights_in_a_cache_of_pytorch_have_their_gradients(rule):
+    model, (x, y) = small_network(), batch()
+    for layer in (model[0], model[4]):
+        parametrizations.weight_norm(layer)
+    expected, _ = gradients(model, rule, x, y, seed=0)
+    with parametrize.cached():
+        model(x[0])  # these weights have a graph of their own
+        for _ in range(2):
+            model.zero_grad()
+            rule(model, x, y, LOSS, seed=0)
+            torch.testing.assert_close(gradient(model), expected)
 
 
 # of a sequence of four time steps

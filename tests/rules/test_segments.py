@@ -56,6 +56,7 @@ def test_the_second_run_of_a_segment_carries_the_gradient_through_a_state_that_r
     assert not torch.allclose(gradients(model, sltt.SLTT(), x, y)[0], expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*keeps a tensor of the batch")
 @pytest.mark.parametrize("rate", [None, 0.3])
 @pytest.mark.parametrize("length", [1, 2, "auto"])
 def test_segments_have_the_gradient_of_a_loss_on_hidden_layers(length, rate):

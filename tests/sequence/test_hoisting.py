@@ -216,10 +216,8 @@ def test_the_networks_mark_their_layers_before_the_first_neuron(make):
     calls = []
     first.register_forward_hook(lambda *args: calls.append(1))
     x, y = torch.randn(2, 2, 8, 8, dtype=torch.float64), torch.tensor([0, 1])
-    grads = [
-        results(model, sltt.SLTT(hoist=hoist), x, y, {"steps": 3})[: len(list(model.parameters()))]
-        for hoist in (False, True)
-    ]
+    rules, weights = (sltt.SLTT(), sltt.SLTT(hoist=True)), len(list(model.parameters()))
+    grads = [results(model, rule, x, y, {"steps": 3})[:weights] for rule in rules]
     assert len(calls) == 3 + 1
     assert_same(*grads)
 

@@ -61,13 +61,8 @@ def test_phases_switch_t_and_rates_and_carry_the_optimizer_on(tmp_path, static):
     phases = [Phase(2, steps=1), Phase(1), Phase(2, steps=4, lr=0.1, weight_decay=0.0)]
     settings = {"schedule": sltt.schedules.MultiStep([1], 0.5), "steps": 4, "epochs": 5, "phases": phases}
     log, _, result = recorded(tmp_path / "run", note, data=Blobs(static=static), **settings)
-    assert log == [
-        (1, 0.2, 0.1, False),
-        (1, 0.1, 0.1, True),
-        (4, 0.1, 0.1, True),
-        (4, 0.1, 0.0, True),
-        (4, 0.05, 0.0, True),
-    ]
+    later = [(4, 0.1, 0.1, True), (4, 0.1, 0.0, True), (4, 0.05, 0.0, True)]
+    assert log == [(1, 0.2, 0.1, False), (1, 0.1, 0.1, True), *later]
     assert [row["learning_rate"] for row in result.history] == pytest.approx([rate for _, rate, *_ in log])
     assert result.epoch > 2  # the best with the last T
 
