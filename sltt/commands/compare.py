@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from sltt.analysis import agreement, count_operations, measure_energy
+from sltt.analysis.advice import count_of
 from sltt.analysis.energy import as_text
 from sltt.commands.failures import cause
 from sltt.commands.parsing import RULES, CommandOptions, Recipe, count, refuse_seed
@@ -159,7 +160,7 @@ def _file_name(label: str) -> str:
 def tell_died(rows: Sequence[Mapping[str, Any]]) -> None:
     """Raise RuntimeError if runs died, with the `rule` and the `errors` of each row."""
     if died := [f"{row['rule']}, {error}" for row in rows for error in row["errors"]]:
-        raise RuntimeError(f"{len(died)} runs died; the same command tries them again: {'; '.join(died)}")
+        raise RuntimeError(f"{count_of(len(died), 'run')} died; the same command tries them again: {'; '.join(died)}")
 
 
 def compared_json(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -46,16 +46,13 @@ A class is given by its name or import path, its arguments after a dot. All
 options follow, with the recipe's values as defaults."""
 
 
-class Help(DefaultHelpFormatter):
+class Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Help that lists the same classes whatever else is imported, with short texts."""
 
     def _expand_help(self, action: argparse.Action) -> str:
         text = re.sub(r", known subclasses: ([^)]*)", _list_subclasses, super()._expand_help(action))
         text = re.sub(r"Show the help for the given subclass of .*", "list the arguments of a class", text)
         return re.sub(r"Print the configuration after .*", "print the settings and exit", text)
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text
 
 
 def _list_subclasses(match: re.Match[str]) -> str:

@@ -82,7 +82,7 @@ def profile(
     steps = steps or [own.steps]
     costs, fits = [], []
     for rule in rules:
-        recipe.build(rule=rule)  # names that are wrong are told now
+        recipe.build(rule=rule).rule.check(own.model, min(steps))  # what is wrong is told now
     with session(own) as here:
         for T, rule in itertools.product(steps, rules):
             report.line(f"{rule}, T = {T}")

@@ -145,7 +145,6 @@ def _check(here: Session, settings: Settings, report: Console) -> tuple[Session,
     for stage in stages:  # now, and not after the epochs before it
         if stage.crop is not None:
             check_crop(samples[0][0], stage.crop)
-        stage.rule.check(model, stage.steps)
     safeguards.check_samples(model, splits, samples)
     safeguards.check_last_batch(model, splits, samples, settings.size, stages)
     x = splits.collate(samples)[0].to(next((p.device for p in model.parameters()), "cpu"))

@@ -206,6 +206,8 @@ class Settings(Execution):
     def stages(self) -> list[Stage]:
         """Return the phases with their places in the training; raise ValueError where they do not fit the settings."""
         stages = plan(self.phases, self.epochs, self.steps, self.rule)
+        for stage in stages:
+            stage.rule.check(self.model, stage.steps)
         last = stages[-1].steps
         if last != self.steps and sum(phase.epochs for phase in self.phases or ()) <= self.epochs:
             raise ValueError(f"the last phase trains T = {last}, and steps={self.steps} is evaluated: set steps={last}")

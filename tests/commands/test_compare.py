@@ -70,12 +70,13 @@ WORDS = ["compare", "digits", "--epochs", "1", "--model.width", "4", "--steps", 
 
 @pytest.mark.slow
 def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, here, monkeypatch):
-    words = [*WORDS, "--rules", "BPTT,SLTT:k=5,SLTT:k=1", "--seeds", "2"]
+    monkeypatch.setattr(sltt.OTTT, "run", lambda *_: 1 / 0)
+    words = [*WORDS, "--rules", "BPTT,OTTT,SLTT:k=1", "--seeds", "2"]
     assert main(words) == 1
     captured = capsys.readouterr()
-    assert "2 runs died; the same command tries them again: SLTT:k=5, seed 0: SLTT(k=5) trains 5 steps" in captured.err
+    assert "2 runs died; the same command tries them again: OTTT, seed 0: division by zero" in captured.err
     table = captured.out[captured.out.index("rule  ") :].splitlines()
-    assert [line.split()[0] for line in table[1:4]] == ["BPTT", "SLTT:k=5", "SLTT:k=1"]
+    assert [line.split()[0] for line in table[1:4]] == ["BPTT", "OTTT", "SLTT:k=1"]
     assert all(len(line) <= 80 for line in table[:4])
     (folder,) = here.glob("runs/compare-digits-*")
     rows = json.loads((folder / "compare.json").read_text())["rows"]
@@ -89,6 +90,14 @@ def test_the_command_compares_continues_and_outlives_a_run_that_dies(capsys, her
     monkeypatch.setattr("sltt.training.batch_loop.BatchLoop._train", lambda *_: pytest.fail("trained again"))
     assert main([*WORDS, "--rules", "SLTT:k=1", "--seeds", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["scores"] == rows[2]["scores"]
+
+
+@pytest.mark.parametrize("command", ["compare", "profile"])
+def test_a_k_of_more_steps_than_there_are_is_told_before_anything_runs(command, capsys, here):
+    assert main([command, *WORDS[1:], "--rules", "BPTT,SLTT:k=5"]) == 1
+    captured = capsys.readouterr()
+    assert "SLTT(k=5) trains 5 steps, but the sequence has T = 3" in captured.err
+    assert (captured.out, [*here.iterdir()]) == ("", [])
 
 
 def test_each_row_trains_its_rule_in_all_phases_and_is_measured_as_it_trains(capsys, here, monkeypatch):
