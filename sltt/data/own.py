@@ -169,8 +169,8 @@ def _pair(name: str, sample: Any, columns: tuple[str, str] | None) -> tuple[Any,
             raise ValueError(f"{name} has no {missing[0]!r} of columns; its keys are {keys}")
         return sample[columns[0]], sample[columns[1]]
     if not isinstance(sample, tuple | list) or len(sample) != 2:
-        many = f" of {len(sample)}" if isinstance(sample, tuple | list) else ""
-        raise ValueError(f"{name}: expected a pair (x, target), got a {type(sample).__name__}{many}")
+        got = type(sample).__name__ + (f" of {len(sample)}" if isinstance(sample, tuple | list) else "")
+        raise ValueError(f"{name}: expected a pair (x, target), got a {got}; two tensors make a TensorDataset(x, y)")
     return sample[0], sample[1]
 
 

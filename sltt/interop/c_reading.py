@@ -206,10 +206,10 @@ def _pool(name: str, module: Any, largest: bool, x: Value, output: Value) -> Poo
         return Pool(name, [x], output, kernel, kernel, factor=1 / max(kernel[0] * kernel[1], 1), adaptive=adaptive)
     kernel, stride, padding = sides(module.kernel_size, 1), sides(module.stride, 1), sides(module.padding, 0)
     if largest:
-        require(set(sides(module.dilation, 1)) == {1} and not module.return_indices, " with these options")
+        require(set(sides(module.dilation, 1)) == {1} and not module.return_indices, " with dilation or indices")
         return Pool(name, [x], output, kernel, stride, padding, largest=True, ceil=module.ceil_mode)
     plain = getattr(module, "divisor_override", None) is None and (module.count_include_pad or padding == (0, 0))
-    require(plain, " with these options")
+    require(plain, " with divisor_override or without count_include_pad: leave it as it is by default")
     sizes = zip(x.shape[1:], output.shape[1:], kernel, stride, padding, strict=True)
     require(all((m - 1) * s + k <= n + 2 * p for n, m, k, s, p in sizes), " with ceil_mode and windows over the border")
     return Pool(name, [x], output, kernel, stride, padding, 1 / (kernel[0] * kernel[1]))

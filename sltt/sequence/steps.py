@@ -98,7 +98,7 @@ def time_steps(x: Tensor, steps: int | None, target: Any = None) -> Sequence:
     """Check an input, and its batch size against the target's; return it as a sequence of time steps."""
     static = steps is not None
     form = "[B, ...] with steps=T" if static else "[T, B, ...], time first"
-    instance("x", x, Tensor)
+    instance("x", x, Tensor, "of an array, torch.from_numpy(x).float()")
     if x.ndim < 2:
         raise ValueError(f"expected input {form}, got shape {list(x.shape)}")
     length = x.shape[0] if steps is None else whole_number("steps", steps, least=1)

@@ -107,7 +107,7 @@ def predict(model: nn.Module, x: Tensor, *, steps: int | None = None, lengths: S
     Raises ValueError for an input of another form than the network's.
     """
     instance("model", model, nn.Module, "such as sltt.load(run)")
-    instance("x", x, Tensor)
+    instance("x", x, Tensor, "of an array, torch.from_numpy(x).float()")
     by, trained = "mean", getattr(model, "trained", None)
     if isinstance(trained, Trained):
         by = trained.prediction
