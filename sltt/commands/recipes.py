@@ -1,5 +1,6 @@
 """List the recipes, or print one."""
 
+import textwrap
 from collections.abc import Sequence
 
 from sltt.commands import yamltext
@@ -18,5 +19,7 @@ def run(words: Sequence[str]) -> None:
         print(yamltext.read_text(find_recipe(name)), end="")
         return
     report = Console()
+    width = report.console.width if report.console.is_terminal else 1000
     for name, path in shipped_recipes().items():
-        report.line(f"{name:15} {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
+        text = f"{name:20} {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}"
+        report.line(textwrap.fill(text, width, subsequent_indent=" " * 21))

@@ -150,7 +150,7 @@ class Data(ABC):
 
         Raises ValueError for a file that holds no sample.
         """
-        if path.suffix != ".npy":
+        if path.suffix != ".npy" and path.exists():
             raise ValueError(f"{path}: expected a file as {self} reads them, or .npy with the array of a sample")
         try:
             x = torch.from_numpy(np.load(path, allow_pickle=False))

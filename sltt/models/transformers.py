@@ -151,7 +151,7 @@ def spikformer(
     stem: list[nn.Module] = []
     for i in range(4):
         after = channels // 2 ** (3 - i)
-        stem += [*_layer(before, after, 3, neuron), *([_pool()] if i >= 4 - pooled else [])]
+        stem += [*_layer(before, after, 3, neuron), *([nn.MaxPool2d(3, 2, 1)] if i >= 4 - pooled else [])]
         before = after
     position = Residual(nn.Sequential(*_layer(channels, channels, 3, neuron)), nn.Identity())
     blocks = [Block(SelfAttention(channels, heads, neuron), channels, neuron) for _ in range(depth)]
@@ -221,11 +221,7 @@ def _layer(
 ) -> list[nn.Module]:
     """Convolution, BatchNorm, pooling of the currents, neuron."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=bias)
-    return [conv, nn.BatchNorm2d(out_channels), *([_pool()] if pool else []), neuron()]
-
-
-def _pool() -> nn.Module:
-    return nn.MaxPool2d(3, 2, padding=1)
+    return [conv, nn.BatchNorm2d(out_channels), *([nn.MaxPool2d(3, 2, 1)] if pool else []), neuron()]
 
 
 def _heads(heads: int, channels: int) -> int:

@@ -66,6 +66,9 @@ def test_an_array_is_a_sample(here, capsys):
     assert "bytes.npy has whole numbers up to 255: save it as the data has it, in [0, 1] say" in capsys.readouterr().err
     Path("empty.txt").touch()
     assert main(["predict", "run", "empty.txt", "--stream", "2"]) == 1
+    assert main(["predict", "run", "sample.csv"]) == 1
+    assert "No such file or directory: 'sample.csv'" in capsys.readouterr().err
+    Path("sample.csv").touch()
     assert main(["predict", "run", "sample.npy", "sample.csv"]) == 1
     said = capsys.readouterr()
     assert "empty.txt has no line: expected" in said.err
