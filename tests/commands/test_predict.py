@@ -67,11 +67,11 @@ def test_an_array_is_a_sample(here, capsys):
     Path("empty.txt").touch()
     assert main(["predict", "run", "empty.txt", "--stream", "2"]) == 1
     assert main(["predict", "run", "sample.csv"]) == 1
-    assert "No such file or directory: 'sample.csv'" in capsys.readouterr().err
     Path("sample.csv").touch()
     assert main(["predict", "run", "sample.npy", "sample.csv"]) == 1
     said = capsys.readouterr()
     assert "empty.txt has no line: expected" in said.err
+    assert "No such file or directory: 'sample.csv'" in said.err
     assert "sample.csv: expected a file as SequentialDigits reads them, or .npy" in said.err
     assert said.out.count("sample.npy") == 1  # what was predicted before
 
