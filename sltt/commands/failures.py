@@ -18,16 +18,10 @@ REMEDIES = {
         "use a smaller --batch_size, fewer --steps, or the rule SLTT; `sltt profile --budget` says what fits"
     ),
     r"\[Errno (2|20|21)\]": "correct the path",  # of the system alone
-    r"\[Errno (13|28|30)\]": (
-        "correct the path or its permissions, or free space; --data.cache FOLDER keeps frames of events elsewhere"
-    ),
+    r"\[Errno (13|28|30)\]": "correct the path or its permissions, or free space; --data.cache FOLDER moves frames",
     r"shared memory|Bus error|/dev/shm": "use --workers 0, or a larger /dev/shm (docker run --shm-size=8g)",
-    r"DataLoader worker.* (exited|killed)": (
-        "--workers 0 shows what ended it; where that works, memory was short: use fewer --workers"
-    ),
-    r"gloo.*by peer|remote process exited": (
-        "another process ended: its output says why, unless it was killed, as for want of memory"
-    ),
+    r"DataLoader worker.* (exited|killed)": "--workers 0 shows what ended it; where that works, use fewer --workers",
+    r"gloo.*by peer|remote process exited": "another process ended: its output says why, unless memory ran out",
     r"shapes cannot be multiplied|to have \d+ channels|must match the size|size mismatch,|Expected \d[^ ]*D": (
         "the network does not fit the data: compare the options --model.… and --data.…"
     ),

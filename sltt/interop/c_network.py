@@ -195,13 +195,10 @@ class Sum(Operation):
 
     def run(self, states: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         terms = [
-            x if factor is None else self._rescale(_channels(factor) * x)
+            x if factor is None else _shift_right(_channels(factor) * x, self.bits)
             for x, factor in zip(inputs, self.factors, strict=True)
         ]
         return torch.stack(terms).sum(0)
-
-    def _rescale(self, x: Tensor) -> Tensor:
-        return _shift_right(x, self.bits) if x.dtype is torch.float64 else x
 
     def arrays(self) -> dict[str, Tensor]:
         return {f"factor{i}": factor for i, factor in enumerate(self.factors) if factor is not None}
@@ -361,5 +358,5 @@ def _channels(vector: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Return x / 2^bits, rounded to the nearest integer, as an arithmetic shift does it."""
-    return ((x + 2 ** (bits - 1)) / 2**bits).floor()
+    """Return x / 2^bits, rounded to the nearest integer, as an arithmetic shift does it; x of a network in floats."""
+    return ((x + 2 ** (bits - 1)) / 2**bits).floor() if x.dtype is torch.float64 else x

@@ -78,9 +78,8 @@ class _Reader:
             require(not self.operations, ", which is not the first")
             x.shape = _image(call.shape)
             return x
-        if kind in ("factor", "shift"):
-            gain, shift = (layer, 0.0) if kind == "factor" else (1.0, layer)
-            return self._affine(name, x, torch.tensor([gain]), torch.tensor([shift]))
+        if kind == "affine":
+            return self._affine(name, x, *layer)
         name = layer_title(name, layer)
         if isinstance(call.layer, Stateful):
             require(layer not in self.seen, ", which runs twice in a time step")
@@ -100,7 +99,6 @@ class _Reader:
             return x
         if kind in reading.NORMS:
             require(layer.running_mean is not None, ", which has no running statistics")
-            x = x if layer.num_features == x.shape[0] else self.vector(x)
             gain = (layer.running_var.double() + layer.eps).rsqrt() * (1 if layer.weight is None else layer.weight)
             shift = (0 if layer.bias is None else layer.bias) - layer.running_mean * gain
             return self._affine(name, x, gain, shift)
@@ -118,6 +116,7 @@ class _Reader:
         return x if x.shape == vector.shape else self._add(c_network.Join("flatten", [x], vector))
 
     def _affine(self, name: str, x: Value, gain: Tensor, shift: Tensor) -> Value:
+        x = x if {*gain.shape, *shift.shape} <= {1, x.shape[0]} else self.vector(x)
         gain, shift = (vector.detach().double().expand(x.shape[0]) for vector in (gain, shift))
         return self._add(Affine(name, [x], Value(x.shape), gain, shift))
 

@@ -146,7 +146,7 @@ _NEAREST = {
     "adaptivemaxpool": "MaxPool",
     "softmax": "the logits before it, whose largest is the same in each time step",
     "sigmoid": "the logit before it: 0 is a probability of 0.5",
-    "operation sub": "x + (-1.0) * y; of a number, the bias of a layer",
+    "operation sub": "x + (-1.0) * y",
     "operation unsqueeze": "an input [B, 1, ...]",
     "operation squeeze": "an output [B, 1]",
     "transpose": "Conv on all pixels",

@@ -18,6 +18,7 @@ from sltt.sequence.state import Stateful, emits_spikes, reset
 ONE_TENSOR = "torch.cat((a, b), 1) makes one of two heads"
 WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 AVERAGES, ADAPTIVE = (nn.AvgPool1d, nn.AvgPool2d), (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
+AFFINE = ("add", "sub", "rsub", "mul", "div", "truediv", "neg")  # also in place
 MAXIMA = (nn.MaxPool1d, nn.MaxPool2d)
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, Dropout)  # in evaluation mode
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -32,9 +33,9 @@ class Call:
     Attributes:
         path: of the layer in the network; of an operation, its name in the trace, which no layer has.
         place: how messages name the call.
-        kind: the class in LAYERS that the layer computes as, "sum", "cat" (along the channels), "factor", "shift",
-            "input", "image" (an input without channels gets one), "output"; or None.
-        layer: for a function, the layer that does the same; of a "factor" or a "shift", the number.
+        kind: the class in LAYERS that the layer computes as, "sum", "cat" (along the channels), "affine", "input",
+            "image" (an input without channels gets one), "output"; or None.
+        layer: for a function, the layer that does the same; of an "affine" call, gain and shift of each channel.
         inputs: the calls whose outputs it reads.
         shape: of the output [B, ...].
     """
@@ -107,8 +108,8 @@ class _Reader(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if isinstance(value, Tensor) and n.op != "get_attr":
-            inputs = [self.calls[node] for node in n.all_input_nodes if node in self.calls]
+        inputs = [self.calls[node] for node in n.all_input_nodes if node in self.calls]
+        if isinstance(value, Tensor) and (inputs or n.op in ("placeholder", "call_module")):  # others are constants
             kind, layer = self._layer(n, inputs, value.shape)
             if n.op == "call_module":
                 path, place = str(n.target), layer_title(str(n.target), layer)
@@ -141,15 +142,12 @@ class _Reader(fx.Interpreter):
         joined = [len(value) for value in arguments if isinstance(value, list | tuple)]
         if name in ("cat", "concat", "concatenate") and numbers in ([1], [1 - len(shape)]) and joined == [len(inputs)]:
             return "cat", None
-        if len(arguments) == 2 and len(inputs) == len(numbers) == 1:
-            if name in ("mul", "imul"):
-                return "factor", float(numbers[0])
-            if name in ("truediv", "itruediv", "div") and arguments[1] is numbers[0]:
-                return "factor", 1 / numbers[0]
-            if name in ("add", "iadd"):
-                return "shift", float(numbers[0])
-            if name in ("sub", "isub") and arguments[1] is numbers[0]:
-                return "shift", -float(numbers[0])
+        if name in ("dropout", "dropout1d", "dropout2d") and n.kwargs.get("training") is False:
+            return nn.Identity, None
+        affine = name.removeprefix("i") in AFFINE and [call.shape for call in inputs] == [shape] and len(shape) > 1
+        of_sizes = any(isinstance(self.env[node], int) for node in n.all_input_nodes)  # of which one is the batch's
+        if affine and not of_sizes and (factors := self._affine(n, shape)):
+            return "affine", factors
         flat = len(inputs) == 1 and len(shape) == 2 and shape[0] == inputs[0].shape[0]
         if flat and name in ("view", "reshape", "squeeze"):
             return nn.Flatten, nn.Flatten()
@@ -163,6 +161,20 @@ class _Reader(fx.Interpreter):
                 kind = nn.AdaptiveAvgPool1d if size == 3 else nn.AdaptiveAvgPool2d
                 return kind, kind(1)
         return None, None
+
+    def _affine(self, n: fx.Node, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
+        """Return gain and shift, a number or one of each channel, of a call that computes g x + s of x [B, C, ...]."""
+
+        def call(number: float) -> Tensor:
+            x = torch.full(shape, number, dtype=torch.float64)
+            args, kwargs = fx.map_arg((n.args, n.kwargs), lambda node: x if node in self.calls else self.env[node])
+            return getattr(self, n.op)(n.target, args, kwargs).transpose(0, 1).flatten(1)
+
+        shift, gain = call(0), call(1) - call(0)
+        if not torch.allclose(call(2), 2 * gain + shift) or any((v != v[:, :1]).any() for v in (gain, shift)):
+            return None
+        gain, shift = (v[:1, 0] if (v == v[0, 0]).all() else v[:, 0] for v in (gain, shift))
+        return gain, shift
 
 
 class Tracer(fx.Tracer):

@@ -68,13 +68,14 @@ class Written(nn.Module):
         super().__init__()
         self.image, conv = image, nn.Conv2d if image else nn.Conv1d
         self.conv, self.pool = conv(3, 8, 3), (nn.MaxPool2d if image else nn.MaxPool1d)(2, ceil_mode=True)
-        self.next = conv(8, 6, 3, bias=False)
+        gains = torch.linspace(-2, 1, 6).view((6, 1, 1) if image else (6, 1))
+        self.next, self.gains = conv(8, 6, 3, bias=False), nn.Parameter(gains)
         self.neuron, self.last = sltt.LIF(v_threshold=0.3), sltt.LIF(v_threshold=0.1)
         self.one, self.two = nn.Linear(6, 1), nn.Linear(6 * (9 if image else 3), 1, bias=False)
 
     def forward(self, x):
-        x = self.pool(self.neuron(self.conv(0.25 + (x - 0.5) + 0.25)))
-        x = self.last(self.next(x))
+        x = self.pool(self.neuron(self.conv(1 - (-(x - 0.5) + 0.5))))
+        x = self.last(nn.functional.dropout(self.next(x) / self.gains.exp(), training=self.training) * self.gains)
         mean = torch.mean(x, dim=(-1, 2)) if self.image else x.mean(-1, keepdim=True).squeeze(-1)
         return self.one(mean.view(mean.size(0), -1)) + self.two(x.reshape(x.shape[0], -1)) - 0.5
 
