@@ -142,8 +142,8 @@ _NEAREST = {
         ("node)", "(leaky)", "(synaptic)", "(lapicque)", "squeeze)", "(keepstate)"), "sltt.interop.convert(model)"
     ),
     **dict.fromkeys(("(alif)", "(channellif)", "(integerlif)", "(ternarylif)"), "LIF, PLIF, IF or CubaLIF"),
-    "(runningmax)": "MaxPool",
-    "adaptivemaxpool": "MaxPool",
+    **dict.fromkeys(("(runningmax)", "adaptivemaxpool"), "MaxPool"),
+    "windows of several sizes": "an output size that divides the input's",
     "softmax": "the logits before it, whose largest is the same in each time step",
     "sigmoid": "the logit before it: 0 is a probability of 0.5",
     "operation sub": "x + (-1.0) * y",

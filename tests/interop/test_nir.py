@@ -180,10 +180,10 @@ class Odd(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm, self.pool, self.lif = nn.BatchNorm2d(2), nn.MaxPool2d(2), sltt.LIF()
-        self.conv = nn.Conv2d(2, 2, 1, groups=2)
+        self.conv, self.wide = nn.Conv2d(2, 2, 1, groups=2), nn.AdaptiveAvgPool2d(3)
 
     def forward(self, x):
-        x = self.conv(self.pool(self.norm(x)))
+        x = self.conv(self.pool(self.norm(self.wide(x))))
         return self.lif(x * 2) + self.lif(torch.relu(x))
 
 
@@ -265,7 +265,8 @@ def test_a_normalisation_is_not_folded_into_weights_that_others_read():
 
 def test_all_that_nir_has_not_is_named_at_once():
     message = (
-        r"NIR has no counterpart for norm \(BatchNorm2d\), which is not behind a layer.*; pool \(MaxPool2d\); "
+        r"NIR has no counterpart for wide \(A.*2d\) of windows of several sizes \(use an output size that .*\); "
+        r"norm \(BatchNorm2d\), which is not behind a layer.*; pool \(MaxPool2d\); "
         r"conv \(Conv2d\), which has several groups.*; "
         r"the operation mul.*; the operation relu.*; lif \(LIF\), which is used twice"
     )
