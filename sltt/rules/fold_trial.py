@@ -5,8 +5,8 @@ run so is compared in its own types, down to 2e-5. Logits, the gradients of all 
 states, and the buffers are compared. The loss is a sum of the logits with fixed weights, so that nothing of the user's
 but the network runs again.
 
-Then once more with other weights, and neurons that pass on asinh of their input: what the batch has behind silent
-neurons, or weights that are zero at first, is compared too.
+Then once more with other weights, other values in each time step, and neurons that pass on asinh of their input: what
+the batch has behind silent neurons, or weights that are zero at first, is compared too.
 """
 
 import random
@@ -121,7 +121,7 @@ def find_difference(run: Run, fold: int, make_step: Callable[[], Step], run_rule
     for precise in (True, False):
         try:
             difference = _compare(run, fold, make_step, run_rule, precise)
-            return difference or _compare(run, fold, _Opened, run_cut, precise)
+            return difference or _compare(run, fold, _Opened, run_cut, precise, run.sequence.x.is_floating_point())
         except PlainError:
             if not precise:
                 raise
@@ -156,8 +156,9 @@ def copy_apart(model: nn.Module) -> nn.Module:
 
 
 def is_dropout(module: nn.Module) -> bool:
-    """Return whether a module draws masks, which a copy to try leaves out."""
-    return isinstance(module, _DropoutNd | Dropout)
+    """Return whether a module draws masks as PyTorch does, of each sample by itself, which a copy to try leaves out."""
+    ours = type(module).forward.__module__.startswith(("torch.nn.", "sltt."))
+    return isinstance(module, _DropoutNd | Dropout) and ours
 
 
 def _seed() -> None:
@@ -166,7 +167,7 @@ def _seed() -> None:
     np.random.seed(0)
 
 
-def _compare(run: Run, fold: int, make_step: Callable[[], Step], run_rule: RunRule, precise: bool) -> str | None:
+def _compare(run: Run, fold: int, make_step: Any, run_rule: RunRule, precise: bool, grown: bool = False) -> str | None:
     sequence, tolerance = run.sequence, _PRECISE if precise else _ROUGH
     x, most = sequence.x if sequence.static else sequence.x[: 2 * fold], min(sequence.steps, 2 * fold)
     kind = torch.float64 if precise and x.is_floating_point() else x.dtype
@@ -184,7 +185,10 @@ def _compare(run: Run, fold: int, make_step: Callable[[], Step], run_rule: RunRu
                 for p in twin.parameters():
                     p += 0.1 * _spread(p)
         weights, layout = [(name, p, p.detach().clone()) for name, p in twin.named_parameters()], layout_of(twin)
-        own = x.detach().to(kind, copy=True).requires_grad_(x.requires_grad)  # a forward may change it
+        own = x.detach().to(kind, copy=True)  # a forward may change it
+        if grown and not sequence.static:  # a largest value, say, is of each step
+            own *= 2 + _spread(own[:, 0].flatten(1)[:, 0], 1.0).view(-1, *[1] * (own.ndim - 1))
+        own.requires_grad_(x.requires_grad)
         part = Sequence(own, most, sequence.static)
         with watch if watch is not None and steps == 1 else nullcontext(), kernels.using(bits=not opened):
             outcome = _run(twin, part, steps, step, run_rule)  # where operations are watched, no kernel looks at values
@@ -195,8 +199,8 @@ def _compare(run: Run, fold: int, make_step: Callable[[], Step], run_rule: RunRu
     try:
         plain, changed = results(1)
     except Exception as error:
-        if opened:
-            return watch and watch.found  # with other weights, and no spikes, it need not run
+        if opened:  # with other weights and values, and no spikes, it need not run
+            return _compare(run, fold, make_step, run_rule, precise) if grown else watch and watch.found
         if _is_fault(error):
             raise
         raise PlainError from error

@@ -67,7 +67,7 @@ def choose_fold(run: Run, fold: int | Literal["auto"] = "auto", rule: Any = None
         if is_sharded(run.model):  # no copy can be made, and the user asks for it
             return Fold(fold, fold)
     x, layout, problem = run.sequence.input(range(1)), run.layout, find_modes()
-    known = layout.batches.setdefault((rule, x.shape, x.dtype, x.device), KnownBatch())
+    known = layout.batches.setdefault((rule, run.sequence.static, x.shape, x.dtype, x.device), KnownBatch())
     key = fold, run.sequence.steps, kernels.current_options().fold_memory
     if not problem and loss is not None and refers_to(loss, layout.layers):
         problem = "has a loss that refers to it, which may read the states of one time step"

@@ -154,8 +154,8 @@ class _Hooks(TorchFunctionMode):
     """Sees hooks on tensors, which see one time step in a call, and values that NumPy reads."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        seen = "register_hook", "retain_grad", "register_post_accumulate_grad_hook", "numpy", "__array__", "__dlpack__"
-        if getattr(func, "__name__", "") in seen or func == Tensor.grad_fn.__get__:  # pyright: ignore
+        seen = "register_hook retain_grad register_post_accumulate_grad_hook numpy tolist __array__ __dlpack__"
+        if getattr(func, "__name__", "-") in seen.split() or func == Tensor.grad_fn.__get__:  # pyright: ignore
             raise UnknownError("registers a hook on a tensor, or on what made it, or reads its values")
         return func(*args, **(kwargs or {}))
 
@@ -259,7 +259,7 @@ def watch_samples(run: Run, model: nn.Module, steps: int) -> dict[str, str] | No
     """
     drawn = repr((random.getstate(), np.random.get_state()))
     try:
-        (called, pairs), again = (_watch(model, run.sequence.input(range(n))) for n in (1, steps))
+        (called, pairs), again = (_watch(model, run.sequence.input(range(n)), n == 1) for n in (1, steps))
         weights = ([*m.parameters(), *m.buffers()] for m in (model, unwrapped(run.model)))
         kept = all(torch.equal(a, b) for a, b in zip(*weights, strict=True))  # also those changed through `.data`
     except Exception:  # of any kind: it is the user's code
@@ -278,7 +278,7 @@ def takes_channels_last(run: Run, model: nn.Module) -> bool:
     return False
 
 
-def _watch(model: nn.Module, x: Tensor, last: bool = False) -> tuple[list[Any], dict[str, str]]:
+def _watch(model: nn.Module, x: Tensor, planted: bool = False, last: bool = False) -> tuple[list[Any], dict[str, str]]:
     """Run a network; return what it calls, and the pairs. Raises UnknownError if it may mix samples."""
     x = x.clone()
     operations, layout = SamplesWatch(x, [*model.parameters(), *model.buffers()]), layout_of(model)
@@ -286,12 +286,12 @@ def _watch(model: nn.Module, x: Tensor, last: bool = False) -> tuple[list[Any], 
     with kernels.using(bits=False), without_marked_hooks(model.modules()), inner:
         # states that no neuron reads here: a forward that reads, changes or resets one does more
         states = [(k.module, name) for k in inner.layout.keepers if k.spikes and k.advance for name in k.states]
-        planted = torch.empty(0)
-        for module, name in states:
-            setattr(module, name, planted)
+        values = [torch.empty(0) if planted else getattr(module, name) for module, name in states]
+        for (module, name), value in zip(states, values, strict=True):
+            setattr(module, name, value)
         with torch.enable_grad(), _Hooks(), operations:
             y = model(x)
-        if any(getattr(module, name) is not planted for module, name in states):
+        if any(getattr(*state) is not value for state, value in zip(states, values, strict=True)):
             raise UnknownError("changes the state of a neuron")
         _check_gradient(y, operations)
     if changes := layout.changes():

@@ -10,6 +10,7 @@ are kept (Chen et al. 2016, arXiv 1604.06174), r times for c of them with C(c + 
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -132,10 +133,17 @@ def split(steps: range, length: int) -> list[range]:
 def _check_unchanged(batch: Batch, weights: Sequence[tuple[str, Tensor, Tensor]]) -> None:
     """Raise RuntimeError where the forward changed a weight, or what a module keeps beside its states."""
     changes = [name for name, p, total in weights if not torch.equal(p.detach().sum(), total)]
-    changed = batch.network.layout.changes() if weights else {}  # of lists and tensors that it keeps, the logits tell
-    changes += [name for name, value in changed.items() if not isinstance(value, tuple) or value[0] is dict]
+    changed = batch.network.layout.changes() if weights else {}
+    changes += [name for name, value in changed.items() if not _has_tensors(value)]  # of which the logits tell
     if changes:
         raise RuntimeError(f"segment runs time steps again, and each changes {changes[0]}: use BPTT without segment")
+
+
+def _has_tensors(value: Any) -> bool:
+    """Return whether what a module keeps, as fingerprints have it, is a tensor or a list of such."""
+    if not isinstance(value, tuple) or value[0] in (list, tuple, deque):
+        return isinstance(value, tuple) and any(isinstance(part, tuple) for part in value)
+    return len(value) == 2 and value[0] is not dict
 
 
 def _check_same(same: dict[int, Tensor]) -> None:

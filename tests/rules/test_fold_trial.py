@@ -169,10 +169,13 @@ FUNCTIONS = {
     ),
     "counts in a counter": (lambda layer, x: x if count(layer, x) < 4 else -x, {"seen": Counter(steps=0)}),
     "counts by an iterator": (lambda layer, x: x if next(layer.seen) < 4 else -x, {"seen": itertools.count()}),
+    "asks for the first step": (lambda layer, x: layer.lif(x if layer.lif.v is None else -x), {"lif": sltt.LIF()}),
     "mixes pairs of samples": (lambda layer, x: x if len(x) % 2 else x - 0.1 * pairs(x), {}),
 }
 SINGLE = {name: lambda given=given: Through(given[0], **copy.deepcopy(given[1])) for name, given in FUNCTIONS.items()}
+MASKED = {"forward": lambda layer, x: x * (torch.rand(x.shape[1]) > 0.5) if layer.training else x}
 SINGLE |= {
+    "has a dropout of one mask": type("Masks", (nn.Dropout,), MASKED),
     "has a layer for each step": ByStep,
     "has a hook that looks": lambda: hooked(nn.Identity(), "register_forward_hook", look),
     "has a hook": lambda: hooked(nn.Identity(), "register_forward_hook", lambda module, args, y: y + y.mean(0)),
@@ -339,6 +342,14 @@ def test_what_numpy_reads_and_a_hook_on_an_image_are_of_each_step(hook):
         sltt.SLTT(fold=fold)(copied, x, torch.arange(5) % 3, LOSS, steps=6)
         found.append([x.grad, copied[0].weight.grad])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("read", [lambda x: x.max().clamp(min=1), lambda x: max(1.0, *x.flatten().tolist())])
+def test_what_differs_between_samples_in_a_later_batch_only_is_tried(read):
+    rule, divided = sltt.SLTT(), Through(lambda _, x: x / read(x))
+    model, x = Net(divided, nn.Linear(6, 16), sltt.LIF(), nn.Linear(16, 3)).double(), torch.ones(6, 5, 6).double()
+    rule(model, x[0], torch.zeros(5).long(), LOSS, steps=6)
+    assert called(rule, model, x) == [5] * 6
 
 
 def mean_taken_off(module, args):

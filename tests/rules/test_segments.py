@@ -1,5 +1,6 @@
 import random
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,6 +121,20 @@ def test_a_second_run_of_a_segment_that_is_not_the_first_is_noticed():
 
     with pytest.raises(RuntimeError, match="time step 0 gave other logits when it was run again"):
         sltt.BPTT(segment=2)(Noisy(), *batch(), LOSS)
+
+
+@pytest.mark.parametrize("seen", [[0], SimpleNamespace(t=0)])
+def test_segments_refuse_what_counts_time_steps(seen):
+    class Counts(nn.Identity):
+        def forward(self, x):
+            counts, at = (self.seen, 0) if isinstance(self.seen, list) else (vars(self.seen), "t")
+            counts[at] += 1
+            return x if counts[at] % 3 else x.detach()
+
+    model = nn.Sequential(small_network(), Counts())
+    model[1].seen = seen
+    with pytest.raises(RuntimeError, match="changes seen of 1"):
+        sltt.BPTT(segment=2)(model, *batch(), LOSS)
 
 
 @cache
