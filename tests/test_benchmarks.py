@@ -1,6 +1,5 @@
 import re
 import shlex
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -10,23 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 
 import sltt
 from sltt.commands.parsing import Recipe
-from tests.kernels.exact import NATIVE
 from tests.scripts import BENCHMARKS, benchmarks_on_the_path, load  # noqa: F401
-
-
-@NATIVE
-def test_sparse_and_dense_runs_of_a_layer_are_of_one_result(monkeypatch):
-    sparse = load("sparse")
-    del sys.modules["sparse"]  # SciPy takes it for the package of this name
-    _, passes = sparse.runs_of("256→512, 8×8, 1×1, stride 2", 1, torch.float32)
-    columns = {name: list(sparse.milliseconds(runs, 1)) for name, runs in passes.items()}
-    at = [f"at {d}" for d in sparse.DENSITIES]
-    assert columns["forward"] == ["dense", *at]
-    assert columns["input gradient"] == ["dense", "dense, ours"]
-    assert set(columns["weight gradient"]) == set(sparse.COLUMNS)
-    monkeypatch.setattr(sparse, "convolution_gradients", lambda *asked: [torch.zeros(1)] * 3)
-    with pytest.raises(AssertionError, match="dense, ours"):
-        sparse.runs_of("256→512, 8×8, 1×1, stride 2", 1, torch.float32)
 
 
 def test_the_benchmark_of_peers_builds_the_same_network_for_every_case():
@@ -79,22 +62,6 @@ def test_the_tables_of_the_documentation_are_those_of_the_results():
         names |= {block[2] for block in tables.BLOCK.finditer(page)}
     assert {"resnet18-t6", "resnet18-over-t"} <= names
     assert set(tables.TABLES) <= names
-
-
-def test_a_log_is_of_older_code_if_what_the_code_does_changes(tmp_path):
-    logs, file = load("logs"), tmp_path / "a.py"
-
-    def digest(doc="", comment="", local="x", other="y", value=1, part="1:"):
-        file.write_text(f'''
-def f({local}, z=3):  # {comment}
-    """{doc}"""
-    {other} = [{local} for {local} in range({value})]
-    return lambda: ({local}, {other}, z[{part}])
-''')
-        return logs.digest(["a.py"], tmp_path)
-
-    assert digest() == digest("Two,\n\n    lines.", "two", "first", "second")
-    assert len({digest(), digest(value=2), digest(other="x"), digest(other="z"), digest(part=":1")}) == 5
 
 
 def test_two_rules_are_equal_where_two_one_sided_tests_say_so():

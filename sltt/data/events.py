@@ -243,10 +243,8 @@ class EventFolder(_Events):
 
     def __init__(self, root: str, sensor: tuple[int, int], **kwargs: Any):
         super().__init__(root, download=False, **kwargs)
-        sides = whole_numbers("sensor", sensor, least=1)
-        if len(sides) != 2:
-            raise ValueError(f"sensor must be the height and the width of the camera, got {sensor}")
-        self.sensor = (sides[0], sides[1])
+        height, width = whole_numbers("sensor", sensor, least=1)
+        self.sensor = (height, width)
         self.classes = sorted(p.name for p in (self.root / "train").glob("[!.]*") if p.is_dir())
 
     def recordings(self, train: bool) -> Recordings:

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sltt._torch import _NormBase
-from sltt.sequence.state import Stateful
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -88,14 +87,14 @@ class Processes:
         _add_up([p.grad for p in with_gradient if p.grad is not None])
 
     def average_statistics(self, model: nn.Module) -> None:
-        """Give all processes the mean of the running statistics of their layers."""
+        """Give all processes the mean of the running statistics of their layers, also of the user's own."""
         if self.count == 1:
             return
-        keepers = [m for m in model.modules() if isinstance(m, _NormBase | Stateful)]
+        keepers = [m for m in model.modules() if isinstance(m, _NormBase) or type(m).__module__[:6] != "torch."]
         running = [s for m in keepers for s in m.buffers(recurse=False) if s.is_floating_point()]
+        _add_up(running)
         for statistics in running:
             statistics /= self.count
-        _add_up(running)
 
     def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
         if self.count == 1:

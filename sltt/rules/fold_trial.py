@@ -117,11 +117,11 @@ def find_difference(run: Run, fold: int, make_step: Callable[[], Step], run_rule
     Raises ValueError for a network that reads something outside of it that moves, PlainError for one that does not run,
     and errors that are faults of this package.
     """
-    problem: str | None = None
+    problem, grown = None, run.sequence.x.is_floating_point() and not run.sequence.static
     for precise in (True, False):
         try:
             difference = _compare(run, fold, make_step, run_rule, precise)
-            return difference or _compare(run, fold, _Opened, run_cut, precise, run.sequence.x.is_floating_point())
+            return difference or _compare(run, fold, _Opened, run_cut, precise, grown)
         except PlainError:
             if not precise:
                 raise
@@ -186,9 +186,7 @@ def _compare(run: Run, fold: int, make_step: Any, run_rule: RunRule, precise: bo
                     p += 0.1 * _spread(p)
         weights, layout = [(name, p, p.detach().clone()) for name, p in twin.named_parameters()], layout_of(twin)
         own = x.detach().to(kind, copy=True)  # a forward may change it
-        if grown and not sequence.static:  # a largest value, say, is of each step
-            own *= 2 + _spread(own[:, 0].flatten(1)[:, 0], 1.0).view(-1, *[1] * (own.ndim - 1))
-        own.requires_grad_(x.requires_grad)
+        own = (own * (2 + _spread(own)) if grown else own).requires_grad_(x.requires_grad)
         part = Sequence(own, most, sequence.static)
         with watch if watch is not None and steps == 1 else nullcontext(), kernels.using(bits=not opened):
             outcome = _run(twin, part, steps, step, run_rule)  # where operations are watched, no kernel looks at values

@@ -266,10 +266,7 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_batch(*numbers: int) -> int:
-    """Seed every global random generator by the numbers, such as seed, epoch and batch; returns that seed.
-
-    So the random numbers of a batch, as of dropout, do not depend on what was drawn before, and need no saving.
-    """
+    """Seed every global random generator by numbers such as seed, epoch and batch: no state needs saving; return it."""
     seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8]) >> 1
     seed_everything(seed)
     return seed

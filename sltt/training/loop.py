@@ -16,7 +16,7 @@ from sltt.losses import prediction_of
 from sltt.metrics import higher_is_better, name_of
 from sltt.parallel.signals import Interrupt
 from sltt.training.batch_loop import BatchLoop
-from sltt.training.batches import EpochSampler, finish_loaders, train_loader
+from sltt.training.batches import EpochSampler, finish_loaders, seed_batch, train_loader
 from sltt.training.checkpoints import CheckpointError, save_checkpoint
 from sltt.training.console import Console
 from sltt.training.description import describe
@@ -144,6 +144,7 @@ class Loop:
         if loader is None:
             return None
         learner, arguments = self.learner, (self.splits, self.learner.loss, [self.settings.metric], stage.steps)
+        seed_batch(self.settings.seed, self.state.epoch)  # a network may draw here too: the same after a resume
         with self._locate_errors(lambda: "validation"), learner.round_weights():
             return measure(learner.session, learner.averaged, loader, *arguments)
 

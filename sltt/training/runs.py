@@ -22,7 +22,9 @@ from typing import Any
 import yaml
 from torch import nn
 
+from sltt.frozen import arguments_of
 from sltt.sequence.layout import spiking_layers
+from sltt.surrogates import Surrogate
 from sltt.system import lock_file
 from sltt.training.description import describe
 from sltt.training.files import BEST, CONFIG, LAST, METRICS, write_atomically
@@ -180,15 +182,16 @@ def list_changes(saved: dict[str, Any], settings: dict[str, Any]) -> list[str]:
 
 
 def describe_layers(model: nn.Module) -> dict[str, str]:
-    """Return the layers of a network by name, with their constants, which no weights tell.
-
-    Of neurons that learn, the constants may be learned: there is their class alone.
-    """
+    """Return the layers of a network by name with their constants, which no weights tell; not what neurons may learn."""
     neurons, texts = {*spiking_layers(model).values()}, dict[str, str]()
     for name, module in model.named_modules():
         if module in neurons or not any(True for _ in module.children()):
-            learns = module in neurons and any(True for _ in module.parameters())
-            texts[name] = type(module).__name__ if learns else re.sub(" at 0x[0-9a-f]+", "", repr(module))
+            kind, text = type(module), re.sub(" at 0x[0-9a-f]+", "", repr(module))
+            if module in neurons and any(True for _ in module.parameters()):
+                names = [k for k in arguments_of(kind) if not isinstance(getattr(kind, k, None), property)]
+                told = [(k, v) for k in names if isinstance(v := getattr(module, k, None), int | float | Surrogate)]
+                text = f"{kind.__name__}({', '.join(f'{k}={v}' for k, v in told)})"
+            texts[name] = text
     return texts
 
 

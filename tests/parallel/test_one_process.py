@@ -17,7 +17,6 @@ from sltt.data import Splits
 from sltt.parallel import processes
 from sltt.parallel.devices import make_fabric
 from sltt.parallel.signals import Interrupt
-from sltt.sequence.state import Stateful
 from sltt.training.batches import EpochSampler, Shares, eval_loader, share, train_loader
 from sltt.training.session import session
 from sltt.training.settings import Settings
@@ -89,7 +88,7 @@ def test_the_first_process_alone_ends_with_the_code_of_a_signal(rank, code, monk
 
 
 def test_statistics_of_any_shape_are_averaged(monkeypatch):
-    class Own(Stateful):
+    class Own(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.register_buffer("rise", torch.tensor(0.5))

@@ -9,7 +9,7 @@ import sltt
 from sltt.callbacks import Callback, EarlyStopping
 from sltt.training.checkpoints import CheckpointError, load_checkpoint
 from sltt.training.console import Console
-from tests.training.blobs import equal, network, stop_at, train, weights
+from tests.training.blobs import equal, network, rows, stop_at, train, weights
 
 
 class Seen(Callback):
@@ -54,6 +54,20 @@ def test_a_callback_continues_with_its_run(batch, tmp_path):
     assert (again.batches, again.losses) == (whole.batches, whole.losses)
     assert len(result.history) == 2
     assert equal(weights(tmp_path / "part" / "last.ckpt"), weights(tmp_path / "whole" / "last.ckpt"))
+
+
+def test_a_network_that_draws_is_validated_as_if_nothing_had_been_drawn_before(tmp_path):
+    class Noisy(nn.Identity):
+        def forward(self, x):
+            return x + torch.randn_like(x)
+
+    class Draws(Callback):
+        def on_batch(self, now):
+            torch.rand(now.batch)
+
+    networks = (nn.Sequential(Noisy(), network()) for _ in range(2))
+    first, second = (train(tmp_path / str(len(c)), next(networks), callbacks=c)[1] for c in ([], [Draws()]))
+    assert rows(first) == rows(second)
 
 
 def test_a_callback_changes_learning_rate_and_weight_decay_for_good(tmp_path):

@@ -11,6 +11,7 @@ from torch import nn
 
 import sltt
 from sltt.commands import main
+from sltt.training.runs import describe_layers
 from sltt.training.trained import Trained
 from tests.training.blobs import Blobs, equal, network, train
 
@@ -172,3 +173,8 @@ def test_a_run_of_other_neurons_is_noticed(tmp_path, caplog):
     assert other[0].weight.sub(model[0].weight).abs().max() < 0.1 < model[0].weight.abs().max()
     with pytest.raises(ValueError, match=r"layers: 1 was LIF\(tau=2.0, .* and is LIF\(tau=3.0, "):
         sltt.fit(network(sltt.LIF(tau=3.0)), data, **settings | {"epochs": 3}, resume=True)
+
+
+def test_constants_of_neurons_that_learn_are_told_and_what_they_learn_is_not():
+    first, same, other = (describe_layers(nn.Sequential(sltt.PLIF(*v))) for v in ((2.0, 1), (3.0, 1), (2.0, 2)))
+    assert first == same != other
