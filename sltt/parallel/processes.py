@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sltt._torch import _NormBase
+from sltt.sequence.state import Stateful, role_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -90,7 +91,8 @@ class Processes:
         """Give all processes the mean of the running statistics of their layers, also of the user's own."""
         if self.count == 1:
             return
-        keepers = [m for m in model.modules() if isinstance(m, _NormBase) or type(m).__module__[:6] != "torch."]
+        own = {m for m in model.modules() if role_of(t := type(m)).kind == "other" and t.__module__[:6] != "torch."}
+        keepers = [m for m in model.modules() if m in own or isinstance(m, _NormBase | Stateful)]
         running = [s for m in keepers for s in m.buffers(recurse=False) if s.is_floating_point()]
         _add_up(running)
         for statistics in running:

@@ -182,7 +182,7 @@ def list_changes(saved: dict[str, Any], settings: dict[str, Any]) -> list[str]:
 
 
 def describe_layers(model: nn.Module) -> dict[str, str]:
-    """Return the layers of a network by name with their constants, which no weights tell; not what neurons may learn."""
+    """Return the layers of a network by name with constants that no weights tell; not what neurons may learn."""
     neurons, texts = {*spiking_layers(model).values()}, dict[str, str]()
     for name, module in model.named_modules():
         if module in neurons or not any(True for _ in module.children()):
